@@ -1,0 +1,19 @@
+"""Matryoshka Representation Learning for vision: one embedding, every prefix of it an embedding too."""
+
+from mrl.errors import UserError
+from mrl.heads import NestedLinear
+from mrl.losses import MatryoshkaLoss, nested_cross_entropy
+from mrl.models import MatryoshkaClassifier, load
+from mrl.nesting import prefix, unit_prefix
+
+__version__ = "0.1.0"
+__all__ = [
+    "MatryoshkaClassifier",
+    "MatryoshkaLoss",
+    "NestedLinear",
+    "UserError",
+    "load",
+    "nested_cross_entropy",
+    "prefix",
+    "unit_prefix",
+]
