@@ -1,0 +1,222 @@
+import json
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import mrl
+from mrl.backbones import BlurConv2d, add_blurpool, build_backbone
+from mrl.errors import UserError
+from mrl.models import ModelInfo, build_model, freeze, save_model
+
+WIDTHS = {"resnet10t": 512, "vit_tiny_patch16_224": 192, "convnext_atto": 320, "efficientnet_b0": 1280}
+
+
+def info_of(model, backbone, **changes):
+    values = {
+        "backbone": backbone,
+        "kwargs": {},
+        "stem_stride": 4,
+        "blurpool": False,
+        "nesting_list": model.head.nesting_list,
+        "tied": model.head.tied,
+        "classes": ("cat", "dog", "eel"),
+        "resize_px": 36,
+        "crop_px": 32,
+        "mean": (0.5, 0.5, 0.5),
+        "std": (0.25, 0.25, 0.25),
+    }
+    return ModelInfo(**(values | changes))
+
+
+@pytest.mark.parametrize(("name", "width"), WIDTHS.items())
+def test_any_family_embeds_at_its_own_width_and_takes_a_step(name, width):
+    kwargs = {"img_size": 32, "patch_size": 8} if name.startswith("vit") else {}
+    model = build_model(build_backbone(name, kwargs=kwargs), num_classes=3)
+    assert model.width == width == model.head.nesting_list[-1]
+    images = torch.randn(2, 3, 32, 32)
+    assert model.embed(images).shape == (2, width)
+    losses = mrl.nested_cross_entropy(model(images), torch.tensor([0, 2]))
+    losses.sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "vit_tiny_patch16_224", "convnext_atto"])
+def test_the_embedding_is_what_timm_pools(name):
+    backbone = build_backbone(name).eval()
+    images = torch.randn(2, 3, 224, 224)
+    with torch.no_grad():
+        assert torch.allclose(build_model(backbone, 3).eval().embed(images), backbone(images), atol=1e-5)
+
+
+def test_encode_is_the_unit_prefix_in_eval_mode_whatever_mode_the_model_is_in():
+    model = build_model(build_backbone("resnet10t"), 3)
+    images = torch.randn(4, 3, 32, 32)
+    model.eval()
+    with torch.no_grad():
+        raw = model.embed(images)[:, :64]
+    model.train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    vectors = model.encode(images, dim=64)
+    assert torch.allclose(vectors, raw / raw.norm(dim=1, keepdim=True), atol=1e-6)
+    assert not vectors.requires_grad
+    assert model.training and model.backbone.training
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_encode_at_an_untrained_size_warns_and_beyond_the_width_is_refused():
+    model = build_model(build_backbone("resnet10t"), 3)
+    with pytest.warns(UserWarning, match=r"12 dims were not trained; trained are \[8, 16"):
+        assert model.encode(torch.zeros(1, 3, 32, 32), dim=12).shape == (1, 12)
+    with pytest.raises(UserError, match="1 to 512"):
+        model.encode(torch.zeros(1, 3, 32, 32), dim=513)
+
+
+def ffcv_style_blur(conv, images):
+    """What FFCV's BlurPool computes, spelled out: pad by zeros, blur each channel, then convolve with stride."""
+    kernel = torch.tensor([[1.0, 2, 1], [2, 4, 2], [1, 2, 1]]) / 16
+    padded = nn.functional.pad(images, (1, 1, 1, 1))
+    height, width = images.shape[2:]
+    blurred = sum(kernel[i, j] * padded[:, :, i : i + height, j : j + width] for i in range(3) for j in range(3))
+    return nn.functional.conv2d(blurred, conv.weight, conv.bias, conv.stride, conv.padding)
+
+
+def test_fault_18_blurpool_blurs_before_the_six_strided_convolutions_of_a_resnet50():
+    backbone = timm.create_model("resnet50", num_classes=0)
+    plain = {name: module for name, module in backbone.named_modules() if isinstance(module, nn.Conv2d)}
+    strided = {n for n, m in plain.items() if m.stride[0] > 1}
+    assert add_blurpool(backbone) == 6
+    blurred = {name: m for name, m in backbone.named_modules() if isinstance(m, BlurConv2d)}
+    assert set(blurred) == strided - {"conv1"}
+    assert set(blurred) == {f"layer{i}.0.{part}" for i in (2, 3, 4) for part in ("conv2", "downsample.0")}
+    for name, module in blurred.items():
+        images = torch.randn(2, module.in_channels, 7, 8)
+        with torch.no_grad():
+            assert torch.allclose(module(images), ffcv_style_blur(plain[name], images), atol=1e-5)
+
+
+def test_fault_18_timms_resnetblur50_is_another_function_under_the_same_parameter_names():
+    ours = build_backbone("resnet50", blurpool=True).eval()
+    theirs = timm.create_model("resnetblur50", num_classes=0).eval()
+    theirs.load_state_dict(ours.state_dict())
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert not torch.allclose(ours(images), theirs(images), rtol=0.1)
+
+
+def test_blurpool_on_a_vit_is_refused():
+    with pytest.raises(UserError, match="no strided convolution"):
+        build_backbone("vit_tiny_patch16_224", blurpool=True)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet10t"])
+def test_the_small_stem_keeps_more_of_the_image(name):
+    sides = {
+        stride: build_backbone(name, stem_stride=stride).forward_features(torch.zeros(1, 3, 64, 64)).shape[-1]
+        for stride in (4, 2, 1)
+    }
+    assert sides == {4: 2, 2: 4, 1: 8}
+
+
+def test_the_small_stem_is_refused_where_it_has_no_meaning():
+    with pytest.raises(UserError, match="timm ResNets"):
+        build_backbone("convnext_atto", stem_stride=1)
+
+
+def test_head_only_training_moves_nothing_else():
+    model = build_model(build_backbone("resnet10t"), 3)
+    freeze(model, "head")
+    model.train()
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == {
+        name for name, _ in model.named_parameters() if name.startswith("head.")
+    }
+    before = {key: value.clone() for key, value in model.backbone.state_dict().items()}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    mrl.nested_cross_entropy(model(torch.randn(4, 3, 32, 32)), torch.tensor([0, 1, 2, 0])).sum().backward()
+    optimizer.step()
+    assert all(torch.equal(before[key], value) for key, value in model.backbone.state_dict().items())
+
+
+def test_freezing_by_stage_keeps_the_frozen_batchnorms_in_eval_mode():
+    model = build_model(build_backbone("resnet10t"), 3)
+    freeze(model, ["layer4"])
+    model.train()
+    norms = {n: m for n, m in model.backbone.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+    assert {name for name, m in norms.items() if m.training} == {n for n in norms if n.startswith("layer4")}
+    with pytest.raises(UserError, match=r"no module 'layer9'.*layer4"):
+        freeze(model, ["layer9"])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_saved_model_loads_and_encodes_alike(tmp_path, tied):
+    backbone = build_backbone("resnet10t", stem_stride=1, blurpool=True)
+    model = build_model(backbone, 3, [8, 64, 512], tied).eval()
+    save_model(model, info_of(model, "resnet10t", stem_stride=1, blurpool=True), tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.json", "model.safetensors"]
+    loaded = mrl.load(tmp_path)
+    assert not loaded.training
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(loaded(images), model(images))
+    assert torch.equal(loaded.encode(images, dim=8), model.encode(images, dim=8))
+    assert loaded.preprocess(torch.full((3, 50, 40), 128, dtype=torch.uint8)).shape == (3, 32, 32)
+
+
+def test_what_cannot_be_loaded_is_refused_with_a_sentence(tmp_path):
+    with pytest.raises(UserError, match=r"no model\.json"):
+        mrl.load(tmp_path)
+    model = build_model(build_backbone("resnet10t"), 3)
+    save_model(model, info_of(model, "resnet10t"), tmp_path)
+    weights = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    with pytest.raises(UserError, match="cannot be read"):
+        mrl.load(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(weights)
+    described = json.loads((tmp_path / "model.json").read_text())
+    for changes, reason in [
+        ({"format_version": 99}, "format 99"),
+        ({"backbone": "resnet14t"}, "does not fit"),
+        ({"surprise": 1}, "surprise"),
+    ]:
+        (tmp_path / "model.json").write_text(json.dumps(described | changes))
+        with pytest.raises(UserError, match=reason):
+            mrl.load(tmp_path)
+
+
+def test_fault_10_weights_files_load_by_their_true_names_or_not_at_all(tmp_path):
+    source = timm.create_model("resnet10t", num_classes=7)
+    save_file(source.state_dict(), tmp_path / "timm.safetensors")
+    backbone = build_backbone("resnet10t", init=str(tmp_path / "timm.safetensors"), blurpool=True)
+    for key, value in backbone.state_dict().items():
+        assert torch.equal(value, source.state_dict()[key]), key
+
+    state = source.state_dict()
+    torch.save({key: value for key, value in state.items() if "layer3" not in key}, tmp_path / "short.pt")
+    with pytest.raises(UserError, match="lacks .* entries, e.g. .*layer3"):
+        build_backbone("resnet10t", init=str(tmp_path / "short.pt"))
+    torch.save({**state, "stranger": torch.zeros(1)}, tmp_path / "long.pt")
+    with pytest.raises(UserError, match="unknown 1 entries.*stranger"):
+        build_backbone("resnet10t", init=str(tmp_path / "long.pt"))
+    (tmp_path / "noise.pt").write_bytes(b"not weights")
+    with pytest.raises(UserError, match="cannot be read"):
+        build_backbone("resnet10t", init=str(tmp_path / "noise.pt"))
+
+
+def test_a_backbone_can_start_from_another_run(tmp_path):
+    model = build_model(build_backbone("resnet10t", stem_stride=1), 3, [512])
+    save_model(model, info_of(model, "resnet10t", stem_stride=1), tmp_path)
+    backbone = build_backbone("resnet10t", init=str(tmp_path), stem_stride=1)
+    assert all(torch.equal(value, backbone.state_dict()[key]) for key, value in model.backbone.state_dict().items())
+    with pytest.raises(UserError, match="another backbone"):
+        build_backbone("resnet14t", init=str(tmp_path))
+    with pytest.raises(UserError, match="neither scratch"):
+        build_backbone("resnet10t", init=str(tmp_path / "nowhere"))
+
+
+def test_unknown_names_and_arguments_are_refused():
+    with pytest.raises(UserError, match=r"'resnet5O' is not a timm model; similar names: .*resnet50"):
+        build_backbone("resnet5O")
+    with pytest.raises(UserError, match="do not fit resnet10t.*colour"):
+        build_backbone("resnet10t", kwargs={"colour": "red"})
