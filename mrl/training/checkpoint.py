@@ -1,0 +1,129 @@
+"""The run directory, and the checkpoint from which a run goes on exactly."""
+
+from __future__ import annotations
+
+import os
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from mrl.errors import UserError
+
+CHECKPOINT_FORMAT = "mrl-checkpoint-1"
+
+# Settings that may change when a run goes on: they say where and how, not what is computed.
+FREE_KEYS = {
+    "run.resume",
+    "run.dir",
+    "data.root",
+    "data.num_workers",
+    "train.compile",
+    "train.checkpoint_minutes",
+    "train.log_every_steps",
+    "wandb.mode",
+    "wandb.project",
+    "wandb.entity",
+}
+
+
+def checkpoint_path(directory: Path) -> Path:
+    """Where a run directory keeps its checkpoint."""
+    return directory / "checkpoints" / "last.pt"
+
+
+def open_run(directory: Path, resume: str, config_yaml: str) -> None:
+    """Make the run directory ready; called on the main process, before anything is computed.
+
+    Raises:
+        UserError: The directory exists and ``resume`` is "never", or it holds a run with other settings.
+    """
+    going_on = checkpoint_path(directory).exists()
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f"{directory} is a file, so it cannot be the run directory; choose another --run.name")
+    if resume == "never" and directory.exists() and any(directory.iterdir()):
+        raise UserError(
+            f"{directory} already holds a run; choose another --run.name, or go on with it: --run.resume auto"
+        )
+    if going_on:
+        _refuse_other_settings(directory, config_yaml)
+    (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
+    write_text(directory / "config.yaml", config_yaml)
+    if not going_on:  # what a run that died before its first checkpoint has left
+        (directory / "metrics.jsonl").write_text("")
+
+
+def _flat(config_yaml: str) -> dict[str, Any]:
+    sections = yaml.safe_load(config_yaml)
+    return {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
+
+
+def _refuse_other_settings(directory: Path, config_yaml: str) -> None:
+    path = directory / "config.yaml"
+    if not path.exists():
+        raise UserError(f"{directory} has a checkpoint but no config.yaml, so what it trained is unknown")
+    old, new = _flat(path.read_text()), _flat(config_yaml)
+    changed = [key for key in new if key not in FREE_KEYS and old.get(key) != new[key]]
+    if changed:
+        told = ", ".join(f"{key} was {old.get(key)!r}, now {new[key]!r}" for key in changed)
+        raise UserError(f"{directory} was started with other settings ({told}); give those, or another --run.name")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file whole or not at all."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def save_checkpoint(directory: Path, state: dict[str, Any]) -> None:
+    """Write ``state`` to checkpoints/last.pt; whatever happens meanwhile, a whole checkpoint stands there.
+
+    Raises:
+        UserError: It could not be written, e.g. because the disk is full; the previous one is kept.
+    """
+    path = checkpoint_path(directory)
+    temporary = path.with_name("last.pt.tmp")
+    try:
+        with temporary.open("wb") as file:
+            torch.save({"format": CHECKPOINT_FORMAT, **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(
+            f"{path} could not be written ({_reason(error)}); the previous checkpoint, if any, is kept"
+        ) from error
+
+
+def _reason(error: BaseException) -> str:
+    cause = error.__context__ if isinstance(error.__context__, OSError) else error
+    return re.split(r"\n|\. This", str(cause), maxsplit=1)[0].strip()
+
+
+def load_checkpoint(directory: Path) -> dict[str, Any] | None:
+    """What `save_checkpoint` wrote, on the CPU; None when it has not written yet.
+
+    Raises:
+        UserError: The file is cut short, or is not a checkpoint of this package.
+    """
+    path = checkpoint_path(directory)
+    if not path.exists():
+        return None
+    way_out = "restore it from a copy, or delete the run directory to start again"
+    if not zipfile.is_zipfile(path):
+        raise UserError(f"{path} is cut short or not a checkpoint; {way_out}")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(f"{path} cannot be read ({_reason(error)}); {way_out}") from error
+    if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
+        found = state.get("format") if isinstance(state, dict) else type(state).__name__
+        raise UserError(
+            f"{path} is not a checkpoint of this version (format {found!r}, not {CHECKPOINT_FORMAT!r}); {way_out}"
+        )
+    return state

@@ -1,0 +1,90 @@
+"""Processes that train one model together: the only file that touches torch.distributed.
+
+Started by torchrun there are several; started by plain python there is one, and every function
+here is then the obvious thing for one process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+@dataclass(frozen=True)
+class Process:
+    """This process among all: ``rank`` of ``world_size``, computing on ``device``."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one process that writes files and prints."""
+        return self.rank == 0
+
+
+def start() -> Process:
+    """This process, after joining the others when torchrun started it (nccl on GPUs, gloo on CPU)."""
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if "WORLD_SIZE" not in os.environ:
+        return Process(rank=0, world_size=1, device=device)
+    # CPU tensors go by gloo also on GPU machines: a stop flag can be agreed on without waiting for the GPU.
+    dist.init_process_group(backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    return Process(rank=dist.get_rank(), world_size=dist.get_world_size(), device=device)
+
+
+def stop() -> None:
+    """Leave the group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    """Wait until every process is here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def sum_over_processes(tensor: Tensor) -> Tensor:
+    """The sum of ``tensor`` over all processes, the same on each; a new tensor."""
+    total = tensor.clone()
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return total
+
+
+def any_process(*flags: bool) -> list[bool]:
+    """For each flag, whether it is true on at least one process; the same on all."""
+    return [bool(count) for count in sum_over_processes(torch.tensor([int(flag) for flag in flags])).tolist()]
+
+
+def same_buffers(module: nn.Module) -> None:
+    """Give every process the main one's buffers (BatchNorm statistics), which differ while each sees its own images."""
+    if dist.is_initialized():
+        for buffer in module.buffers():
+            dist.broadcast(buffer, src=0)
+
+
+def data_parallel(model: nn.Module, process: Process) -> nn.Module:
+    """``model`` with gradients averaged over processes after each backward pass; itself when there is one process."""
+    if process.world_size == 1:
+        return model
+    device_ids = [process.device.index] if process.device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=device_ids)
+
+
+def shared_gradients(model: nn.Module, share: bool) -> contextlib.AbstractContextManager[None]:
+    """While it lasts, backward passes average gradients over processes only if ``share`` (the last micro-batch)."""
+    if share or not isinstance(model, DistributedDataParallel):
+        return contextlib.nullcontext()
+    return model.no_sync()

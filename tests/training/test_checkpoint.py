@@ -1,0 +1,92 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from mrl.errors import UserError
+from mrl.training.checkpoint import checkpoint_path, load_checkpoint, open_run, save_checkpoint
+
+CONFIG = "run: {name: a, resume: never}\noptim: {lr: 0.1}\n"
+
+
+def test_what_is_saved_is_loaded(tmp_path):
+    open_run(tmp_path / "a", "never", CONFIG)
+    assert load_checkpoint(tmp_path / "a") is None
+    save_checkpoint(tmp_path / "a", {"step": 3, "model": {"w": torch.arange(4.0)}})
+    state = load_checkpoint(tmp_path / "a")
+    assert state is not None
+    assert state["step"] == 3
+    assert torch.equal(state["model"]["w"], torch.arange(4.0))
+
+
+def test_an_existing_run_is_never_overwritten_by_accident(tmp_path):
+    open_run(tmp_path / "a", "never", CONFIG)
+    with pytest.raises(UserError, match=r"already holds a run.*--run\.resume auto"):
+        open_run(tmp_path / "a", "never", CONFIG)
+
+
+def test_going_on_with_other_settings_names_them(tmp_path):
+    open_run(tmp_path / "a", "auto", CONFIG)
+    save_checkpoint(tmp_path / "a", {"step": 3})
+    open_run(tmp_path / "a", "auto", CONFIG.replace("never", "auto"))
+    with pytest.raises(UserError, match=r"optim\.lr was 0\.1, now 0\.2"):
+        open_run(tmp_path / "a", "auto", CONFIG.replace("0.1", "0.2"))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.99])
+def test_a_truncated_checkpoint_is_refused(tmp_path, share):
+    open_run(tmp_path, "never", CONFIG)
+    save_checkpoint(tmp_path, {"step": 3, "model": torch.randn(1000)})
+    whole = checkpoint_path(tmp_path).read_bytes()
+    checkpoint_path(tmp_path).write_bytes(whole[: int(len(whole) * share)])
+    with pytest.raises(UserError, match=r"last\.pt is cut short"):
+        load_checkpoint(tmp_path)
+
+
+def test_a_foreign_checkpoint_is_refused(tmp_path):
+    open_run(tmp_path, "never", CONFIG)
+    torch.save({"state_dict": {}}, checkpoint_path(tmp_path))
+    with pytest.raises(UserError, match="not a checkpoint of this version"):
+        load_checkpoint(tmp_path)
+    torch.save(torch.nn.Linear(1, 1), checkpoint_path(tmp_path))  # code inside: not executed
+    with pytest.raises(UserError, match="cannot be read"):
+        load_checkpoint(tmp_path)
+
+
+def test_a_failed_write_keeps_the_previous_checkpoint(tmp_path, monkeypatch):
+    open_run(tmp_path, "never", CONFIG)
+    save_checkpoint(tmp_path, {"step": 3})
+
+    def full(state, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        save_checkpoint(tmp_path, {"step": 4})
+    monkeypatch.undo()
+    state = load_checkpoint(tmp_path)
+    assert state is not None and state["step"] == 3
+    assert os.listdir(tmp_path / "checkpoints") == ["last.pt"]
+
+
+def test_kill_9_while_saving_leaves_a_loadable_checkpoint(tmp_path):
+    program = (
+        "import sys, torch; from pathlib import Path; from mrl.training.checkpoint import *\n"
+        "d = Path(sys.argv[1]); open_run(d, 'never', 'run: {name: a}')\n"
+        "for step in range(10**9): save_checkpoint(d, {'step': step, 'model': torch.full((300_000,), float(step))})\n"
+    )
+    child = subprocess.Popen([sys.executable, "-c", program, str(tmp_path / "a")])
+    deadline = time.monotonic() + 60
+    while not checkpoint_path(tmp_path / "a").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.3)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    state = load_checkpoint(tmp_path / "a")
+    assert state is not None and state["step"] > 0
+    assert (state["model"] == state["step"]).all()
