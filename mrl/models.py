@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,12 +12,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from mrl.backbones import build_backbone
 from mrl.errors import UserError
+from mrl.files import write_text, write_whole
 from mrl.heads import NestedLinear
 from mrl.nesting import check_nesting_list, default_nesting_list, unit_prefix
 
@@ -144,12 +144,14 @@ def freeze(model: MatryoshkaClassifier, trainable: str | Sequence[str]) -> None:
 
 
 def save_model(model: MatryoshkaClassifier, info: ModelInfo, directory: Path) -> None:
-    """Write model.safetensors and model.json, each to a temporary name first, so that neither is ever half there."""
-    weights, text = directory / "model.safetensors", directory / "model.json"
-    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, f"{weights}.tmp")
-    Path(f"{text}.tmp").write_text(json.dumps(dataclasses.asdict(info), indent=2) + "\n")
-    os.replace(f"{weights}.tmp", weights)
-    os.replace(f"{text}.tmp", text)
+    """Write model.safetensors and model.json, which `load` reads.
+
+    Raises:
+        UserError: They cannot be written, e.g. because the disk is full; what stood there is kept.
+    """
+    content = save({key: value.contiguous() for key, value in model.state_dict().items()})
+    write_whole(directory / "model.safetensors", lambda file: file.write(content))
+    write_text(directory / "model.json", json.dumps(dataclasses.asdict(info), indent=2) + "\n")
 
 
 def load(run: str | Path) -> MatryoshkaClassifier:

@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 
@@ -15,7 +17,7 @@ def test_default_sizes_are_possible_at_any_width(width):
     dims = default_nesting_list(width)
     assert check_nesting_list(dims, width) == dims
     assert dims[-1] == width
-    assert all(large == 2 * small for small, large in zip(dims, dims[1:], strict=False))
+    assert all(large == 2 * small for small, large in itertools.pairwise(dims))
 
 
 @pytest.mark.parametrize(

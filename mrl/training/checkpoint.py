@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ import torch
 import yaml
 
 from mrl.errors import UserError
+from mrl.files import write_text, write_whole
 
 CHECKPOINT_FORMAT = "mrl-checkpoint-1"
 
@@ -72,37 +71,14 @@ def _refuse_other_settings(directory: Path, config_yaml: str) -> None:
         raise UserError(f"{directory} was started with other settings ({told}); give those, or another --run.name")
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a small file whole or not at all."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
 def save_checkpoint(directory: Path, state: dict[str, Any]) -> None:
     """Write ``state`` to checkpoints/last.pt; whatever happens meanwhile, a whole checkpoint stands there.
 
     Raises:
-        UserError: It could not be written, e.g. because the disk is full; the previous one is kept.
+        UserError: It cannot be written, e.g. because the disk is full; the previous one is kept.
     """
-    path = checkpoint_path(directory)
-    temporary = path.with_name("last.pt.tmp")
-    try:
-        with temporary.open("wb") as file:
-            torch.save({"format": CHECKPOINT_FORMAT, **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(
-            f"{path} could not be written ({_reason(error)}); the previous checkpoint, if any, is kept"
-        ) from error
-
-
-def _reason(error: BaseException) -> str:
-    cause = error.__context__ if isinstance(error.__context__, OSError) else error
-    return re.split(r"\n|\. This", str(cause), maxsplit=1)[0].strip()
+    content = {"format": CHECKPOINT_FORMAT, **state}
+    write_whole(checkpoint_path(directory), lambda file: torch.save(content, file))
 
 
 def load_checkpoint(directory: Path) -> dict[str, Any] | None:
@@ -120,7 +96,7 @@ def load_checkpoint(directory: Path) -> dict[str, Any] | None:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise UserError(f"{path} cannot be read ({_reason(error)}); {way_out}") from error
+        raise UserError(f"{path} cannot be read ({str(error).splitlines()[0]}); {way_out}") from error
     if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
         found = state.get("format") if isinstance(state, dict) else type(state).__name__
         raise UserError(

@@ -14,7 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from mrl.errors import UserError
-from mrl.training.checkpoint import write_text
+from mrl.files import write_text
 
 
 class Tracker:

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -13,7 +14,7 @@ def test_the_papers_schedule_at_its_knots():
     assert lr[warmup - 1] == lr[warmup] == max(lr) == peak
     assert lr[(warmup + total) // 2] == pytest.approx(peak / 2, rel=1e-3)
     assert 0 < lr[-1] == pytest.approx(peak / (total - warmup))
-    rises = [later - earlier for earlier, later in zip(lr, lr[1:], strict=False)]
+    rises = [later - earlier for earlier, later in itertools.pairwise(lr)]
     assert all(rise > 0 for rise in rises[: warmup - 1])
     assert all(rise < 0 for rise in rises[warmup:])
 
