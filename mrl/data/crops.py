@@ -1,0 +1,145 @@
+"""Random resized crops whose place depends on the sample alone, and their resampling on any device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import functional
+
+from mrl.data.order import CROP_STREAM, counter_hash
+
+NUM_TRIES = 10  # as torchvision's RandomResizedCrop
+
+
+@dataclass(frozen=True)
+class Transform:
+    """What happens to images between decoding and the model; the fields are those of `mrl.config.DataConfig`."""
+
+    seed: int
+    crop_scale: tuple[float, float]
+    crop_ratio: tuple[float, float]
+    flip: bool
+    eval_resize_px: int
+    eval_px: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def train_boxes(
+        self, epoch: int, rows: np.ndarray, heights: np.ndarray, widths: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The crops of images in an epoch; see `random_resized_crops`."""
+        return random_resized_crops(
+            self.seed, epoch, rows, heights, widths, self.crop_scale, self.crop_ratio, self.flip
+        )
+
+
+def sample_uniforms(seed: int, epoch: int, rows: np.ndarray, count: int) -> np.ndarray:
+    """Random numbers ``(B, count)`` float64 in [0, 1), a pure function of (seed, epoch, row, column).
+
+    So what happens to a sample does not depend on its batch, worker, process or device.
+    """
+    bits = counter_hash(CROP_STREAM, seed, epoch, rows[:, None], np.arange(count))
+    return (bits >> np.uint64(11)) * 2.0**-53
+
+
+def random_resized_crops(
+    seed: int,
+    epoch: int,
+    rows: np.ndarray,
+    heights: np.ndarray,
+    widths: np.ndarray,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    flip: bool,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Crop boxes ``(B, 4)`` int64 (top, left, height, width) and ``(B,)`` bool, whether to mirror.
+
+    Distributed as torchvision's RandomResizedCrop: the first of ten tries that fits, else a centred
+    crop of the nearest allowed shape.
+
+    Args:
+        seed: Seed of the run.
+        epoch: Epoch, counted from 0.
+        rows: ``(B,)`` image numbers.
+        heights: ``(B,)`` heights of the images in pixels.
+        widths: ``(B,)`` widths of the images in pixels.
+        scale: Smallest and largest share of the image's area.
+        ratio: Smallest and largest width / height, drawn evenly in their logarithm.
+        flip: Mirror half of the images; False mirrors none.
+    """
+    uniforms = sample_uniforms(seed, epoch, rows, 2 * NUM_TRIES + 3)
+    u_area, u_ratio = uniforms[:, :NUM_TRIES], uniforms[:, NUM_TRIES : 2 * NUM_TRIES]
+    u_top, u_left, u_flip = uniforms[:, 2 * NUM_TRIES :].T
+    heights, widths = np.asarray(heights, dtype=np.int64), np.asarray(widths, dtype=np.int64)
+
+    areas = (heights * widths)[:, None] * (scale[0] + (scale[1] - scale[0]) * u_area)
+    low, high = np.log(ratio)
+    ratios = np.exp(low + (high - low) * u_ratio)
+    tried_widths = np.rint(np.sqrt(areas * ratios)).astype(np.int64)
+    tried_heights = np.rint(np.sqrt(areas / ratios)).astype(np.int64)
+    fits = (tried_widths > 0) & (tried_widths <= widths[:, None])
+    fits &= (tried_heights > 0) & (tried_heights <= heights[:, None])
+    first = np.arange(len(rows)), fits.argmax(axis=1)
+    fitted = fits[first]
+
+    # Where nothing fits: the whole image, its longer side cut to the nearest allowed ratio.
+    whole_heights = np.minimum(heights, np.rint(widths / ratio[0]).astype(np.int64))
+    whole_widths = np.minimum(widths, np.rint(heights * ratio[1]).astype(np.int64))
+    box_heights = np.where(fitted, tried_heights[first], whole_heights)
+    box_widths = np.where(fitted, tried_widths[first], whole_widths)
+    free_rows, free_columns = heights - box_heights, widths - box_widths
+    tops = np.where(fitted, (u_top * (free_rows + 1)).astype(np.int64), free_rows // 2)
+    lefts = np.where(fitted, (u_left * (free_columns + 1)).astype(np.int64), free_columns // 2)
+    return np.stack([tops, lefts, box_heights, box_widths], axis=1), flip & (u_flip < 0.5)
+
+
+def crop_and_resize(images: Tensor, boxes: np.ndarray, flipped: np.ndarray, out_px: int) -> Tensor:
+    """Crops of float images, resized: ``(B, 3, H, W) -> (B, 3, out_px, out_px)``, on the images' device.
+
+    Antialiased bilinear, as torchvision's ``resized_crop(antialias=True)`` on float input. The
+    resampling is separable and linear, so it is one batched matrix product per axis: each sample's
+    matrix holds its crop, its scale and its flip.
+
+    Args:
+        images: Pixels on any scale.
+        boxes: ``(B, 4)`` top, left, height, width in pixels, inside the images.
+        flipped: ``(B,)`` bool, mirror this crop left to right.
+        out_px: Side of the result in pixels.
+    """
+    num_images, channels, height, width = images.shape
+    windows = torch.as_tensor(boxes, device=images.device)
+    row_weights = _resampling_matrices(windows[:, 0], windows[:, 2], height, out_px).to(images.dtype)
+    column_weights = _resampling_matrices(windows[:, 1], windows[:, 3], width, out_px).to(images.dtype)
+    mirror = torch.as_tensor(flipped, device=images.device)[:, None, None]
+    column_weights = torch.where(mirror, column_weights.flip(1), column_weights)
+    narrowed = images.reshape(num_images, channels * height, width) @ column_weights.transpose(1, 2)
+    return row_weights[:, None] @ narrowed.view(num_images, channels, height, out_px)
+
+
+def _resampling_matrices(starts: Tensor, lengths: Tensor, size: int, out_px: int) -> Tensor:
+    """Weights ``(B, out_px, size)`` that resample the window ``starts .. starts + lengths`` of an axis."""
+    lengths, starts = lengths.float()[:, None, None], starts[:, None, None]
+    scale = lengths / out_px  # source pixels per output pixel
+    centres = (torch.arange(out_px, device=starts.device)[:, None] + 0.5) * scale  # (B, out_px, 1)
+    places = torch.arange(size, device=starts.device) - starts + 0.5  # (B, 1, size)
+    weights = (1 - (places - centres).abs() / scale.clamp(min=1)).clamp_(min=0)
+    weights *= (places > 0) & (places < lengths)
+    return weights / weights.sum(dim=-1, keepdim=True)
+
+
+def resize_and_centre_crop(image: Tensor, resize_px: int, crop_px: int) -> Tensor:
+    """One image ``(3, H, W)`` as evaluated: shorter side resized to ``resize_px``, then its centre ``crop_px`` square."""
+    if min(image.shape[-2:]) != resize_px:
+        image = functional.resize(image, [resize_px], antialias=True)
+    return functional.center_crop(image, [crop_px, crop_px])
+
+
+def normalise(images: Tensor, mean: tuple[float, float, float], std: tuple[float, float, float]) -> Tensor:
+    """Images ``(B, 3, H, W)`` of pixels from 0 to 255 (uint8 or float), as float32, normalised, channels_last."""
+    scale = torch.tensor(std, device=images.device).view(1, 3, 1, 1) * 255
+    offset = torch.tensor(mean, device=images.device).view(1, 3, 1, 1) * 255
+    out = torch.empty(images.shape, device=images.device, memory_format=torch.channels_last)
+    return torch.sub(images, offset, out=out).div_(scale)
