@@ -1,0 +1,184 @@
+"""Figures from rows: one function per figure of the paper."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
+
+from mrl.errors import UserError
+from mrl.results import Row, method_order
+
+Line = dict[int, list[float]]
+Style = dict[str, Any]
+
+PANELS = {"classification": "linear classification", "nearest_neighbour": "1-nearest neighbour"}
+METRIC_LABELS = {"top_1": "top-1 accuracy (%)", "top_5": "top-5 accuracy (%)"}
+METHOD_LABELS = {"FF": "FF (one model per size)", "FF truncated": "FF, plain truncation"}
+# Colours of Okabe and Ito, which the colour-blind can tell apart; marker and line style tell the same in grey.
+METHOD_STYLES: dict[str, Style] = {
+    "MRL": {"color": "#0072B2", "marker": "o", "linestyle": "-"},
+    "MRL-E": {"color": "#D55E00", "marker": "s", "linestyle": "--"},
+    # Larger, since it lies under the others where all agree.
+    "FF": {"color": "#000000", "marker": "D", "linestyle": ":", "markersize": 8},
+    "FF truncated": {"color": "#009E73", "marker": "v", "linestyle": "-."},
+}
+OTHER_STYLES: list[Style] = [
+    {"color": color, "marker": marker, "linestyle": linestyle}
+    for color, marker, linestyle in zip(
+        ("#CC79A7", "#56B4E9", "#E69F00", "#7F7F7F", "#0072B2", "#D55E00", "#009E73"),
+        ("^", "P", "X", "<", "*", "h", ">"),
+        ("-", "--", "-.", ":", "--", "-.", "-"),
+        strict=True,
+    )
+]
+MAX_TICKS = 12
+
+
+def accuracy_by_dim(rows: Sequence[Row], metric: str = "top_1") -> Figure:
+    """Accuracy against embedding size (figures 2 and 3 of the paper), a panel for linear classification and 1-NN each.
+
+    One line per method; fixed-feature models of several sizes join into one. Where a method was
+    trained with several seeds the line is their mean and the bars one standard deviation. Runs that
+    share method, size and seed are different models: those of such a method get a line each.
+
+    Args:
+        rows: Of one dataset.
+        metric: "top_1" or "top_5".
+
+    Raises:
+        UserError: There is nothing to draw, or the rows are of several datasets.
+    """
+    rows = [row for row in rows if row.metric == metric and row.study in PANELS and row.dim is not None]
+    datasets = sorted({row.dataset for row in rows})
+    if len(datasets) != 1:
+        found = f"rows of several datasets: {datasets}" if datasets else f"no rows with metric {metric!r}"
+        raise UserError(f"one figure shows one dataset, but was given {found}")
+    labels = _labels(rows)
+    panels = [study for study in PANELS if any(row.study == study for row in rows)]
+    styles = _styles(labels)
+    figure = Figure(figsize=(4.6 * len(panels) + 0.4, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, study in zip(all_axes, panels, strict=True):
+        of_study = [row for row in rows if row.study == study]
+        lines = _lines(of_study, labels)
+        for label in [label for label in styles if label in lines]:
+            _draw_line(axes, lines[label], label, styles[label])
+        _finish_axes(axes, sorted({row.dim for row in of_study if row.dim is not None}))
+        axes.set_title(PANELS[study], fontsize=10)
+        axes.set_ylabel(METRIC_LABELS.get(metric, f"{metric} (%)"))
+    figure.suptitle(f"{datasets[0]}: {_counts(rows)} validation images{_seeds(rows, labels)}", fontsize=11)
+    entries: dict[str, Any] = {}
+    for axes in all_axes:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            entries.setdefault(label, handle)
+    shown = [label for label in styles if label in entries]
+    figure.legend(
+        [entries[label] for label in shown],
+        shown,
+        loc="outside lower center",
+        ncols=min(len(shown), 4),
+        frameon=False,
+        fontsize=9,
+        handlelength=3.2,
+    )
+    return figure
+
+
+def save(figure: Figure, path_stem: str | Path) -> list[Path]:
+    """The paths of ``<path_stem>.png`` (200 dpi) and ``<path_stem>.pdf``, after writing ``figure`` to them."""
+    paths = [Path(f"{path_stem}{suffix}") for suffix in (".png", ".pdf")]
+    paths[0].parent.mkdir(parents=True, exist_ok=True)
+    for path in paths:
+        figure.savefig(path, dpi=200)
+    return paths
+
+
+def _labels(rows: Sequence[Row]) -> dict[tuple[str, str], str]:
+    """``{(method, run): label of its line}``: the method, and the run too where several models share its points."""
+    points = Counter((row.study, row.method, row.dim, row.seed) for row in rows)
+    shared = {method for (_, method, _, _), count in points.items() if count > 1}
+    labels = {}
+    for row in sorted(rows, key=lambda row: (*method_order(row.method), row.run)):
+        name = METHOD_LABELS.get(row.method, row.method)
+        labels[row.method, row.run] = f"{name}: {row.run}" if row.method in shared else name
+    return labels
+
+
+def _styles(labels: dict[tuple[str, str], str]) -> dict[str, Style]:
+    """``{label: style}`` in the order of the legend; a method has the same style in every figure."""
+    spare = itertools.cycle(OTHER_STYLES)
+    styles: dict[str, Style] = {}
+    used: set[str] = set()
+    for (method, _), label in labels.items():
+        if label not in styles:
+            styles[label] = METHOD_STYLES[method] if method in METHOD_STYLES.keys() - used else next(spare)
+            used.add(method)
+    return styles
+
+
+def _lines(rows: Sequence[Row], labels: dict[tuple[str, str], str]) -> dict[str, Line]:
+    """``{label: {dim: one value per seed}}`` of one study."""
+    lines: dict[str, Line] = {}
+    for row in rows:
+        if row.dim is not None:
+            lines.setdefault(labels[row.method, row.run], {}).setdefault(row.dim, []).append(row.value)
+    return lines
+
+
+def _draw_line(axes: Axes, line: Line, label: str, style: Style) -> None:
+    dims = sorted(line)
+    means = [100 * statistics.mean(line[dim]) for dim in dims]
+    look: dict[str, Any] = {"label": label, "linewidth": 1.6, "markersize": 5, "markerfacecolor": "white", **style}
+    look["zorder"] = 3 - 0.01 * len(axes.lines)  # the first of the legend on top
+    if max(map(len, line.values())) == 1:
+        axes.plot(dims, means, **look)
+        return
+    spread = [100 * statistics.stdev(line[dim]) if len(line[dim]) > 1 else 0.0 for dim in dims]
+    axes.errorbar(dims, means, yerr=spread, capsize=3, elinewidth=1, **look)
+
+
+def _finish_axes(axes: Axes, dims: Sequence[int]) -> None:
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_locator(FixedLocator(_ticks(dims)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:.0f}"))
+    axes.set_xlabel("embedding size (dims)")
+    low, high = axes.get_ylim()
+    margin = 0.02 * (high - low)  # room for the markers at 0 and 100
+    axes.set_ylim(max(low, -margin), min(high, 100 + margin))
+    axes.grid(True, color="0.9", linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _ticks(dims: Sequence[int]) -> list[int]:
+    """The sizes that get a number on the axis: the largest, and those far enough from the next one to be read."""
+    nearest = math.log2(dims[-1] / dims[0]) / MAX_TICKS
+    ticks = [dims[-1]]
+    for dim in reversed(dims[:-1]):
+        if math.log2(ticks[-1] / dim) > nearest:
+            ticks.append(dim)
+    return ticks[::-1]
+
+
+def _counts(rows: Sequence[Row]) -> str:
+    return " to ".join(f"{n:,}" for n in sorted({min(row.n for row in rows), max(row.n for row in rows)}))
+
+
+def _seeds(rows: Sequence[Row], labels: dict[tuple[str, str], str]) -> str:
+    """What the error bars are, for the title; nothing where there are none."""
+    seeds = set(Counter((row.study, labels[row.method, row.run], row.dim) for row in rows).values())
+    if seeds == {1}:
+        return ""
+    return f"; mean and standard deviation of {min(seeds)}{f' to {max(seeds)}' if len(seeds) > 1 else ''} seeds"

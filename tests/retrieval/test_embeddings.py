@@ -1,0 +1,219 @@
+import dataclasses
+import threading
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from mrl.errors import UserError
+from mrl.retrieval.embeddings import EmbeddingMetadata, embed_split, embeddings_path, open_embeddings
+from mrl.training import distributed
+from mrl.training.distributed import Process
+
+ALONE = Process(0, 1, torch.device("cpu"))
+METADATA = EmbeddingMetadata("0123", "digits", "val", 32, 28, False, "4567")
+WIDTH = 3
+
+
+class Images:
+    """Images whose pixels say which they are; counts how often each is read."""
+
+    def __init__(self, num_images, labels=None):
+        self.labels = torch.arange(num_images) % 5 if labels is None else labels
+        self.reads = Counter()
+
+    def __len__(self):
+        return len(self.labels)
+
+    def eval_batches(self, rows, flip=False):
+        for batch in rows:
+            self.reads.update(batch.tolist())
+            yield torch.from_numpy(batch).float().view(-1, 1, 1, 1).expand(-1, 3, 2, 2), self.labels[batch]
+
+
+def embed(images):
+    return torch.stack([images[:, 0, 0, 0] * scale for scale in (1, 2, -1)], dim=1)
+
+
+def run(directory, images, embed=embed, metadata=METADATA, process=ALONE, batch_size=4):
+    return embed_split(directory, metadata, images, embed, WIDTH, process, batch_size)
+
+
+def assert_right(found, images):
+    numbers = np.arange(len(images), dtype=np.float32)
+    np.testing.assert_array_equal(found.vectors, np.stack([numbers, 2 * numbers, -numbers], axis=1))
+    np.testing.assert_array_equal(found.labels, images.labels.numpy())
+    assert (found.vectors.dtype, found.labels.dtype) == (np.float32, np.int64)
+
+
+# 9 = 4 + 4 + 1: the last batch has one image.
+@pytest.mark.parametrize("num_images", [1, 8, 9])
+def test_fault_11_rows_come_in_dataset_order_also_in_a_last_batch_of_one_image(tmp_path, num_images):
+    images = Images(num_images)
+    assert_right(run(tmp_path / "val", images), images)
+    assert set(images.reads.values()) == {1}
+
+
+def test_fault_1_labels_beyond_65536_stay_distinct(tmp_path):
+    images = Images(70_000, labels=torch.arange(70_000) + 2**40)
+    run(tmp_path / "val", images, batch_size=10_000)
+    found = open_embeddings(tmp_path / "val", METADATA)
+    assert len(np.unique(found.labels)) == 70_000
+    assert_right(found, images)
+
+
+def test_equal_metadata_is_used_again_without_reading_an_image(tmp_path):
+    run(tmp_path / "val", Images(9))
+    again = Images(9)
+    assert_right(run(tmp_path / "val", again), again)
+    assert not again.reads
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(EmbeddingMetadata)])
+def test_other_metadata_is_made_anew(tmp_path, field):
+    run(tmp_path / "val", Images(9))
+    value = getattr(METADATA, field)
+    other = dataclasses.replace(METADATA, **{field: not value if field == "flip" else value * 2})
+    assert open_embeddings(tmp_path / "val", other) is None
+    images = Images(6)
+    assert_right(run(tmp_path / "val", images, metadata=other), images)
+    assert len(images.reads) == 6
+    assert open_embeddings(tmp_path / "val", METADATA) is None
+
+
+@pytest.mark.parametrize("file", ["vectors.npy", "labels.npy", "metadata.json"])
+def test_a_file_cut_short_is_made_anew(tmp_path, file):
+    run(tmp_path / "val", Images(9))
+    path = tmp_path / "val" / file
+    path.write_bytes(path.read_bytes()[:-10])
+    images = Images(9)
+    assert_right(run(tmp_path / "val", images), images)
+    assert len(images.reads) == 9
+
+
+def stopping_embed(stop_at):
+    def stop(images):
+        if stop_at in images[:, 0, 0, 0]:
+            raise KeyboardInterrupt
+        return embed(images)
+
+    return stop
+
+
+def test_a_stopped_pass_goes_on_where_it_stopped_at_another_batch_size(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "val", Images(22), embed=stopping_embed(13))
+    assert open_embeddings(tmp_path / "val", METADATA) is None
+    images = Images(22)
+    assert_right(run(tmp_path / "val", images, batch_size=5), images)
+    assert sorted(images.reads) == list(range(12, 22))
+
+
+def test_a_stopped_pass_of_another_model_is_forgotten(tmp_path):
+    other = dataclasses.replace(METADATA, checkpoint_sha256="89ab")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "val", Images(9), embed=stopping_embed(5), metadata=other)
+    images = Images(9)
+    assert_right(run(tmp_path / "val", images), images)
+    assert len(images.reads) == 9
+
+
+@pytest.fixture
+def two_processes(monkeypatch):
+    """Runs a function as process 0 and 1 of two, in threads that really wait for each other."""
+    meeting = threading.Barrier(2, timeout=30)
+    flags = [False, False]
+    here = threading.local()
+
+    def any_process(flag):
+        flags[here.rank] = flag
+        meeting.wait()
+        answer = [any(flags)]
+        meeting.wait()
+        return answer
+
+    def start(function):
+        results = [None, None]
+
+        def as_process(rank):
+            here.rank = rank
+            try:
+                results[rank] = function(Process(rank, 2, torch.device("cpu")))
+            except BaseException as error:
+                results[rank] = error
+
+        threads = [threading.Thread(target=as_process, args=(rank,)) for rank in (0, 1)]
+        with monkeypatch.context() as patch:
+            patch.setattr(distributed, "barrier", meeting.wait)
+            patch.setattr(distributed, "any_process", any_process)
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        return results
+
+    return start
+
+
+@pytest.mark.parametrize("num_images", [1, 9, 22])
+def test_two_processes_embed_every_image_once_and_both_see_all(tmp_path, two_processes, num_images):
+    images = [Images(num_images), Images(num_images)]
+    for found in two_processes(lambda process: run(tmp_path / "val", images[process.rank], process=process)):
+        assert_right(found, images[0])
+    assert images[0].reads + images[1].reads == Counter(range(num_images))
+
+
+def test_one_process_finishes_what_two_began(tmp_path, two_processes):
+    def interrupted(process):
+        return run(tmp_path / "val", Images(22), embed=stopping_embed(21 if process.rank else 9), process=process)
+
+    # An interrupt in both, so that neither waits for the other.
+    assert {type(result) for result in two_processes(interrupted)} == {KeyboardInterrupt}
+    images = Images(22)
+    assert_right(run(tmp_path / "val", images), images)
+    assert 0 < len(images.reads) < 22
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_embedding_that_is_not_finite_is_refused_by_all_naming_the_first(tmp_path, two_processes, value):
+    def broken(images):
+        z = embed(images)
+        z[(images[:, 0, 0, 0] == 6) | (images[:, 0, 0, 0] >= 15), 1] = value
+        return z
+
+    for result in two_processes(lambda process: run(tmp_path / "val", Images(22), embed=broken, process=process)):
+        assert isinstance(result, UserError)
+        assert "image 6 (val split)" in str(result)
+    images = Images(22)
+    assert_right(run(tmp_path / "val", images), images)
+
+
+def test_an_error_of_one_process_ends_the_other_too(tmp_path, two_processes):
+    def broken(images):
+        if 20 in images[:, 0, 0, 0]:
+            raise UserError("image 20 cannot be decoded")
+        return embed(images)
+
+    first, second = two_processes(lambda process: run(tmp_path / "val", Images(22), embed=broken, process=process))
+    assert "another process" in str(first)
+    assert "image 20" in str(second)
+
+
+def test_images_out_of_dataset_order_are_noticed(tmp_path):
+    class Shuffled(Images):
+        def eval_batches(self, rows, flip=False):
+            return super().eval_batches([np.flip(batch).copy() for batch in rows], flip)
+
+    with pytest.raises(RuntimeError, match="dataset order"):
+        run(tmp_path / "val", Shuffled(9))
+
+
+def test_a_full_disk_is_told_before_the_pass(tmp_path, monkeypatch):
+    monkeypatch.setattr("mrl.retrieval.embeddings.shutil.disk_usage", lambda path: type("Usage", (), {"free": 10})())
+    with pytest.raises(UserError, match="GiB"):
+        run(tmp_path / "val", Images(9))
+
+
+def test_mirrored_images_have_a_place_of_their_own(tmp_path):
+    assert embeddings_path(tmp_path, "val") != embeddings_path(tmp_path, "val", flip=True)

@@ -1,0 +1,137 @@
+import numpy as np
+import pytest
+import torch
+
+from mrl.errors import UserError
+from mrl.retrieval.search import exact_search
+
+
+def cosines(queries, database, dim):
+    queries, database = (np.asarray(vectors, dtype=np.float64)[:, :dim] for vectors in (queries, database))
+    queries = queries / np.linalg.norm(queries, axis=1, keepdims=True)
+    database = database / np.linalg.norm(database, axis=1, keepdims=True)
+    return queries @ database.T
+
+
+def brute_force(queries, database, k, dim):
+    """Cosine of every pair in float64, then a stable sort: slow and obvious."""
+    scores = cosines(queries, database, dim)
+    indices = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    return indices, np.take_along_axis(scores, indices, axis=1)
+
+
+@pytest.fixture
+def vectors():
+    rng = np.random.default_rng(0)
+    database = rng.standard_normal((1003, 48)) * rng.uniform(0.1, 10, (1003, 1))
+    return rng.standard_normal((37, 48)).astype(np.float32), database.astype(np.float32)
+
+
+@pytest.mark.parametrize("k", [1, 10, 200, 1003])
+@pytest.mark.parametrize(("database_rows", "query_rows"), [(8192, 1024), (200, 10), (64, 1), (65, 36)])
+def test_equals_brute_force_at_block_sizes_that_do_not_divide(vectors, k, database_rows, query_rows):
+    found = exact_search(*vectors, k, [3, 8, 48], database_rows=database_rows, query_rows=query_rows)
+    assert list(found) == [3, 8, 48]
+    for dim, (indices, scores) in found.items():
+        expected_indices, expected_scores = brute_force(*vectors, k, dim)
+        assert (indices.dtype, scores.dtype) == (np.int64, np.float32)
+        np.testing.assert_allclose(scores, expected_scores, atol=1e-6)
+        # Where float64 sees a difference below the resolution of float32, two neighbours may change places.
+        np.testing.assert_allclose(
+            np.take_along_axis(cosines(*vectors, dim), indices, axis=1), expected_scores, atol=1e-6
+        )
+        assert (indices == expected_indices).mean() > 0.999
+        assert all(len(set(row)) == k for row in indices.tolist())
+
+
+def test_equals_faiss(vectors):
+    faiss = pytest.importorskip("faiss")
+    queries, database = (np.ascontiguousarray(each[:, :16]) for each in vectors)
+    faiss.normalize_L2(queries)
+    faiss.normalize_L2(database)
+    index = faiss.IndexFlatIP(16)
+    index.add(database)
+    np.testing.assert_array_equal(exact_search(*vectors, 10, [16])[16][0], index.search(queries, 10)[1])
+
+
+@pytest.mark.parametrize("database_rows", [64, 100, 777, 8192])
+@pytest.mark.parametrize("k", [1, 7, 250])
+def test_fault_25_equal_scores_come_by_lower_index(k, database_rows):
+    rng = np.random.default_rng(1)
+    originals = rng.standard_normal((7, 100)).astype(np.float32)
+    which = rng.integers(7, size=2001)
+    queries = rng.standard_normal((13, 100)).astype(np.float32)
+    found = exact_search(queries, originals[which], k, [8, 100], database_rows=database_rows, query_rows=5)
+    for dim, (indices, scores) in found.items():
+        order, of_originals = brute_force(queries, originals, 7, dim)
+        for query in range(len(queries)):
+            expected = np.concatenate([np.flatnonzero(which == original) for original in order[query]])[:k]
+            np.testing.assert_array_equal(indices[query], expected)
+            np.testing.assert_allclose(
+                scores[query], of_originals[query][np.argsort(order[query])][which[expected]], atol=1e-6
+            )
+            assert len(np.unique(scores[query])) == len(np.unique(which[expected])), "twins score exactly the same"
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_a_database_of_equals_answers_in_order_also_where_all_are_zero(value):
+    indices, scores = exact_search(np.ones((3, 4)), np.full((300, 4), value), 5, [4], database_rows=64)[4]
+    np.testing.assert_array_equal(indices, np.tile(np.arange(5), (3, 1)))
+    np.testing.assert_allclose(scores, value, atol=1e-6)
+
+
+def test_fault_19_the_prefix_is_taken_first_and_normalised_after(vectors):
+    queries, database = vectors
+    noise = np.random.default_rng(2).standard_normal
+    changed = [each.copy() for each in vectors]
+    for each in changed:
+        each[:, 8:] = 100 * noise(each[:, 8:].shape)
+        each *= 3
+    indices, scores = exact_search(queries, database, 10, [8])[8]
+    other_indices, other_scores = exact_search(*changed, 10, [8])[8]
+    np.testing.assert_array_equal(indices, other_indices)
+    np.testing.assert_allclose(scores, other_scores, atol=1e-6)
+    # The fault gives other neighbours on these vectors, so this test can fail.
+    unit = [each / np.linalg.norm(each, axis=1, keepdims=True) for each in vectors]
+    faulty = np.argsort(-(unit[0][:, :8] @ unit[1][:, :8].T), axis=1, kind="stable")[:, :10]
+    assert not np.array_equal(faulty, indices)
+
+
+def test_arrays_tensors_and_mapped_files_give_the_same_and_stay_as_they_were(vectors, tmp_path):
+    queries, database = vectors
+    np.save(tmp_path / "database.npy", database)
+    mapped = np.load(tmp_path / "database.npy", mmap_mode="r")
+    before = database.copy()
+    expected = exact_search(queries, database, 5, [8])[8]
+    for given in ((torch.from_numpy(queries), torch.from_numpy(database)), (queries, mapped), (queries, database[:])):
+        found = exact_search(*given, 5, [8], database_rows=128)[8]
+        np.testing.assert_array_equal(found[0], expected[0])
+    np.testing.assert_array_equal(database, before)
+    half = exact_search(queries.astype(np.float16), torch.from_numpy(database).half(), 5, [8])[8]
+    rounded = brute_force(queries.astype(np.float16), database.astype(np.float16), 5, 8)
+    np.testing.assert_array_equal(half[0], rounded[0])
+
+
+def test_no_queries_find_nothing(vectors):
+    indices, scores = exact_search(vectors[0][:0], vectors[1], 5, [8])[8]
+    assert indices.shape == scores.shape == (0, 5)
+
+
+@pytest.mark.parametrize(
+    ("k", "dims", "named"), [(1004, [8], "1004.*1003"), (0, [8], "k = 0"), (1, [8, 49], "49"), (1, [], "sizes")]
+)
+def test_refuses_what_does_not_fit_the_database(vectors, k, dims, named):
+    with pytest.raises(UserError, match=named):
+        exact_search(*vectors, k, dims)
+
+
+def test_refuses_other_widths_and_vectors_that_are_not_finite(vectors):
+    queries, database = vectors
+    with pytest.raises(UserError, match=r"\(37, 40\).*\(1003, 48\)"):
+        exact_search(queries[:, :40], database, 1, [8])
+    database[700, 40] = np.nan
+    with pytest.raises(UserError, match="row 700 of the database"):
+        exact_search(queries, database, 1, [8], database_rows=64)
+    queries[20, 0] = np.inf
+    with pytest.raises(UserError, match="row 20 of the queries"):
+        exact_search(queries, database[:700], 1, [8], query_rows=8)

@@ -1,0 +1,252 @@
+"""eval.py end to end: handwritten digits, models that were never trained."""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import eval as script  # not `eval`, which is Python's own
+from mrl.backbones import build_backbone
+from mrl.config import Config, DataConfig, HeadConfig, RunConfig
+from mrl.data import build_data
+from mrl.models import MatryoshkaClassifier, ModelInfo, build_model, load, save_model
+from mrl.recipes import to_yaml
+from mrl.results import read_rows, write_rows
+
+REPOSITORY = Path(script.__file__).parent
+CPU = torch.device("cpu")
+# A ViT of one block, 32 wide.
+VIT = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
+DATA = DataConfig(name="digits", batch_size=64, train_px=16, eval_resize_px=16, eval_px=16)
+
+
+def make_run(directory, nesting_list, tied=False, seed=0, data=DATA):
+    torch.manual_seed(seed)
+    backbone = build_backbone("vit_tiny_patch16_224", "scratch", 4, False, VIT)
+    model = build_model(backbone, 10, nesting_list, tied)
+    classes = tuple(str(digit) for digit in range(10))
+    info = ModelInfo("vit_tiny_patch16_224", VIT, 4, False, nesting_list, tied, classes, 16, 16, data.mean, data.std)
+    directory.mkdir(parents=True)
+    save_model(model, info, directory)
+    run = RunConfig(name=directory.name, dir=str(directory.parent), seed=seed)
+    config = Config(run=run, data=data, head=HeadConfig(nesting_list=list(nesting_list), tied=tied))
+    (directory / "config.yaml").write_text(to_yaml(config))
+    return str(directory)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Runs MRL and FF, evaluated."""
+    folder = tmp_path_factory.mktemp("runs")
+    runs = [make_run(folder / "mrl", (8, 16, 32)), make_run(folder / "ff", (32,), seed=1)]
+    assert script.main(["--runs", *runs]) == 0
+    return folder
+
+
+@pytest.fixture
+def runs(finished, tmp_path):
+    """A copy to change."""
+    shutil.copytree(finished, tmp_path / "runs")
+    return tmp_path / "runs"
+
+
+@pytest.fixture
+def no_images(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("images were read again")
+
+    monkeypatch.setattr(script, "build_data", refuse)
+
+
+def test_accuracies_are_those_of_the_models_themselves(finished):
+    rows = read_rows(finished / "eval" / "results.jsonl")
+    images = build_data(DATA, 0, CPU, splits=("val",))["val"]
+    [(batch, labels)] = images.eval_batches([np.arange(len(images))])
+    for name in ("mrl", "ff"):
+        model = load(finished / name)
+        with torch.no_grad():
+            logits = model(batch)
+        for dim, of_dim in zip(model.head.nesting_list, logits, strict=True):
+            best = of_dim.topk(5).indices == labels[:, None]
+            expected = {"top_1": best[:, 0].sum().item(), "top_5": best.any(1).sum().item()}
+            for metric, count in expected.items():
+                [row] = [
+                    row
+                    for row in rows
+                    if (row.study, row.run, row.dim, row.metric) == ("classification", name, dim, metric)
+                    and row.method != "FF truncated"
+                ]
+                assert row.value == count / len(images)
+                assert row.n == len(images)
+
+
+def test_rows_hold_every_study_and_the_fixed_feature_model_also_truncated(finished):
+    rows = read_rows(finished / "eval" / "results.jsonl")
+    found = {(row.study, row.metric, row.method): [] for row in rows}
+    for row in rows:
+        found[row.study, row.metric, row.method].append(row.dim)
+    dims = {"MRL": [8, 16, 32], "FF": [32], "FF truncated": [8, 16, 32]}
+    kinds = (("classification", "top_1"), ("classification", "top_5"), ("nearest_neighbour", "top_1"))
+    assert found == {(*kind, method): of_method for kind in kinds for method, of_method in dims.items()}
+    assert {(row.dataset, row.resize_px, row.crop_px, row.flip) for row in rows} == {("digits", 16, 16, False)}
+    assert {(row.run, row.seed) for row in rows} == {("mrl", 0), ("ff", 1)}
+    at_full_width = [row.value for row in rows if row.run == "ff" and row.dim == 32 and row.metric == "top_1"]
+    assert len(set(at_full_width[:2])) == 1, "truncated to its full width it is itself"
+
+
+def test_a_second_evaluation_reads_no_image_and_gives_the_same(runs, no_images, capsys):
+    before = (runs / "eval" / "results.jsonl").read_text()
+    # The results' own folder, as a shell's runs/* brings it, is not taken for a run.
+    assert script.main(["--runs", *(str(runs / name) for name in ("mrl", "ff", "eval"))]) == 0
+    assert (runs / "eval" / "results.jsonl").read_text() == before
+    output = capsys.readouterr().out
+    for name in ("accuracy_by_dim_digits.png", "accuracy_by_dim_digits.pdf"):
+        assert f"figure: {runs / 'eval' / name}" in output
+        assert (runs / "eval" / name).stat().st_size > 1000
+    assert "FF truncated" in output
+    record = json.loads((runs / "eval" / "provenance.json").read_text())
+    assert record["runs"] == {"mrl": str(runs / "mrl"), "ff": str(runs / "ff")}
+    assert record["world_size"] == 1
+
+
+def test_redraw_needs_the_rows_alone(runs, tmp_path, no_images, capsys):
+    alone = tmp_path / "alone" / "results.jsonl"
+    alone.parent.mkdir()
+    shutil.move(runs / "eval" / "results.jsonl", alone)
+    assert script.main(["--redraw", str(alone)]) == 0
+    assert f"figure: {alone.parent / 'accuracy_by_dim_digits.png'}" in capsys.readouterr().out
+    assert script.main(["--redraw", str(alone), "--out", str(tmp_path / "there")]) == 0
+    assert (tmp_path / "there" / "accuracy_by_dim_digits.pdf").exists()
+
+
+def test_a_changed_model_is_embedded_anew_and_force_does_so_for_an_unchanged_one(runs, monkeypatch):
+    splits_read = []
+    monkeypatch.setattr(
+        script, "build_data", lambda *args, splits: splits_read.append(splits) or build_data(*args, splits=splits)
+    )
+    shutil.copy(runs / "ff" / "embeddings" / "val" / "vectors.npy", runs / "old.npy")
+    other = make_run(runs / "other", (32,), seed=2)
+    shutil.copy(Path(other) / "model.safetensors", runs / "ff" / "model.safetensors")
+    assert script.main(["--runs", str(runs / "ff")]) == 0
+    assert splits_read == [("train", "val")]
+    assert not np.array_equal(np.load(runs / "old.npy"), np.load(runs / "ff" / "embeddings" / "val" / "vectors.npy"))
+    assert script.main(["--runs", str(runs / "ff"), "--force"]) == 0
+    shutil.rmtree(runs / "ff" / "embeddings" / "val")
+    assert script.main(["--runs", str(runs / "ff")]) == 0
+    assert splits_read[1:] == [("train", "val"), ("val",)]
+
+
+def test_runs_with_the_same_data_read_the_images_once(runs, monkeypatch):
+    reads = []
+    monkeypatch.setattr(script, "build_data", lambda *args, **kwargs: reads.append(1) or build_data(*args, **kwargs))
+    assert script.main(["--runs", str(runs / "mrl"), str(runs / "ff"), "--force"]) == 0
+    assert len(reads) == 1
+
+
+def test_ctrl_c_says_one_line_and_the_same_command_goes_on(tmp_path, monkeypatch, capsys):
+    run = make_run(tmp_path / "mrl", (8, 16, 32))
+    whole = MatryoshkaClassifier.embed
+    calls = iter(range(3))
+
+    def interrupted(self, images):
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+        return whole(self, images)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MatryoshkaClassifier, "embed", interrupted)
+        assert script.main(["--runs", run]) == 130
+    assert capsys.readouterr().err.splitlines()[-1].startswith("stopped;")
+    filled = np.load(Path(run) / "embeddings" / "train" / "filled.npy")
+    assert filled.sum() == 2 * 256
+    embedded = []
+
+    def counted(self, images):
+        embedded.append(len(images))
+        return whole(self, images)
+
+    monkeypatch.setattr(MatryoshkaClassifier, "embed", counted)
+    assert script.main(["--runs", run]) == 0
+    assert sum(embedded) == len(filled) - 2 * 256 + len(np.load(Path(run) / "embeddings" / "val" / "labels.npy"))
+
+
+def test_two_processes_give_the_same_rows_as_one(runs):
+    before = read_rows(runs / "eval" / "results.jsonl")
+    shutil.rmtree(runs / "mrl" / "embeddings")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "eval.py", "--batch_size", "100"]
+    done = subprocess.run(
+        [*command, "--runs", str(runs / "mrl"), str(runs / "ff")],
+        cwd=REPOSITORY,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert read_rows(runs / "eval" / "results.jsonl") == before
+    assert done.stdout.count("figure: ") == 2, "only one process prints"
+    assert json.loads((runs / "eval" / "provenance.json").read_text())["world_size"] == 2
+
+
+def refused(capsys, *words):
+    assert script.main(list(words)) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "model.json", "config.yaml"])
+def test_a_run_that_lacks_a_file_is_named_before_anything_is_computed(runs, capsys, no_images, file):
+    (runs / "ff" / file).unlink()
+    line = refused(capsys, "--runs", str(runs / "mrl"), str(runs / "ff"), "--force")
+    assert str(runs / "ff") in line and file in line
+    assert (runs / "mrl" / "embeddings" / "val" / "vectors.npy").exists()
+
+
+def test_runs_of_one_name_are_told_apart_by_their_folder_or_refused(runs, tmp_path, capsys):
+    for folder in ("a", "b", "deep/a"):
+        shutil.copytree(runs / "mrl", tmp_path / folder / "mrl")
+    out = str(tmp_path / "out")
+    assert script.main(["--runs", str(tmp_path / "a" / "mrl"), str(tmp_path / "b" / "mrl"), "--out", out]) == 0
+    assert {row.run for row in read_rows(tmp_path / "out" / "results.jsonl")} == {"a/mrl", "b/mrl"}
+    capsys.readouterr()
+    assert "share a name" in refused(capsys, "--runs", str(tmp_path / "a" / "mrl"), str(tmp_path / "deep/a" / "mrl"))
+    assert "each once" in refused(capsys, "--runs", str(runs / "mrl"), f"{runs}/../runs/mrl")
+
+
+def test_other_mistakes_are_one_sentence(runs, tmp_path, capsys):
+    assert "none has no config.yaml" in refused(capsys, "--runs", str(tmp_path / "none"))
+    assert "--batch_size is 0" in refused(capsys, "--runs", str(runs / "mrl"), "--batch_size", "0")
+    assert "does not exist" in refused(capsys, "--redraw", str(tmp_path / "none.jsonl"))
+    (tmp_path / "empty.jsonl").write_text("")
+    assert "holds no rows" in refused(capsys, "--redraw", str(tmp_path / "empty.jsonl"))
+
+
+def test_data_whose_classes_are_not_the_trained_ones_are_refused(runs, capsys):
+    info = json.loads((runs / "ff" / "model.json").read_text())
+    info["classes"] = [*info["classes"][:-1], "ten"]
+    (runs / "ff" / "model.json").write_text(json.dumps(info))
+    line = refused(capsys, "--runs", str(runs / "ff"))
+    assert "ff was trained on 10 classes" in line
+    assert "classes differ" in refused(capsys, "--runs", str(runs / "mrl"), str(runs / "ff"))
+
+
+def test_runs_on_different_data_get_a_figure_each(finished, tmp_path, capsys):
+    rows = read_rows(finished / "eval" / "results.jsonl")
+    both = [*rows, *(dataclasses.replace(row, dataset="tiny_imagenet") for row in rows)]
+    write_rows(both, tmp_path / "results.jsonl")
+    assert script.main(["--redraw", str(tmp_path / "results.jsonl")]) == 0
+    assert capsys.readouterr().out.count(".png") == 2
+
+
+def test_a_folder_of_images_is_called_by_its_own_name():
+    data = dataclasses.replace(DATA, name="folder", root="/somewhere/flowers")
+    assert script.dataset_name(Config(data=data)) == "flowers"
+    assert script.dataset_name(Config(data=DATA)) == "digits"

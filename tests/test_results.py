@@ -1,0 +1,134 @@
+import dataclasses
+import json
+import subprocess
+
+import numpy as np
+import pytest
+
+from mrl import results
+from mrl.errors import UserError
+from mrl.results import Source, method_name, provenance, read_rows, text_table, write_rows
+
+SOURCE = Source("digits", "run_a", 3, 32, 28, False)
+ROWS = [
+    SOURCE.row("classification", "MRL", "top_1", 1 / 3, 360, dim=8),
+    SOURCE.row("adaptive_retrieval", "MRL", "map@10", 1.0, 360, shortlist_dim=8, shortlist_size=200, cost=10.24),
+    dataclasses.replace(SOURCE, run="läufe/b", flip=True).row("classification", "FF", "top_1", 0.0, 1, dim=2048),
+]
+
+
+@pytest.mark.parametrize(
+    ("nesting_list", "tied", "name"),
+    [([8, 16], False, "MRL"), ([8, 16], True, "MRL-E"), ([16], False, "FF"), ([16], True, "FF")],
+)
+def test_the_method_follows_from_the_sizes_and_the_tie(nesting_list, tied, name):
+    assert method_name(nesting_list, tied) == name
+
+
+def test_rows_come_back_as_they_were_written(tmp_path):
+    path = tmp_path / "results.jsonl"
+    write_rows(ROWS, path)
+    assert read_rows(path) == ROWS
+    assert len(path.read_text().splitlines()) == 3
+    assert [file.name for file in tmp_path.iterdir()] == ["results.jsonl"], "no temporary file stays"
+
+
+def test_a_source_gives_its_fields_to_every_row_and_nothing_else():
+    row = ROWS[1]
+    assert {field: getattr(row, field) for field in dataclasses.asdict(SOURCE)} == dataclasses.asdict(SOURCE)
+    assert (row.dim, row.shortlist_dim, row.shortlist_size, row.rerank_dim, row.cost) == (None, 8, 200, None, 10.24)
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.1, 66.63, float("nan")])
+def test_a_value_that_is_not_a_share_is_refused(value):
+    with pytest.raises(UserError, match="between 0 and 1"):
+        SOURCE.row("classification", "MRL", "top_1", value, 360, dim=8)
+
+
+def changed(**changes):
+    row = dataclasses.asdict(ROWS[0]) | changes
+    return json.dumps({key: value for key, value in row.items() if value != "gone"})
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (changed(accuracy=0.5, zest=1), r"unknown keys \['accuracy', 'zest'\]"),
+        (changed(dim="gone", seed="gone"), r"missing keys \['dim', 'seed'\]"),
+        (changed(value="0.5"), "value is '0.5'"),
+        (changed(value=50.0), "between 0 and 1"),
+        (changed()[:40], "not JSON"),
+        ("[1, 2]", "list"),
+    ],
+)
+def test_a_line_that_is_not_a_row_is_refused_with_its_number(tmp_path, line, said):
+    path = tmp_path / "results.jsonl"
+    write_rows(ROWS[:1], path)
+    path.write_text(path.read_text() + line + "\n")
+    with pytest.raises(UserError, match=said) as error:
+        read_rows(path)
+    assert "between" in said or "line 2" in str(error.value)
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"none\.jsonl does not exist"):
+        read_rows(tmp_path / "none.jsonl")
+
+
+def test_the_table_has_a_line_per_run_and_a_column_per_size():
+    def rows(method, run, of_dims):
+        source = dataclasses.replace(SOURCE, run=run)
+        return [source.row("classification", method, "top_1", value, 360, dim=dim) for dim, value in of_dims.items()]
+
+    table = text_table([*rows("FF", "ff8", {8: 0.5}), *rows("MRL", "mrl", {16: 1.0, 8: 0.98765, 2048: 0})])
+    assert table.splitlines() == [
+        "digits: classification, top_1 (%), n = 360",
+        "method  run      8      16  2048",
+        "MRL     mrl  98.77  100.00  0.00",
+        "FF      ff8  50.00       -     -",
+    ]
+
+
+def test_studies_metrics_and_datasets_get_a_table_each():
+    other = dataclasses.replace(SOURCE, dataset="tiny_imagenet")
+    rows = [
+        source.row(study, "MRL", metric, 0.5, 9, dim=8)
+        for source in (SOURCE, other)
+        for study, metric in (("classification", "top_1"), ("classification", "top_5"), ("nearest_neighbour", "top_1"))
+    ]
+    assert text_table(rows).count("n = 9") == 6
+
+
+def git(directory, *words):
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run(["git", "-C", str(directory), *identity, *words], check=True, capture_output=True)
+
+
+def test_provenance_names_the_commit_and_whether_files_differ_from_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "__file__", str(tmp_path / "mrl" / "results.py"))
+    assert (provenance()["git_commit"], provenance()["git_dirty"]) == (None, None)
+    git(tmp_path, "init")
+    assert provenance()["git_commit"] is None, "no commit yet"
+    git(tmp_path, "commit", "--allow-empty", "-m", "first")
+    found = provenance()
+    assert len(found["git_commit"]) == 40
+    assert found["git_dirty"] is False
+    (tmp_path / "new.py").write_text("")
+    assert provenance()["git_dirty"] is True
+
+
+def test_a_copy_installed_below_a_checkout_does_not_claim_its_commit(tmp_path, monkeypatch):
+    git(tmp_path, "init")
+    git(tmp_path, "commit", "--allow-empty", "-m", "first")
+    monkeypatch.setattr(results, "__file__", str(tmp_path / ".venv" / "mrl" / "results.py"))
+    (tmp_path / ".venv" / "mrl").mkdir(parents=True)
+    assert provenance()["git_commit"] is None
+
+
+def test_provenance_is_json_and_names_what_computed():
+    found = json.loads(json.dumps(provenance(world_size=2)))
+    assert found["numpy"] == np.__version__
+    assert found["world_size"] == 2
+    assert found["time_utc"].endswith("+00:00")
+    assert all(found[key] for key in ("python", "torch", "timm", "platform", "cpu"))
+    assert isinstance(found["gpus"], list)
