@@ -1,0 +1,66 @@
+"""The map of the code, held by its imports."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+SOURCES = [REPOSITORY / "train.py", REPOSITORY / "eval.py", *sorted((REPOSITORY / "mrl").rglob("*.py"))]
+# Imports point from a higher floor to a lower one, or stay on their own.
+FLOORS = [
+    ("errors", "files", "nesting"),
+    ("heads", "losses"),
+    ("config", "backbones", "models"),
+    ("data", "training", "retrieval", "results", "recipes"),
+    ("studies", "figures", "interop"),
+    ("train", "eval"),
+]
+FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names}
+AT_USE_ONLY = {"ffcv", "faiss", "wandb", "onnx", "sentence_transformers", "sklearn"}
+
+
+def imports(path: Path, top_level_only: bool = False) -> set[str]:
+    tree = ast.parse(path.read_text())
+    nodes = tree.body if top_level_only else list(ast.walk(tree))
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def room(module: str) -> str:
+    parts = module.split(".")
+    return parts[1] if parts[0] == "mrl" and len(parts) > 1 else parts[0]
+
+
+def room_of(path: Path) -> str:
+    return room(".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__"))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_imports_point_one_way(path):
+    here = room_of(path)
+    if here == "mrl":
+        return  # the package's front door names what it offers
+    for module in imports(path):
+        if module.startswith("mrl.") and room(module) in FLOOR:
+            assert FLOOR[room(module)] <= FLOOR[here], f"{here} must not import {module}"
+        assert module.split(".")[0] not in {"train", "eval"}, f"{path} imports a script"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_heavy_extras_are_imported_where_used_and_distributed_in_one_file(path):
+    assert not {module.split(".")[0] for module in imports(path, top_level_only=True)} & AT_USE_ONLY
+    if path.name != "distributed.py":
+        assert not any(module.startswith("torch.distributed") for module in imports(path))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_files_stay_short_and_are_named_for_what_they_hold(path):
+    limit = 310 if path.name == "train.py" else 250
+    assert len(path.read_text().splitlines()) <= limit
+    assert path.stem not in {"utils", "util", "misc", "common", "helpers"}

@@ -1,0 +1,250 @@
+"""The loop end to end, on handwritten digits and models small enough to train in seconds."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import mrl
+import train
+from mrl.training.tracking import Tracker
+
+REPOSITORY = Path(train.__file__).parent
+TIMES = {"images_per_second", "data_wait"}
+# A ViT of one block, 32 wide: no BatchNorm, so that any number of processes computes the same.
+VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
+TINY = [
+    *("--config", "digits_mrl.yaml", "--train.precision", "fp32", "--train.epochs", "2", "--data.batch_size", "256"),
+    *("--train.log_every_steps", "2", "--optim.name", "adamw", "--optim.lr", "0.01", "--model.stem_stride", "4"),
+    *("--model.backbone", "vit_tiny_patch16_224", "--model.kwargs", json.dumps(VIT)),
+]
+# BatchNorm, EMA, mixup, accumulation, clipping and drop path: all that a resumed run could forget.
+# (32 px or more: below, torch 2.14 computes garbage gradients for bf16 convolutions of stride 2 on 1x1 inputs.)
+EVERYTHING = [
+    *("--config", "digits_mrl_e.yaml", "--train.precision", "bf16", "--train.epochs", "2", "--data.batch_size", "256"),
+    *("--train.log_every_steps", "3", "--train.ema_decay", "0.8", "--train.accumulation_steps", "2"),
+    *("--data.mixup", "0.4", "--data.cutmix", "1.0", "--optim.clip_norm", "1.0", "--data.train_px", "[[0,32],[1,40]]"),
+    *("--model.kwargs", '{"drop_path_rate": 0.2}'),
+]
+STEPS = 10  # 2 epochs of 5 steps
+
+
+def run(directory, *words, name="a"):
+    return train.main([*words, "--run.dir", str(directory), "--run.name", name])
+
+
+def rows(directory, name="a"):
+    return [json.loads(line) for line in (directory / name / "metrics.jsonl").read_text().splitlines()]
+
+
+def untimed(directory, name="a"):
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows(directory, name)]
+
+
+def weights(directory, name="a"):
+    return load_file(directory / name / "model.safetensors")
+
+
+def assert_same(left, right):
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[key], right[key]) for key in left)
+
+
+@pytest.fixture
+def stop_after(monkeypatch):
+    """Send this process a signal when a given step is done."""
+
+    def arrange(step, number=signal.SIGTERM):
+        advance, done = Tracker.advance, []
+
+        def advance_and_stop(self):
+            advance(self)
+            done.append(1)
+            if len(done) == step:
+                os.kill(os.getpid(), number)
+
+        monkeypatch.setattr(Tracker, "advance", advance_and_stop)
+
+    return arrange
+
+
+def test_a_run_fills_its_directory_and_the_model_loads(tmp_path, capsys):
+    assert run(tmp_path, *TINY) == 0
+    found = sorted(str(path.relative_to(tmp_path / "a")) for path in (tmp_path / "a").rglob("*") if path.is_file())
+    assert found == [
+        "checkpoints/last.pt",
+        "config.yaml",
+        "metrics.jsonl",
+        "model.json",
+        "model.safetensors",
+        "provenance.json",
+    ]
+    model = mrl.load(tmp_path / "a")
+    dims = [8, 16, 32]
+    assert list(model.head.nesting_list) == dims
+    assert model.encode(torch.zeros(2, 3, 32, 32), dim=16).shape == (2, 16)
+
+    training = [row for row in rows(tmp_path) if "lr" in row]
+    validation = [row for row in rows(tmp_path) if "top_1/8" in row]
+    assert [row["step"] for row in training] == [2, 4, 5, 6, 8, 10]
+    assert [row["step"] for row in validation] == [5, 10]
+    keys = {"step", "epoch", "lr"} | TIMES | {f"{k}/{d}" for k in ("loss", "train_top_1") for d in dims}
+    assert set(training[0]) == keys
+    assert set(validation[0]) == {"step", "epoch"} | {f"{k}/{d}" for k in ("top_1", "val_loss") for d in dims}
+    assert training[-1]["loss/32"] < training[0]["loss/32"]
+    (start,) = json.loads((tmp_path / "a" / "provenance.json").read_text())
+    assert (start["start_step"], start["world_size"], start["micro_batch_size"]) == (0, 1, 256)
+    assert "top-1" in capsys.readouterr().out
+
+
+def test_the_logged_validation_is_what_the_saved_model_scores(tmp_path):
+    assert run(tmp_path, *TINY) == 0
+    model = mrl.load(tmp_path / "a")
+    config = train.parse_command_line([*TINY], "")
+    images = train.build_data(config.data, 0, torch.device("cpu"), False)["val"]
+    correct, seen = 0, 0
+    with torch.no_grad():
+        for batch, labels in images.eval_batches([[row] for row in range(len(images))]):
+            correct += int((model(batch)[-1].argmax(-1) == labels).sum())
+            seen += len(labels)
+    assert seen == len(images)
+    assert rows(tmp_path)[-1]["top_1/32"] == pytest.approx(correct / seen, abs=1e-9)
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(tmp_path):
+    for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
+        assert run(tmp_path, *TINY, "--run.seed", seed, "--train.epochs", "1", name=name) == 0
+    assert_same(weights(tmp_path, "a"), weights(tmp_path, "b"))
+    assert untimed(tmp_path, "a") == untimed(tmp_path, "b")
+    assert untimed(tmp_path, "a") != untimed(tmp_path, "c")
+
+
+def test_fault_23_a_stopped_and_resumed_run_equals_the_straight_one_bitwise(tmp_path, stop_after, monkeypatch, capsys):
+    """Stopped in mid-epoch, at an epoch's end, and again in mid-epoch."""
+    assert run(tmp_path, *EVERYTHING) == 0
+    words = [*EVERYTHING, "--run.resume", "auto"]
+    for steps, step, number in ((2, 2, signal.SIGTERM), (3, 5, signal.SIGINT), (2, 7, signal.SIGTERM)):
+        stop_after(steps, number)
+        assert run(tmp_path, *words, name="b") == 128 + number
+        assert f"saved after step {step}" in capsys.readouterr().out
+        monkeypatch.undo()
+        torch.manual_seed(12345)  # the state of the generators must not matter
+    assert run(tmp_path, *words, name="b") == 0
+    assert_same(weights(tmp_path, "a"), weights(tmp_path, "b"))
+    assert untimed(tmp_path, "a") == untimed(tmp_path, "b")
+    starts = json.loads((tmp_path / "b" / "provenance.json").read_text())
+    assert [start["start_step"] for start in starts] == [0, 2, 5, 7]
+
+
+def test_kill_9_at_any_moment_then_resume_equals_the_straight_run(tmp_path):
+    assert run(tmp_path, *TINY) == 0
+    words = [*TINY, "--train.checkpoint_minutes", "0", "--run.resume", "auto"]
+    command = [sys.executable, "train.py", *words, "--run.dir", str(tmp_path), "--run.name", "b"]
+    child = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 90
+    while not (tmp_path / "b" / "checkpoints" / "last.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    child.kill()
+    assert child.wait() == -signal.SIGKILL
+    assert run(tmp_path, *words, name="b") == 0
+    assert_same(weights(tmp_path, "a"), weights(tmp_path, "b"))
+    assert untimed(tmp_path, "a") == untimed(tmp_path, "b")
+
+
+def test_two_processes_equal_one_also_when_they_take_over_in_mid_epoch(tmp_path, stop_after, monkeypatch):
+    """Sample order and crops do not depend on the number of processes (BatchNorm-free model)."""
+    words = [*TINY, "--train.log_every_steps", "1"]
+    assert run(tmp_path, *words) == 0
+    stop_after(3)
+    assert run(tmp_path, *words, name="b") == 128 + signal.SIGTERM
+    monkeypatch.undo()
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone"]
+    command = [*torchrun, "train.py", *words, "--run.dir", str(tmp_path), "--run.name", "b", "--run.resume", "auto"]
+    result = subprocess.run(
+        command, cwd=REPOSITORY, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert result.returncode == 0, result.stderr
+    assert "resumed on 2 processes instead of 1" in result.stdout
+    one, two = untimed(tmp_path, "a"), untimed(tmp_path, "b")
+    assert len(one) == len(two) == STEPS + 2
+    for left, right in zip(one, two, strict=True):
+        assert left.keys() == right.keys()
+        for key in left:
+            # Every validation image is counted once on two processes too, so accuracies are equal as counts.
+            assert left[key] == pytest.approx(right[key], rel=2e-4 if "loss" in key else 1e-2), key
+
+
+def test_fault_09_a_non_finite_loss_stops_the_run_and_names_the_step_and_prefix(tmp_path, capsys):
+    assert run(tmp_path, *TINY, "--optim.lr", "1e30") == 2
+    error = capsys.readouterr().err
+    assert "the loss at step" in error and "not finite for prefix sizes [8" in error and "optim.lr" in error
+    assert not (tmp_path / "a" / "checkpoints" / "last.pt").exists()
+
+
+def test_an_existing_run_is_refused_and_a_finished_one_is_left_alone(tmp_path, capsys):
+    assert run(tmp_path, *TINY) == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "a").rglob("*.safetensors")}
+    assert run(tmp_path, *TINY) == 2
+    assert "already holds a run" in capsys.readouterr().err
+    assert run(tmp_path, *TINY, "--run.resume", "auto") == 0
+    assert {path: path.read_bytes() for path in (tmp_path / "a").rglob("*.safetensors")} == before
+    assert run(tmp_path, *TINY, "--run.resume", "auto", "--optim.lr", "0.5") == 2
+    assert "optim.lr was 0.01, now 0.5" in capsys.readouterr().err
+
+
+def test_a_batch_that_does_not_divide_is_refused(tmp_path, capsys):
+    assert run(tmp_path, *TINY, "--train.accumulation_steps", "3") == 2
+    error = capsys.readouterr().err
+    assert "data.batch_size" in error and "256" in error and "3" in error
+
+
+def test_accumulated_micro_batches_equal_one_batch(tmp_path):
+    assert run(tmp_path, *TINY, "--train.epochs", "1") == 0
+    assert run(tmp_path, *TINY, "--train.epochs", "1", "--train.accumulation_steps", "4", name="b") == 0
+    for left, right in zip(untimed(tmp_path, "a"), untimed(tmp_path, "b"), strict=True):
+        assert left == pytest.approx(right, rel=2e-3)
+
+
+def test_loss_weights_reach_the_loop(tmp_path):
+    """With all weight on the smallest prefix, the other classifiers stay where they began."""
+    words = ["--head.weights", "[1, 0, 0]", "--train.epochs", "1", "--optim.weight_decay", "0"]
+    assert run(tmp_path, *TINY, *words) == 0
+    config = train.parse_command_line([*TINY, *words], "")
+    torch.manual_seed(0)
+    begun = train.make_model(config, 10).state_dict()
+    trained = weights(tmp_path)
+    assert not torch.equal(begun["head.classifiers.0.weight"], trained["head.classifiers.0.weight"])
+    assert torch.equal(begun["head.classifiers.1.weight"], trained["head.classifiers.1.weight"])
+
+
+def test_fault_24_a_model_that_does_not_compile_trains_without(tmp_path, monkeypatch, capsys):
+    def fail(*args, **kwargs):
+        raise RuntimeError("no compiler here\nlong story")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: setattr(self, "_compiled_call_impl", fail))
+    assert run(tmp_path, *TINY, "--train.epochs", "1", "--train.compile", "true") == 0
+    assert "torch.compile failed, going on without it: RuntimeError: no compiler here\n" in capsys.readouterr().err
+
+
+def test_wandb_offline_keeps_one_run_across_a_restart(tmp_path, stop_after, monkeypatch):
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    words = [*TINY, "--wandb.mode", "offline", "--train.epochs", "1"]
+    stop_after(2)
+    assert run(tmp_path, *words) == 128 + signal.SIGTERM
+    monkeypatch.undo()
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    assert run(tmp_path, *words, "--run.resume", "auto") == 0
+    identity = (tmp_path / "a" / "wandb_id").read_text()
+    files = sorted((tmp_path / "a" / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert len(files) == 2
+    assert {path.name for path in files} == {f"run-{identity}.wandb"}
+    content = b"".join(path.read_bytes() for path in files)
+    for key in (b"top_1/8", b"top_1/32", b"loss/8", b"images_per_second", b"data_wait", b"lr"):
+        assert key in content, key

@@ -1,0 +1,293 @@
+"""Train a backbone with a nested head: MRL, MRL-E, a fixed-feature model or a plain classifier.
+
+    python train.py --config digits_mrl.yaml                                # a minute on a laptop, no download
+    python train.py --config resnet50_ff.yaml --data.root DIR --head.nesting_list '[64]' --run.name resnet50_ff64
+    torchrun --nproc_per_node=8 train.py --config resnet50_mrl.yaml --data.root DIR
+
+Fills the run directory <run.dir>/<run.name>. Stop it with Ctrl-C; go on with --run.resume auto.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from timm.data.mixup import Mixup
+from timm.utils import ModelEmaV3
+from torch import nn
+from tqdm import tqdm
+
+from mrl.backbones import build_backbone
+from mrl.config import Config
+from mrl.data import build_data
+from mrl.data.order import eval_rows, train_rows
+from mrl.errors import UserError
+from mrl.files import write_text
+from mrl.losses import check_weights, nested_cross_entropy
+from mrl.models import MatryoshkaClassifier, ModelInfo, build_model, freeze, save_model
+from mrl.recipes import parse_command_line, to_yaml
+from mrl.results import provenance
+from mrl.training import distributed
+from mrl.training.checkpoint import load_checkpoint, open_run, save_checkpoint
+from mrl.training.distributed import Process
+from mrl.training.optimizer import build_optimizer
+from mrl.training.schedules import lr_at, px_at
+from mrl.training.stopping import stop_signals
+from mrl.training.sums import FiniteCheck, PrefixSums
+from mrl.training.tracking import Tracker
+
+
+def train(config: Config, process: Process) -> int:
+    """Train as ``config`` says; returns the exit status, 128 + the signal's number if one stopped the run."""
+    # Set-up: run directory, data, model, optimizer.
+    optim, device, seed = config.optim, process.device, config.run.seed
+    directory = Path(config.run.dir) / config.run.name
+    if process.is_main:
+        open_run(directory, config.run.resume, to_yaml(config))
+    distributed.barrier()
+    resumed = load_checkpoint(directory)
+
+    images = build_data(config.data, seed, device, process.is_main)
+    num_images, classes = len(images["train"]), images["train"].classes
+    accumulation_steps, batch_size = config.train.accumulation_steps, config.data.batch_size
+    split = (process.rank, process.world_size, accumulation_steps)
+    micro_batch_size = len(train_rows(num_images, batch_size, seed, 0, *split)[0])
+    steps_per_epoch = num_images // batch_size
+    total_steps = config.train.epochs * steps_per_epoch
+
+    torch.manual_seed(seed)
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.benchmark = True
+    model = make_model(config, len(classes)).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    dims = model.head.nesting_list
+    ends = sorted({dims[0], dims[-1]})
+    weights = torch.tensor(check_weights(config.head.weights, dims), device=device)
+    optimizer = build_optimizer(model, optim.name, optim.lr, optim.momentum, optim.weight_decay)
+    dtype = torch.float16 if config.train.precision == "fp16" else torch.bfloat16
+    autocast = torch.autocast(device.type, dtype, enabled=config.train.precision != "fp32")
+    scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16")
+    ema = ModelEmaV3(model, config.train.ema_decay) if config.train.ema_decay > 0 else None
+    mixup = make_mixup(config, micro_batch_size, len(classes))
+
+    step, sums, finite = 0, PrefixSums(dims, device), FiniteCheck(dims, process)
+    if resumed is not None:
+        step = resumed["step"]
+        model.load_state_dict(resumed["model"])
+        optimizer.load_state_dict(resumed["optimizer"])
+        scaler.load_state_dict(resumed["scaler"])
+        if ema is not None:
+            ema.module.load_state_dict(resumed["ema"])
+        if process.is_main:  # it saved the sums of all processes
+            sums.values.copy_(resumed["sums"])
+    if config.train.compile:
+        compile_or_stay_eager(model, micro_batch_size, px_at(0, config.data.train_px), autocast, process)
+    parallel = distributed.data_parallel(model, process)
+
+    with Tracker(directory, process.is_main, step, total_steps, batch_size) as tracker, stop_signals() as stopped_by:
+        tracker.start_wandb(**dataclasses.asdict(config.wandb), name=config.run.name, config=dataclasses.asdict(config))
+        if process.is_main:
+            record_start(directory, process, micro_batch_size, step)
+        tracker.say(
+            f"{directory}: {config.model.backbone} on {device.type}, prefixes {list(dims)}{' tied' * model.head.tied}; "
+            f"steps {step} to {total_steps}, {steps_per_epoch} an epoch; {batch_size} images a step = "
+            f"{process.world_size} processes x {accumulation_steps} micro-batches x {micro_batch_size}"
+        )
+        saved_at = logged_at = time.monotonic()
+        logged_step, waited = step, 0.0
+
+        for epoch in range(step // steps_per_epoch, config.train.epochs):
+            rows = train_rows(num_images, batch_size, seed, epoch, *split, start_step=step - epoch * steps_per_epoch)
+            batches = images["train"].train_batches(rows, epoch, px_at(epoch, config.data.train_px))
+            model.train()
+            while step < (epoch + 1) * steps_per_epoch:
+                # One step: down the gradient of the weighted sum over prefixes (equation 1 of the paper).
+                seed_step(seed, step, process.rank)
+                lr = lr_at(step, total_steps, optim.warmup_epochs * steps_per_epoch, optim.lr, optim.schedule)
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                for micro_step in range(accumulation_steps):
+                    asked_at = time.monotonic()
+                    inputs, labels = next(batches)
+                    waited += time.monotonic() - asked_at
+                    inputs, targets = mixup(inputs, labels) if mixup else (inputs, labels)
+                    with distributed.shared_gradients(parallel, micro_step == accumulation_steps - 1):
+                        with autocast:
+                            logits = parallel(inputs)  # (G, B, C)
+                            losses = nested_cross_entropy(logits, targets, config.train.label_smoothing)  # (G,)
+                        scaler.scale((weights * losses).sum() / accumulation_steps).backward()
+                    sums.add(logits, labels, losses)
+                    finite.add(losses, step)
+                if optim.clip_norm > 0:
+                    scaler.unscale_(optimizer)
+                    nn.utils.clip_grad_norm_(model.parameters(), optim.clip_norm)
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad()
+                if ema is not None:
+                    ema.update(model)
+                step += 1
+                tracker.advance()
+
+                # Once in a while: log, validate, save, stop.
+                epoch_ends = step == (epoch + 1) * steps_per_epoch
+                if step % config.train.log_every_steps == 0 or epoch_ends:
+                    finite.refuse_non_finite()
+                    row = {"step": step, "epoch": step / steps_per_epoch, "lr": lr}
+                    row |= sums.means("loss", "train_top_1")
+                    seconds = time.monotonic() - logged_at
+                    row["images_per_second"] = (step - logged_step) * batch_size / seconds
+                    row["data_wait"] = waited / seconds
+                    shown = ", ".join(f"{row[f'loss/{d}']:.2f} {row[f'train_top_1/{d}']:.0%} @{d}" for d in ends)
+                    tracker.log(row, f"epoch {epoch + 1}/{config.train.epochs}, loss and top-1 {shown}")
+                    sums.values.zero_()
+                    logged_at, logged_step, waited = time.monotonic(), step, 0.0
+                if epoch_ends and ((epoch + 1) % config.train.eval_every_epochs == 0 or step == total_steps):
+                    final = model if ema is None else ema.module
+                    distributed.same_buffers(final)
+                    row = {"step": step, "epoch": epoch + 1} | validate(final, images["val"], config, process, autocast)
+                    tracker.log(row, None)
+                    tracker.say(f"epoch {epoch + 1}: top-1 " + ", ".join(f"{row[f'top_1/{d}']:.4f} @{d}" for d in dims))
+                    if process.is_main:
+                        save_model(final, describe(config, final, classes), directory)
+                    model.train()
+                    logged_at = time.monotonic()
+                save_due = time.monotonic() - saved_at > 60 * config.train.checkpoint_minutes
+                stop, save = distributed.any_process(bool(stopped_by), save_due and process.is_main)
+                if stop or save or epoch_ends:
+                    finite.refuse_non_finite()
+                    distributed.same_buffers(model)
+                    all_sums = distributed.sum_over_processes(sums.values)
+                    if process.is_main:
+                        parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "scaler": scaler}
+                        parts |= {} if ema is None else {"ema": ema.module}
+                        states = {name: part.state_dict() for name, part in parts.items()}
+                        save_checkpoint(directory, {"step": step, "sums": all_sums, **states})
+                    saved_at = time.monotonic()
+                if stop and step < total_steps:
+                    number = signal.Signals(stopped_by[0] if stopped_by else signal.SIGTERM)
+                    tracker.say(f"stopped by {number.name} and saved after step {step}; go on with --run.resume auto")
+                    distributed.barrier()  # whoever leaves first makes torchrun end the others
+                    return 128 + number
+        tracker.say(f"done: {directory}. Next: python eval.py --runs {directory}")
+    return 0
+
+
+def make_model(config: Config, num_classes: int) -> MatryoshkaClassifier:
+    """The untrained model, frozen as asked."""
+    wanted = config.model
+    backbone = build_backbone(wanted.backbone, wanted.init, wanted.stem_stride, wanted.blurpool, wanted.kwargs)
+    dims = None if config.head.nesting_list == "auto" else config.head.nesting_list
+    model = build_model(backbone, num_classes, dims, config.head.tied)
+    freeze(model, wanted.trainable)
+    return model
+
+
+def make_mixup(config: Config, micro_batch_size: int, num_classes: int) -> Mixup | None:
+    """timm's mixup and cutmix, or None when both are off; label smoothing stays in the loss."""
+    if config.data.mixup == config.data.cutmix == 0:
+        return None
+    if micro_batch_size % 2:
+        raise UserError(
+            f"data.mixup and data.cutmix pair images, but a micro-batch has {micro_batch_size}, an odd number"
+        )
+    return Mixup(config.data.mixup, config.data.cutmix, label_smoothing=0.0, num_classes=num_classes)
+
+
+def describe(config: Config, model: MatryoshkaClassifier, classes: list[str]) -> ModelInfo:
+    """What model.json has to say about ``model``."""
+    return ModelInfo(
+        backbone=config.model.backbone,
+        kwargs=config.model.kwargs,
+        stem_stride=config.model.stem_stride,
+        blurpool=config.model.blurpool,
+        nesting_list=model.head.nesting_list,
+        tied=model.head.tied,
+        classes=tuple(classes),
+        resize_px=config.data.eval_resize_px,
+        crop_px=config.data.eval_px,
+        mean=config.data.mean,
+        std=config.data.std,
+    )
+
+
+def record_start(directory: Path, process: Process, micro_batch_size: int, step: int) -> None:
+    """Add this start to provenance.json: a run that was resumed has several, perhaps on other machines."""
+    path = directory / "provenance.json"
+    starts = json.loads(path.read_text()) if step > 0 and path.exists() else []
+    world = {"world_size": process.world_size, "micro_batch_size": micro_batch_size}
+    starts.append({"start_step": step, "command": sys.argv, **world, **provenance()})
+    if len(starts) > 1 and starts[-2]["world_size"] != process.world_size:
+        print(
+            f"resumed on {process.world_size} processes instead of {starts[-2]['world_size']}: same batches and same "
+            f"learning rate, but BatchNorm now sees {micro_batch_size} images at a time"
+        )
+    write_text(path, json.dumps(starts, indent=2) + "\n")
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Make whatever is random in a step (mixup, dropout, drop path) a function of seed, step and rank.
+
+    So a resumed run has no generator state to restore.
+    """
+    number = int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0])
+    torch.manual_seed(number)
+    np.random.seed(number)  # noqa: NPY002 - timm's mixup draws from numpy's global generator
+
+
+def compile_or_stay_eager(
+    model: MatryoshkaClassifier, micro_batch_size: int, px: int, autocast: torch.autocast, process: Process
+) -> None:
+    """Compile ``model`` in place if one step of a compiled copy works."""
+    probe = copy.deepcopy(model)
+    probe.compile()
+    try:
+        with autocast:
+            logits = probe(torch.zeros(micro_batch_size, 3, px, px, device=process.device))
+        logits.sum().backward()
+    except Exception as error:
+        if process.is_main:
+            reason = str(error).strip().splitlines()[0]
+            print(f"torch.compile failed, going on without it: {type(error).__name__}: {reason}", file=sys.stderr)
+        return
+    model.compile()
+
+
+@torch.no_grad()
+def validate(
+    model: nn.Module, images: Any, config: Config, process: Process, autocast: torch.autocast
+) -> dict[str, float]:
+    """``{top_1/dim, val_loss/dim}`` over the validation images, each counted once at any number of processes."""
+    model.eval()
+    batch_size = -(-config.data.batch_size // process.world_size)
+    rows = eval_rows(len(images), batch_size, process.rank, process.world_size)
+    sums = PrefixSums(model.head.nesting_list, process.device)  # type: ignore[union-attr,arg-type]
+    batches = images.eval_batches(rows)
+    for inputs, labels in tqdm(batches, "validate", len(rows), leave=False, disable=not process.is_main, delay=3):
+        with autocast:
+            logits = model(inputs)
+        sums.add(logits, labels, nested_cross_entropy(logits.float(), labels))
+    return sums.means("val_loss", "top_1")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train from a command line; returns the exit status."""
+    try:
+        config = parse_command_line(argv, description=str(__doc__))
+        return train(config, distributed.start())
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        distributed.stop()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
