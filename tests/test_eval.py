@@ -27,16 +27,16 @@ VIT = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads"
 DATA = DataConfig(name="digits", batch_size=64, train_px=16, eval_resize_px=16, eval_px=16)
 
 
-def make_run(directory, nesting_list, tied=False, seed=0, data=DATA):
+def make_run(directory, nesting_list, seed=0):
     torch.manual_seed(seed)
     backbone = build_backbone("vit_tiny_patch16_224", "scratch", 4, False, VIT)
-    model = build_model(backbone, 10, nesting_list, tied)
+    model = build_model(backbone, 10, nesting_list)
     classes = tuple(str(digit) for digit in range(10))
-    info = ModelInfo("vit_tiny_patch16_224", VIT, 4, False, nesting_list, tied, classes, 16, 16, data.mean, data.std)
+    info = ModelInfo("vit_tiny_patch16_224", VIT, 4, False, nesting_list, False, classes, 16, 16, DATA.mean, DATA.std)
     directory.mkdir(parents=True)
     save_model(model, info, directory)
     run = RunConfig(name=directory.name, dir=str(directory.parent), seed=seed)
-    config = Config(run=run, data=data, head=HeadConfig(nesting_list=list(nesting_list), tied=tied))
+    config = Config(run=run, data=DATA, head=HeadConfig(nesting_list=list(nesting_list)))
     (directory / "config.yaml").write_text(to_yaml(config))
     return str(directory)
 
@@ -102,10 +102,10 @@ def test_rows_hold_every_study_and_the_fixed_feature_model_also_truncated(finish
 
 
 def test_a_second_evaluation_reads_no_image_and_gives_the_same(runs, no_images, capsys):
-    before = (runs / "eval" / "results.jsonl").read_text()
+    before = read_rows(runs / "eval" / "results.jsonl")
     # The results' own folder, as a shell's runs/* brings it, is not taken for a run.
     assert script.main(["--runs", *(str(runs / name) for name in ("mrl", "ff", "eval"))]) == 0
-    assert (runs / "eval" / "results.jsonl").read_text() == before
+    assert read_rows(runs / "eval" / "results.jsonl") == before
     output = capsys.readouterr().out
     for name in ("accuracy_by_dim_digits.png", "accuracy_by_dim_digits.pdf"):
         assert f"figure: {runs / 'eval' / name}" in output
@@ -117,11 +117,9 @@ def test_a_second_evaluation_reads_no_image_and_gives_the_same(runs, no_images, 
 
 
 def test_redraw_needs_the_rows_alone(runs, tmp_path, no_images, capsys):
-    alone = tmp_path / "alone" / "results.jsonl"
-    alone.parent.mkdir()
-    shutil.move(runs / "eval" / "results.jsonl", alone)
+    alone = Path(shutil.move(runs / "eval" / "results.jsonl", tmp_path / "results.jsonl"))
     assert script.main(["--redraw", str(alone)]) == 0
-    assert f"figure: {alone.parent / 'accuracy_by_dim_digits.png'}" in capsys.readouterr().out
+    assert f"figure: {tmp_path / 'accuracy_by_dim_digits.png'}" in capsys.readouterr().out
     assert script.main(["--redraw", str(alone), "--out", str(tmp_path / "there")]) == 0
     assert (tmp_path / "there" / "accuracy_by_dim_digits.pdf").exists()
 
@@ -233,8 +231,7 @@ def test_data_whose_classes_are_not_the_trained_ones_are_refused(runs, capsys):
     info = json.loads((runs / "ff" / "model.json").read_text())
     info["classes"] = [*info["classes"][:-1], "ten"]
     (runs / "ff" / "model.json").write_text(json.dumps(info))
-    line = refused(capsys, "--runs", str(runs / "ff"))
-    assert "ff was trained on 10 classes" in line
+    assert "ff was trained on 10 classes" in refused(capsys, "--runs", str(runs / "ff"))
     assert "classes differ" in refused(capsys, "--runs", str(runs / "mrl"), str(runs / "ff"))
 
 

@@ -135,3 +135,11 @@ def test_refuses_other_widths_and_vectors_that_are_not_finite(vectors):
     queries[20, 0] = np.inf
     with pytest.raises(UserError, match="row 20 of the queries"):
         exact_search(queries, database[:700], 1, [8], query_rows=8)
+
+
+@pytest.mark.gpu
+def test_a_gpu_finds_what_the_cpu_finds(vectors):
+    on_gpu, on_cpu = (exact_search(*vectors, 10, [8, 48], device=d, database_rows=200) for d in ("cuda", "cpu"))
+    for dim in (8, 48):
+        np.testing.assert_array_equal(on_gpu[dim][0], on_cpu[dim][0])
+        np.testing.assert_allclose(on_gpu[dim][1], on_cpu[dim][1], atol=1e-6)
