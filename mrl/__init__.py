@@ -5,6 +5,7 @@ from mrl.heads import NestedLinear
 from mrl.losses import MatryoshkaLoss, nested_cross_entropy
 from mrl.models import MatryoshkaClassifier, load
 from mrl.nesting import prefix, unit_prefix
+from mrl.retrieval.search import exact_search
 
 __version__ = "0.1.0"
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "MatryoshkaLoss",
     "NestedLinear",
     "UserError",
+    "exact_search",
     "load",
     "nested_cross_entropy",
     "prefix",

@@ -1,21 +1,21 @@
-"""Images for training and evaluation: one batch contract, ``(images (B,3,H,W) float32, labels (B,) int64)``."""
+"""Images for training and evaluation, behind one batch contract.
+
+A batch is ``(images, labels)``: ``(B, 3, H, W)`` float32, normalised, channels_last, and ``(B,)``
+int64, both on the device. Which rows make it up is for `mrl.data.order` to say.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import torch
-from torch import Tensor
-from tqdm import tqdm
 
 from mrl.config import DataConfig
 from mrl.data.crops import Transform
-from mrl.data.digits import load_digits
-from mrl.data.folder import FolderImages, list_images, read_image, resize_and_crop
-from mrl.data.memory import MemoryImages
+from mrl.data.digits import DIGIT_CLASSES, load_digits
+from mrl.data.folder import FolderImages, ImageList, list_images, shown
+from mrl.data.memory import MemoryImages, check_fits, decode_images
 from mrl.errors import UserError
 
 Images = MemoryImages | FolderImages
@@ -28,93 +28,109 @@ def build_data(
     is_main: bool = True,
     splits: Sequence[str] = ("train", "val"),
 ) -> dict[str, Images]:
-    """The splits that ``data`` describes; the main process says in one line what was found and how it is kept.
+    """The splits that ``data`` describes, by name; the main process prints what they are in one line.
 
     Raises:
-        UserError: A folder, a class or an image is missing or unreadable, or the classes are not those expected.
+        UserError: Files are missing, an image cannot be read, the classes are not as expected, or
+            the backend cannot hold them.
     """
+    backend, reason = choose_backend(data)
     transform = Transform(
         seed, data.crop_scale, data.crop_ratio, data.flip, data.eval_resize_px, data.eval_px, data.mean, data.std
     )
-    images: dict[str, Images] = {}
-    others = 0
-    backend, why = _choose_backend(data)
+    images: dict[str, Images]
     if data.name == "digits":
-        loaded = load_digits(data.eval_resize_px)
-        classes = [str(label) for label in range(10)]
-        for split in splits:
-            images[split] = MemoryImages(*loaded[split], classes, transform, device)
+        digits = load_digits(data.eval_resize_px)
+        check_classes({split: DIGIT_CLASSES for split in splits}, data.num_classes)
+        images = {split: MemoryImages(*digits[split], DIGIT_CLASSES, transform, device) for split in splits}
+        num_ignored = 0
     else:
-        if data.root is None:
-            raise UserError(f"data.root is not given: the folder of {data.name}, with train/ and val/ inside")
-        for split in splits:
-            paths, labels, classes, passed_over = list_images(Path(data.root), split)
-            others += passed_over
-            if backend == "memory":
-                pixels = _decode(paths, data.eval_resize_px, split, is_main)
-                images[split] = MemoryImages(pixels, labels, classes, transform, device)
-            else:
-                workers = available_cores() if data.num_workers is None else data.num_workers
-                images[split] = FolderImages(paths, labels, classes, transform, device, workers)
-    _check_classes(images, data.num_classes)
+        lists = list_splits(data, splits)
+        check_classes({split: found.classes for split, found in lists.items()}, data.num_classes)
+        if backend == "memory":
+            images = read_into_memory(lists, transform, device, is_main)
+        else:
+            num_workers = cores_per_process() if data.num_workers is None else data.num_workers
+            images = {s: FolderImages(*found[:3], transform, device, num_workers) for s, found in lists.items()}
+            reason += f", {num_workers} worker processes"
+        num_ignored = sum(found.num_ignored for found in lists.values())
     if is_main:
-        sizes = " + ".join(f"{split} {len(part):,}" for split, part in images.items())
-        ignored = f", {others:,} other files passed over" if others else ""
-        print(
-            f"data: {data.name}, {sizes} images of {len(next(iter(images.values())).classes)} classes, "
-            f"{backend} backend ({why}){_gigabytes(images)}{ignored}"
-        )
+        print(describe(data.name, images, f"{backend} backend ({reason})", num_ignored), flush=True)
     return images
 
 
-def _choose_backend(data: DataConfig) -> tuple[str, str]:
-    if data.name == "digits":
-        if data.backend == "folder":
-            raise UserError("data.backend folder needs image files, and digits has none; allowed: auto, memory")
-        return "memory", "digits live in memory"
+def choose_backend(data: DataConfig) -> tuple[str, str]:
+    """The backend to use, and why.
+
+    Raises:
+        UserError: The data cannot be had that way.
+    """
+    if data.name == "digits" and data.backend == "folder":
+        raise UserError("data.backend is 'folder', but digits has no image files; allowed: auto, memory")
     if data.backend != "auto":
-        return data.backend, "as asked"
-    if data.name == "tiny_imagenet":
-        return "memory", "auto: a small set of small images"
-    return "folder", "auto: images of any number and size"
+        return data.backend, "as data.backend says"
+    if data.name in ("digits", "tiny_imagenet"):
+        return "memory", "auto: small set"
+    return "folder", "auto: set of any size"
 
 
-def available_cores() -> int:
-    """The CPU cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def list_splits(data: DataConfig, splits: Sequence[str]) -> dict[str, ImageList]:
+    """The image files of each split.
+
+    Raises:
+        UserError: The root is not given, or something below it is missing.
+    """
+    if data.root is None:
+        raise UserError(f"data.root is not given; data.name {data.name} needs the folder that holds train/ and val/")
+    return {split: list_images(data.root, split) for split in splits}
 
 
-def _decode(paths: list[str], px: int, split: str, is_main: bool) -> Tensor:
-    pixels = torch.empty(len(paths), 3, px, px, dtype=torch.uint8)
+def check_classes(classes: dict[str, Sequence[str]], num_classes: int | None) -> None:
+    """Nothing, if all splits have the same classes, ``num_classes`` of them unless that is None.
 
-    def decode(i: int) -> None:
-        pixels[i] = resize_and_crop(read_image(paths[i]), px, px)
-
-    with ThreadPoolExecutor(available_cores()) as pool:
-        done = pool.map(decode, range(len(paths)), chunksize=64)
-        for _ in tqdm(done, f"decode {split}", len(paths), unit="img", disable=not is_main, delay=2):
-            pass
-    return pixels
-
-
-def _check_classes(images: dict[str, Images], num_classes: int | None) -> None:
-    parts = list(images.items())
-    (first, reference), rest = parts[0], parts[1:]
-    for split, part in rest:
-        if part.classes != reference.classes:
-            only = [
-                f"only in {name}: {', '.join(sorted(set(a.classes) - set(b.classes))[:5])}"
-                for name, a, b in ((first, reference, part), (split, part, reference))
-                if set(a.classes) - set(b.classes)
-            ]
-            raise UserError(f"{first} and {split} hold different classes ({'; '.join(only)})")
-    if num_classes is not None and num_classes != len(reference.classes):
-        raise UserError(
-            f"data.num_classes is {num_classes}, but the data has {len(reference.classes)} classes; "
-            "give that number, or null to take what is there"
-        )
+    Raises:
+        UserError: They have not.
+    """
+    (first, expected), *others = classes.items()
+    if num_classes is not None and num_classes != len(expected):
+        raise UserError(f"data.num_classes is {num_classes}, but the {first} split has {len(expected)} classes")
+    for split, names in others:
+        if list(names) != list(expected):
+            missing, extra = sorted(set(expected) - set(names)), sorted(set(names) - set(expected))
+            raise UserError(
+                f"the classes of {first} and {split} differ: only in {first}: {shown(missing)}; "
+                f"only in {split}: {shown(extra)}"
+            )
 
 
-def _gigabytes(images: dict[str, Images]) -> str:
-    size = sum(part.images.numel() for part in images.values() if isinstance(part, MemoryImages))
-    return f", {size / 2**30:.2f} GiB" if size else ""
+def read_into_memory(
+    lists: dict[str, ImageList], transform: Transform, device: torch.device, is_main: bool
+) -> dict[str, Images]:
+    """Every image of every split, decoded.
+
+    Raises:
+        UserError: An image cannot be read, or there is no room for so many.
+    """
+    px = transform.eval_resize_px
+    check_fits(sum(len(found.paths) for found in lists.values()), px, device)
+    images: dict[str, Images] = {}
+    for split, found in lists.items():
+        decoded = decode_images(found.paths, px, cores_per_process(), f"decode {split}", is_main)
+        images[split] = MemoryImages(decoded, found.labels, found.classes, transform, device)
+    return images
+
+
+def cores_per_process() -> int:
+    """The CPU cores that this process may use, an equal share where torchrun started several on the machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def describe(name: str, images: dict[str, Images], how: str, num_ignored: int) -> str:
+    """One line: what there is, how it is kept, what was left out."""
+    sizes = " + ".join(f"{split} {len(part):,}" for split, part in images.items())
+    num_bytes = sum(part.num_bytes for part in images.values() if isinstance(part, MemoryImages))
+    line = f"data: {name}, {sizes} images of {len(next(iter(images.values())).classes)} classes, {how}"
+    if num_bytes:
+        line += f", {num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 / 10 else f", {num_bytes / 2**20:.1f} MiB"
+    return line + (f", {num_ignored:,} files ignored that are no images" if num_ignored else "")

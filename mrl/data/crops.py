@@ -115,8 +115,11 @@ def crop_and_resize(images: Tensor, boxes: np.ndarray, flipped: np.ndarray, out_
     column_weights = _resampling_matrices(windows[:, 1], windows[:, 3], width, out_px).to(images.dtype)
     mirror = torch.as_tensor(flipped, device=images.device)[:, None, None]
     column_weights = torch.where(mirror, column_weights.flip(1), column_weights)
-    narrowed = images.reshape(num_images, channels * height, width) @ column_weights.transpose(1, 2)
-    return row_weights[:, None] @ narrowed.view(num_images, channels, height, out_px)
+    # Rows before channels: then both products are plain batched ones (twice as fast on a CPU as a broadcast).
+    rows_first = images.transpose(1, 2).reshape(num_images, height, channels * width)
+    shortened = (row_weights @ rows_first).view(num_images, out_px * channels, width)
+    resized = shortened @ column_weights.transpose(1, 2)
+    return resized.view(num_images, out_px, channels, out_px).transpose(1, 2)
 
 
 def _resampling_matrices(starts: Tensor, lengths: Tensor, size: int, out_px: int) -> Tensor:
@@ -131,10 +134,8 @@ def _resampling_matrices(starts: Tensor, lengths: Tensor, size: int, out_px: int
 
 
 def resize_and_centre_crop(image: Tensor, resize_px: int, crop_px: int) -> Tensor:
-    """One image ``(3, H, W)`` as evaluated: shorter side resized to ``resize_px``, then its centre ``crop_px`` square."""
-    if min(image.shape[-2:]) != resize_px:
-        image = functional.resize(image, [resize_px], antialias=True)
-    return functional.center_crop(image, [crop_px, crop_px])
+    """One image ``(3, H, W)``, its shorter side resized to ``resize_px``, then cut to the centre ``crop_px`` square."""
+    return functional.center_crop(functional.resize(image, [resize_px], antialias=True), [crop_px, crop_px])
 
 
 def normalise(images: Tensor, mean: tuple[float, float, float], std: tuple[float, float, float]) -> Tensor:

@@ -1,26 +1,28 @@
-"""scikit-learn's handwritten digits: 1,797 real images of 8x8 pixels that need no download."""
+"""scikit-learn's handwritten digits: 1,797 real images of 8x8 pixels that come with the package."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.transforms.v2 import functional as TF
+from torchvision.transforms.v2 import functional
 
 VAL_EVERY = 5
+DIGIT_CLASSES = tuple(str(digit) for digit in range(10))
 
 
 def load_digits(px: int) -> dict[str, tuple[Tensor, Tensor]]:
-    """Train and val: images ``(N, 3, px, px)`` uint8, labels ``(N,)`` int64; every fifth image of a class is val."""
-    from sklearn.datasets import load_digits as sklearn_digits
+    """Splits train and val: images ``(N, 3, px, px)`` uint8, labels ``(N,)`` int64.
 
-    digits = sklearn_digits()
-    labels = np.asarray(digits.target, dtype=np.int64)
-    rank_in_class = np.zeros_like(labels)
-    for label in range(10):
-        rank_in_class[labels == label] = np.arange((labels == label).sum())
+    Every fifth image of each class, in the order of the set, is in val.
+    """
+    from sklearn import datasets
+
+    digits = datasets.load_digits()
+    labels = torch.from_numpy(digits.target.astype(np.int64))
     grey = torch.from_numpy(digits.images).float()[:, None] * (255 / 16)
-    images = TF.resize(grey, [px, px], antialias=True).round().clamp(0, 255).to(torch.uint8).repeat(1, 3, 1, 1)
-    is_val = torch.from_numpy(rank_in_class % VAL_EVERY == VAL_EVERY - 1)
-    targets = torch.from_numpy(labels)
-    return {"train": (images[~is_val], targets[~is_val]), "val": (images[is_val], targets[is_val])}
+    images = functional.resize(grey, [px, px], antialias=True).round().to(torch.uint8).repeat(1, 3, 1, 1)
+    is_val = torch.zeros(len(labels), dtype=torch.bool)
+    for digit in range(10):
+        is_val[(labels == digit).nonzero()[VAL_EVERY - 1 :: VAL_EVERY]] = True
+    return {"train": (images[~is_val], labels[~is_val]), "val": (images[is_val], labels[is_val])}

@@ -1,10 +1,13 @@
-"""Folders of images, one folder a class, decoded as needed by worker processes."""
+"""Folders of images, one folder per class, decoded as needed by worker processes."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,157 +15,201 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.io import ImageReadMode, decode_image
-from torchvision.transforms.v2 import functional as TF
+from torchvision.transforms.v2 import functional
 
-from mrl.data.crops import Transform, normalise
-from mrl.data.order import Rows
+from mrl.data.crops import Transform, normalise, resize_and_centre_crop
 from mrl.errors import UserError
 
-EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".gif", ".tif", ".tiff"}
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+MAX_SHOWN = 5
 
 
-def list_images(root: Path, split: str) -> tuple[list[str], Tensor, list[str], int]:
-    """Paths, labels ``(N,)`` int64, class names in sorted order, and how many other files were passed over.
+class ImageList(NamedTuple):
+    """The images of a split.
+
+    Attributes:
+        paths: N files, by class, then by path.
+        labels: ``(N,)`` int64, positions in ``classes``.
+        classes: Names of the class folders, sorted.
+        num_ignored: Files inside class folders that are no images by their extension.
+    """
+
+    paths: list[str]
+    labels: Tensor
+    classes: list[str]
+    num_ignored: int
+
+
+def list_images(root: str | Path, split: str) -> ImageList:
+    """The images below ``root/split/<class>/``, at any depth; hidden files and folders do not count.
 
     Raises:
-        UserError: The split or its class folders are missing, or a class has no image.
+        UserError: The root, the split, its class folders or the images of a class are missing.
     """
-    folder = root / split
+    folder = Path(root) / split
+    if not Path(root).is_dir():
+        raise UserError(f"data.root is {str(root)!r}, which is not a folder; allowed: a folder that holds {split}/")
     if not folder.is_dir():
-        found = sorted(path.name for path in root.iterdir()) if root.is_dir() else None
-        there = f"there is {', '.join(found[:8]) or 'nothing'}" if found is not None else f"{root} does not exist"
-        raise UserError(f"data.root {root} has no folder {split}/ with a folder of images per class ({there})")
-    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+        raise UserError(f"{folder} is missing; {root} holds {shown(sorted(os.listdir(root)))}")
+    entries = sorted((entry for entry in os.scandir(folder) if entry.name[0] != "."), key=lambda entry: entry.name)
+    classes = [entry.name for entry in entries if entry.is_dir()]
     if not classes:
-        raise UserError(f"{folder} holds no class folders; put the images of each class into a folder of its own")
+        raise UserError(
+            f"{folder} holds no class folders but {shown([entry.name for entry in entries])}; "
+            f"put the images into {folder}/<class>/"
+        )
     paths: list[str] = []
-    labels: list[int] = []
-    others = 0
-    for label, name in enumerate(classes):
-        files = sorted(entry.path for entry in os.scandir(folder / name) if not entry.name.startswith("."))
-        images = [path for path in files if os.path.splitext(path)[1].lower() in EXTENSIONS]
-        if not images:
-            raise UserError(f"class {name} has no images in {folder / name} ({len(files)} other files)")
-        others += len(files) - len(images)
-        paths += images
-        labels += [label] * len(images)
-    return paths, torch.tensor(labels, dtype=torch.int64), classes, others
+    counts: list[int] = []
+    num_ignored = 0
+    for name in classes:
+        files = list(_files_below(folder / name))
+        found = [path for path in files if path.lower().endswith(IMAGE_EXTENSIONS)]
+        if not found:
+            raise UserError(f"class folder {folder / name} holds no images; allowed: {' '.join(IMAGE_EXTENSIONS)}")
+        paths += found
+        counts.append(len(found))
+        num_ignored += len(files) - len(found)
+    labels = torch.arange(len(classes)).repeat_interleave(torch.tensor(counts))
+    return ImageList(paths, labels, classes, num_ignored)
+
+
+def shown(names: Sequence[str]) -> str:
+    """The first few names, as a sentence lists them."""
+    more = f" and {len(names) - MAX_SHOWN:,} more" if len(names) > MAX_SHOWN else ""
+    return (", ".join(names[:MAX_SHOWN]) or "nothing") + more
+
+
+def _files_below(folder: Path) -> Iterator[str]:
+    for directory, subfolders, files in os.walk(folder, followlinks=True):
+        subfolders[:] = sorted(name for name in subfolders if name[0] != ".")
+        yield from (os.path.join(directory, name) for name in sorted(files) if name[0] != ".")
 
 
 def read_image(path: str) -> Tensor:
-    """An image file as uint8 ``(3, H, W)``.
+    """The image in a file, ``(3, H, W)`` uint8; grey is repeated, transparency left out, EXIF rotation not applied.
 
     Raises:
-        UserError: It cannot be read as an image; the message names the path.
+        UserError: The file cannot be read as an image; the message names it.
     """
     try:
-        with open(path, "rb") as file:
-            data = file.read()
-        try:
-            image = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
-            if image.ndim == 3 and image.shape[0] == 3:
-                return image
-        except (RuntimeError, ValueError):
-            pass  # CMYK JPEGs, TIFF, BMP and the like: PIL knows more kinds
+        image = decode_image(path, ImageReadMode.RGB)
+        if image.dtype == torch.uint16:
+            return (image.to(torch.int32) >> 8).to(torch.uint8)
+        if image.shape[0] == 3 and image.ndim == 3:
+            return image
+    except (RuntimeError, ValueError):
+        pass  # PIL reads more formats than torchvision, and says better what is wrong with a file
+    try:
         with Image.open(path) as opened:
-            return TF.pil_to_tensor(opened.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} cannot be read as an image: {error}") from error
+            return functional.pil_to_tensor(opened.convert("RGB"))
+    except Exception as error:  # PIL's decoders raise errors of many kinds on bad data
+        raise UserError(f"{path} cannot be read as an image: {str(error) or type(error).__name__}") from error
 
 
-def resize_and_crop(image: Tensor, resize_px: int, crop_px: int) -> Tensor:
-    """The centre square ``(3, crop_px, crop_px)`` of an image whose shorter side is brought to ``resize_px``."""
-    if min(image.shape[1:]) != resize_px:
-        image = TF.resize(image, [resize_px], antialias=True)
-    return TF.center_crop(image, [crop_px, crop_px])
+def load_crop(paths: np.ndarray, transform: Transform, epoch: int, px: int, row: int) -> Tensor:
+    """One image as it is trained on, ``(3, px, px)`` uint8."""
+    image = read_image(os.fsdecode(paths[row]))
+    _, height, width = image.shape
+    boxes, flipped = transform.train_boxes(epoch, np.array([row]), np.array([height]), np.array([width]))
+    crop = functional.resized_crop(image, *boxes[0].tolist(), size=[px, px], antialias=True)
+    return functional.horizontal_flip(crop) if flipped[0] else crop
 
 
-class _Batches(Dataset):
-    """Item ``i`` is the whole i-th batch, uint8, or the sentence that says which image could not be read."""
-
-    def __init__(self, paths: list[str], transform: Transform, rows: Sequence[Rows]):
-        self.paths, self.transform, self.rows = paths, transform, rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, i: int) -> tuple[Tensor | str, Rows]:
-        try:
-            return torch.stack([self.image(int(row)) for row in self.rows[i]]), self.rows[i]
-        except UserError as error:  # a worker's exception would arrive inside a traceback
-            return str(error), self.rows[i]
-
-    def image(self, row: int) -> Tensor:
-        raise AssertionError("a subclass crops")
-
-
-class _TrainBatches(_Batches):
-    def __init__(self, paths: list[str], transform: Transform, rows: Sequence[Rows], epoch: int, px: int):
-        super().__init__(paths, transform, rows)
-        self.epoch, self.px = epoch, px
-
-    def image(self, row: int) -> Tensor:
-        image = read_image(self.paths[row])
-        height, width = (np.array([side]) for side in image.shape[1:])
-        boxes, flipped = self.transform.train_boxes(self.epoch, np.array([row]), height, width)
-        cropped = TF.resized_crop(image, *boxes[0].tolist(), size=[self.px, self.px], antialias=True)
-        return cropped.flip(2) if flipped[0] else cropped
-
-
-class _EvalBatches(_Batches):
-    def image(self, row: int) -> Tensor:
-        image = read_image(self.paths[row])
-        return resize_and_crop(image, self.transform.eval_resize_px, self.transform.eval_px)
-
-
-def _one_thread(worker: int) -> None:
-    torch.set_num_threads(1)
+def load_centre(paths: np.ndarray, transform: Transform, row: int) -> Tensor:
+    """One image as it is evaluated, ``(3, eval_px, eval_px)`` uint8."""
+    return resize_and_centre_crop(read_image(os.fsdecode(paths[row])), transform.eval_resize_px, transform.eval_px)
 
 
 class FolderImages:
-    """Image files and labels ``(N,)`` int64; ``num_workers`` processes decode and crop, one batch each at a time."""
+    """A split whose images are read from files as needed; for sets of any size.
+
+    Args:
+        paths: N image files.
+        labels: ``(N,)`` int64.
+        classes: Names of the classes.
+        transform: Crops and normalisation.
+        device: Where batches are wanted.
+        num_workers: Processes that decode; 0 decodes in this one.
+    """
 
     def __init__(
         self,
-        paths: list[str],
+        paths: Sequence[str],
         labels: Tensor,
         classes: Sequence[str],
         transform: Transform,
         device: torch.device,
         num_workers: int,
     ):
-        self.paths = paths
         self.labels = labels
         self.classes = list(classes)
-        self.transform = transform
-        self.device = device
-        self.num_workers = num_workers
+        self._transform = transform
+        self._device = device
+        self._num_workers = num_workers
+        # One array of bytes: worker processes would copy a list of a million strings by counting references to them.
+        self._paths = np.array([os.fsencode(path) for path in paths])
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.labels)
 
-    def _load(self, batches: _Batches) -> Iterator[tuple[Tensor, Tensor]]:
+    def train_batches(self, rows: Sequence[np.ndarray], epoch: int, px: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Random crops of side ``px`` for each array of rows, the same as `MemoryImages` would cut.
+
+        Raises:
+            UserError: An image cannot be read.
+        """
+        return self._batches(rows, partial(load_crop, self._paths, self._transform, epoch, px), flip=False)
+
+    def eval_batches(self, rows: Sequence[np.ndarray], flip: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
+        """Centre crops for each array of rows; ``flip`` mirrors every one.
+
+        Raises:
+            UserError: An image cannot be read.
+        """
+        return self._batches(rows, partial(load_centre, self._paths, self._transform), flip)
+
+    def _batches(
+        self, rows: Sequence[np.ndarray], load: Callable[[int], Tensor], flip: bool
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         loader = DataLoader(
-            batches,
+            _Batches(rows, load),
             batch_size=None,
-            num_workers=min(self.num_workers, len(batches)),
-            worker_init_fn=_one_thread,
-            pin_memory=self.device.type == "cuda",
+            num_workers=min(self._num_workers, len(rows)),
+            pin_memory=self._device.type == "cuda",
+            worker_init_fn=_start_worker,
+            generator=torch.Generator(),  # else each pass would draw from the global one
         )
-        for images, rows in loader:
+        for batch_rows, images in zip(rows, loader, strict=True):
             if isinstance(images, str):
                 raise UserError(images)
-            images = images.to(self.device, non_blocking=True)
-            yield (
-                normalise(images, self.transform.mean, self.transform.std),
-                self.labels[torch.as_tensor(rows)].to(self.device, non_blocking=True),
-            )
+            on_device = images.to(self._device, non_blocking=True)
+            on_device = functional.horizontal_flip(on_device) if flip else on_device
+            labels = self.labels[torch.as_tensor(batch_rows)].to(self._device)
+            yield normalise(on_device, self._transform.mean, self._transform.std), labels
 
-    def train_batches(self, rows: Sequence[Rows], epoch: int, px: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of random crops of side ``px``, the same for a sample wherever it is computed."""
-        return self._load(_TrainBatches(self.paths, self.transform, rows, epoch, px))
 
-    def eval_batches(self, rows: Sequence[Rows], flip: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of centre crops; all mirrored if ``flip``."""
-        for images, labels in self._load(_EvalBatches(self.paths, self.transform, rows)):
-            yield (images.flip(3) if flip else images), labels
+class _Batches(Dataset[Tensor | str]):
+    """Item i is the i-th batch, ``(B, 3, H, W)`` uint8, or the message of the error that prevented it.
+
+    A message, because an error raised in a worker arrives wrapped in the worker's traceback.
+    """
+
+    def __init__(self, rows: Sequence[np.ndarray], load: Callable[[int], Tensor]):
+        self.rows = rows
+        self.load = load
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Tensor | str:
+        try:
+            return torch.stack([self.load(int(row)) for row in self.rows[index]])
+        except UserError as error:
+            return str(error)
+
+
+def _start_worker(worker: int) -> None:
+    torch.set_num_threads(1)
+    # A stop signal goes to the whole process group; the main process decides when its workers end.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -1,53 +1,116 @@
-"""Small sets: every image decoded once and kept on the device."""
+"""Small sets: every image decoded once and kept on the device, cropped there in batches."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.transforms.v2 import functional as TF
+from torchvision.transforms.v2 import functional
+from tqdm import tqdm
 
-from mrl.data.crops import Transform, crop_and_resize, normalise
-from mrl.data.order import Rows
+from mrl.data.crops import Transform, crop_and_resize, normalise, resize_and_centre_crop
+from mrl.data.folder import read_image
+from mrl.errors import UserError
+
+IMAGES_PER_TASK = 64
 
 
 class MemoryImages:
-    """Images ``(N, 3, S, S)`` uint8 and labels ``(N,)`` int64, cropped in batches on ``device``."""
+    """A split whose images are all in memory, square.
+
+    Args:
+        images: ``(N, 3, S, S)`` uint8, S = ``transform.eval_resize_px``.
+        labels: ``(N,)`` int64.
+        classes: Names of the classes.
+        transform: Crops and normalisation.
+        device: Where the images are kept and batches are wanted.
+    """
 
     def __init__(
         self, images: Tensor, labels: Tensor, classes: Sequence[str], transform: Transform, device: torch.device
     ):
-        self.images = images.to(device)
-        self.labels = labels.to("cpu", torch.int64)
+        self.labels = labels
         self.classes = list(classes)
-        self.transform = transform
-        self.device = device
+        self._images = images.to(device)
+        self._transform = transform
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def _take(self, rows: Rows) -> tuple[Tensor, Tensor]:
-        index = torch.from_numpy(np.asarray(rows))
-        return self.images[index.to(self.device)].float(), self.labels[index].to(self.device)
+    @property
+    def num_bytes(self) -> int:
+        """Memory that the images take, in bytes."""
+        return self._images.nbytes
 
-    def train_batches(self, rows: Sequence[Rows], epoch: int, px: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of random crops of side ``px``, the same for a sample wherever it is computed."""
-        transform = self.transform
-        for batch in rows:
-            images, labels = self._take(batch)
-            heights = np.full(len(batch), images.shape[2])
-            boxes, flipped = transform.train_boxes(epoch, batch, heights, heights)
-            yield normalise(crop_and_resize(images, boxes, flipped, px), transform.mean, transform.std), labels
+    def train_batches(self, rows: Sequence[np.ndarray], epoch: int, px: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Random crops of side ``px`` for each array of rows."""
+        for batch_rows in map(np.asarray, rows):
+            images, labels = self._take(batch_rows)
+            sides = np.full(len(batch_rows), images.shape[-1])
+            boxes, flipped = self._transform.train_boxes(epoch, batch_rows, sides, sides)
+            crops = crop_and_resize(images.float(), boxes, flipped, px)
+            yield normalise(crops, self._transform.mean, self._transform.std), labels
 
-    def eval_batches(self, rows: Sequence[Rows], flip: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of centre crops; all mirrored if ``flip``."""
-        transform = self.transform
-        for batch in rows:
-            images, labels = self._take(batch)
-            if images.shape[-1] != transform.eval_resize_px:
-                images = TF.resize(images, [transform.eval_resize_px] * 2, antialias=True)
-            images = TF.center_crop(images, [transform.eval_px] * 2)
-            images = images.flip(3) if flip else images
-            yield normalise(images, transform.mean, transform.std), labels
+    def eval_batches(self, rows: Sequence[np.ndarray], flip: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
+        """Centre crops for each array of rows; ``flip`` mirrors every one."""
+        for batch_rows in map(np.asarray, rows):
+            images, labels = self._take(batch_rows)
+            centres = functional.center_crop(images, [self._transform.eval_px] * 2)
+            centres = functional.horizontal_flip(centres) if flip else centres
+            yield normalise(centres, self._transform.mean, self._transform.std), labels
+
+    def _take(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        index = torch.from_numpy(rows)
+        device = self._images.device
+        return self._images[index.to(device)], self.labels[index].to(device)
+
+
+def decode_images(paths: Sequence[str], px: int, num_threads: int, title: str, show_progress: bool) -> Tensor:
+    """The images in ``paths``, ``(N, 3, px, px)`` uint8 on the CPU: shorter side resized to ``px``, centre cut out.
+
+    Raises:
+        UserError: An image cannot be read.
+    """
+    images = torch.empty(len(paths), 3, px, px, dtype=torch.uint8)
+
+    def decode(start: int) -> int:
+        stop = min(start + IMAGES_PER_TASK, len(paths))
+        for row in range(start, stop):
+            images[row] = resize_and_centre_crop(read_image(paths[row]), px, px)
+        return stop - start
+
+    with (
+        ThreadPoolExecutor(num_threads) as pool,  # decoding releases the interpreter's lock
+        tqdm(total=len(paths), desc=title, unit="image", unit_scale=True, disable=not show_progress, delay=2) as bar,
+    ):
+        try:
+            for done in pool.map(decode, range(0, len(paths), IMAGES_PER_TASK)):
+                bar.update(done)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return images
+
+
+def check_fits(num_images: int, px: int, device: torch.device) -> None:
+    """Nothing, if so many images of so many pixels have room in memory.
+
+    Raises:
+        UserError: They have not.
+    """
+    needed = num_images * 3 * px * px
+    room = {}
+    if hasattr(os, "sysconf"):
+        room["memory"] = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if device.type == "cuda":
+        room["free GPU memory"] = torch.cuda.mem_get_info(device)[0]
+    for where, there in room.items():
+        if needed > there:
+            raise UserError(
+                f"data.backend memory needs {needed / 2**30:,.1f} GiB for {num_images:,} images of {px} px, "
+                f"but there are {there / 2**30:,.1f} GiB of {where}; use data.backend folder"
+            )

@@ -10,8 +10,6 @@ import numpy as np
 
 from mrl.errors import UserError
 
-Rows = np.ndarray  # row numbers of one batch, int64
-
 # Separate streams of random numbers: were they one, an image's place in the epoch would tell its crop.
 ORDER_STREAM, CROP_STREAM = 0, 1
 

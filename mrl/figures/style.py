@@ -1,4 +1,4 @@
-"""Figures from rows: one function per figure of the paper."""
+"""What all figures share: colours, markers, axes of sizes, the legend, saving."""
 
 from __future__ import annotations
 
@@ -11,17 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
-from mrl.errors import UserError
 from mrl.results import Row, method_order
 
 Line = dict[int, list[float]]
 Style = dict[str, Any]
 
-PANELS = {"classification": "linear classification", "nearest_neighbour": "1-nearest neighbour"}
 METRIC_LABELS = {"top_1": "top-1 accuracy (%)", "top_5": "top-5 accuracy (%)"}
 METHOD_LABELS = {"FF": "FF (one model per size)", "FF truncated": "FF, plain truncation"}
 # Colours of Okabe and Ito, which the colour-blind can tell apart; marker and line style tell the same in grey.
@@ -44,45 +41,13 @@ OTHER_STYLES: list[Style] = [
 MAX_TICKS = 12
 
 
-def accuracy_by_dim(rows: Sequence[Row], metric: str = "top_1") -> Figure:
-    """Accuracy against embedding size (figures 2 and 3 of the paper), a panel for linear classification and 1-NN each.
-
-    One line per method; fixed-feature models of several sizes join into one. Where a method was
-    trained with several seeds the line is their mean and the bars one standard deviation. Runs that
-    share method, size and seed are different models: those of such a method get a line each.
-
-    Args:
-        rows: Of one dataset.
-        metric: "top_1" or "top_5".
-
-    Raises:
-        UserError: There is nothing to draw, or the rows are of several datasets.
-    """
-    rows = [row for row in rows if row.metric == metric and row.study in PANELS and row.dim is not None]
-    datasets = sorted({row.dataset for row in rows})
-    if len(datasets) != 1:
-        found = f"rows of several datasets: {datasets}" if datasets else f"no rows with metric {metric!r}"
-        raise UserError(f"one figure shows one dataset, but was given {found}")
-    labels = _labels(rows)
-    panels = [study for study in PANELS if any(row.study == study for row in rows)]
-    styles = _styles(labels)
-    figure = Figure(figsize=(4.6 * len(panels) + 0.4, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axes, study in zip(all_axes, panels, strict=True):
-        of_study = [row for row in rows if row.study == study]
-        lines = _lines(of_study, labels)
-        for label in [label for label in styles if label in lines]:
-            _draw_line(axes, lines[label], label, styles[label])
-        _finish_axes(axes, sorted({row.dim for row in of_study if row.dim is not None}))
-        axes.set_title(PANELS[study], fontsize=10)
-        axes.set_ylabel(METRIC_LABELS.get(metric, f"{metric} (%)"))
-    figure.suptitle(f"{datasets[0]}: {_counts(rows)} validation images{_seeds(rows, labels)}", fontsize=11)
+def add_legend(figure: Figure, labels: Sequence[str]) -> None:
+    """One legend below all panels, an entry a label, in this order."""
     entries: dict[str, Any] = {}
-    for axes in all_axes:
+    for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             entries.setdefault(label, handle)
-    shown = [label for label in styles if label in entries]
+    shown = [label for label in labels if label in entries]
     figure.legend(
         [entries[label] for label in shown],
         shown,
@@ -92,7 +57,6 @@ def accuracy_by_dim(rows: Sequence[Row], metric: str = "top_1") -> Figure:
         fontsize=9,
         handlelength=3.2,
     )
-    return figure
 
 
 def save(figure: Figure, path_stem: str | Path) -> list[Path]:
@@ -104,7 +68,7 @@ def save(figure: Figure, path_stem: str | Path) -> list[Path]:
     return paths
 
 
-def _labels(rows: Sequence[Row]) -> dict[tuple[str, str], str]:
+def line_labels(rows: Sequence[Row]) -> dict[tuple[str, str], str]:
     """``{(method, run): label of its line}``: the method, and the run too where several models share its points."""
     points = Counter((row.study, row.method, row.dim, row.seed) for row in rows)
     shared = {method for (_, method, _, _), count in points.items() if count > 1}
@@ -115,7 +79,7 @@ def _labels(rows: Sequence[Row]) -> dict[tuple[str, str], str]:
     return labels
 
 
-def _styles(labels: dict[tuple[str, str], str]) -> dict[str, Style]:
+def line_styles(labels: dict[tuple[str, str], str]) -> dict[str, Style]:
     """``{label: style}`` in the order of the legend; a method has the same style in every figure."""
     spare = itertools.cycle(OTHER_STYLES)
     styles: dict[str, Style] = {}
@@ -127,7 +91,7 @@ def _styles(labels: dict[tuple[str, str], str]) -> dict[str, Style]:
     return styles
 
 
-def _lines(rows: Sequence[Row], labels: dict[tuple[str, str], str]) -> dict[str, Line]:
+def values_by_dim(rows: Sequence[Row], labels: dict[tuple[str, str], str]) -> dict[str, Line]:
     """``{label: {dim: one value per seed}}`` of one study."""
     lines: dict[str, Line] = {}
     for row in rows:
@@ -136,7 +100,8 @@ def _lines(rows: Sequence[Row], labels: dict[tuple[str, str], str]) -> dict[str,
     return lines
 
 
-def _draw_line(axes: Axes, line: Line, label: str, style: Style) -> None:
+def draw_line(axes: Axes, line: Line, label: str, style: Style) -> None:
+    """Mean in percent by dim, with one standard deviation as bars where there are several seeds."""
     dims = sorted(line)
     means = [100 * statistics.mean(line[dim]) for dim in dims]
     look: dict[str, Any] = {"label": label, "linewidth": 1.6, "markersize": 5, "markerfacecolor": "white", **style}
@@ -148,7 +113,8 @@ def _draw_line(axes: Axes, line: Line, label: str, style: Style) -> None:
     axes.errorbar(dims, means, yerr=spread, capsize=3, elinewidth=1, **look)
 
 
-def _finish_axes(axes: Axes, dims: Sequence[int]) -> None:
+def dim_axis(axes: Axes, dims: Sequence[int]) -> None:
+    """A logarithmic axis of sizes with whole numbers, and what else every accuracy panel has in common."""
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_locator(FixedLocator(_ticks(dims)))
     axes.xaxis.set_minor_locator(NullLocator())
@@ -172,11 +138,11 @@ def _ticks(dims: Sequence[int]) -> list[int]:
     return ticks[::-1]
 
 
-def _counts(rows: Sequence[Row]) -> str:
+def counts(rows: Sequence[Row]) -> str:
     return " to ".join(f"{n:,}" for n in sorted({min(row.n for row in rows), max(row.n for row in rows)}))
 
 
-def _seeds(rows: Sequence[Row], labels: dict[tuple[str, str], str]) -> str:
+def seeds_note(rows: Sequence[Row], labels: dict[tuple[str, str], str]) -> str:
     """What the error bars are, for the title; nothing where there are none."""
     seeds = set(Counter((row.study, labels[row.method, row.run], row.dim) for row in rows).values())
     if seeds == {1}:

@@ -1,0 +1,225 @@
+import io
+import os
+import shutil
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from torchvision.io import encode_jpeg
+
+from mrl.config import DataConfig
+from mrl.data import build_data
+from mrl.data.prepare_tiny_imagenet import main, prepare
+from mrl.errors import UserError
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SHARED = Path(os.environ.get("MRL_SHARED_DATA", REPOSITORY.parent / "shared" / "data"))
+WNIDS = ["n01443537", "n01629819", "n12267677"]
+COUNTS = {"num_classes": 3, "train_per_class": 10, "val_per_class": 2}
+
+
+def jpeg(number):
+    return encode_jpeg(torch.full((3, 64, 64), number % 256, dtype=torch.uint8)).numpy().tobytes()
+
+
+def add(tar, name, content, kind=tarfile.REGTYPE):
+    member = tarfile.TarInfo(name)
+    member.type, member.size = kind, len(content)
+    member.linkname = "/etc/hostname" if kind == tarfile.SYMTYPE else ""
+    tar.addfile(member, io.BytesIO(content))
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """Five train shards of 2 images a class, and 2 validation images a class."""
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for shard in range(5):
+        with tarfile.open(folder / f"train-{shard}.tar.gz", "w:gz") as tar:
+            for wnid in WNIDS:
+                for n in (2 * shard, 2 * shard + 1):
+                    add(tar, f"train/{wnid}/{wnid}_{n}.JPEG", jpeg(n))
+    with tarfile.open(folder / "val.tar.gz", "w:gz") as tar:
+        for n in range(6):
+            add(tar, f"val/{WNIDS[n % 3]}/val_{n}.JPEG", jpeg(100 + n))
+    (folder / "words.txt").write_text("n01443537\tgoldfish\n")
+    return folder
+
+
+@pytest.fixture
+def official(tmp_path):
+    """The official folder, unpacked: images/ below each train class, a flat val with annotations, a test split."""
+    root = tmp_path / "official" / "tiny-imagenet-200"
+    for wnid in WNIDS:
+        (root / "train" / wnid / "images").mkdir(parents=True)
+        (root / "train" / wnid / f"{wnid}_boxes.txt").write_text("")
+        for n in range(10):
+            (root / "train" / wnid / "images" / f"{wnid}_{n}.JPEG").write_bytes(jpeg(n))
+    (root / "val" / "images").mkdir(parents=True)
+    (root / "test" / "images").mkdir(parents=True)
+    (root / "test" / "images" / "test_0.JPEG").write_bytes(jpeg(0))
+    lines = []
+    for n in range(6):
+        (root / "val" / "images" / f"val_{n}.JPEG").write_bytes(jpeg(100 + n))
+        lines.append(f"val_{n}.JPEG\t{WNIDS[n % 3]}\t0\t32\t44\t62\n")
+    (root / "val" / "val_annotations.txt").write_text("".join(lines))
+    (root / "words.txt").write_text("n01443537\tgoldfish\n")
+    return root
+
+
+@pytest.fixture
+def official_zip(official, tmp_path):
+    path = tmp_path / "tiny-imagenet-200.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in sorted(official.rglob("*")):
+            archive.write(file, file.relative_to(official.parent))
+    return path
+
+
+def files(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_all_layouts_give_the_same_class_folders(shards, official, official_zip, tmp_path):
+    for name, source in {"a": shards, "b": official, "c": official.parent, "d": official_zip}.items():
+        assert prepare(source, tmp_path / name, **COUNTS) == {"train": 30, "val": 6}
+    found = files(tmp_path / "a")
+    assert len(found) == 37
+    assert found["train/n12267677/n12267677_9.JPEG"] == jpeg(9)
+    assert found["val/n01629819/val_4.JPEG"] == jpeg(104)
+    assert found["words.txt"] == b"n01443537\tgoldfish\n"
+    assert found == files(tmp_path / "b") == files(tmp_path / "c") == files(tmp_path / "d")
+
+
+def test_what_is_prepared_can_be_trained_on(shards, tmp_path):
+    prepare(shards, tmp_path / "data" / "tiny_imagenet", **COUNTS)
+    root = str(tmp_path / "data" / "tiny_imagenet")
+    images = build_data(
+        DataConfig(name="tiny_imagenet", root=root, num_classes=3, eval_resize_px=64, eval_px=64),
+        seed=0,
+        device=torch.device("cpu"),
+        is_main=False,
+    )
+    assert len(images["train"]) == 30 and images["val"].classes == WNIDS
+
+
+def test_the_first_shards_are_a_smaller_balanced_set(shards, tmp_path):
+    assert prepare(shards, tmp_path / "out", shards=2, **COUNTS) == {"train": 12, "val": 6}
+    names = sorted(path.name for path in (tmp_path / "out" / "train" / WNIDS[0]).iterdir())
+    assert names == [f"{WNIDS[0]}_{n}.JPEG" for n in range(4)]
+
+
+@pytest.mark.parametrize("number", [0, 6])
+def test_an_impossible_number_of_shards_is_refused(shards, tmp_path, number):
+    with pytest.raises(UserError, match=f"--shards is {number}; allowed: 1 to 5"):
+        prepare(shards, tmp_path / "out", shards=number, **COUNTS)
+
+
+def test_shards_are_not_taken_from_the_official_layout(official, tmp_path):
+    with pytest.raises(UserError, match=r"--shards is 2, but .* holds no shards"):
+        prepare(official, tmp_path / "out", shards=2, **COUNTS)
+
+
+def test_an_existing_out_is_left_alone(shards, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine.txt").write_text("keep")
+    with pytest.raises(UserError, match="already exists"):
+        prepare(shards, out, **COUNTS)
+    assert files(out) == {"mine.txt": b"keep"}
+
+
+def test_a_source_of_another_kind_is_refused(tmp_path):
+    (tmp_path / "photos").mkdir()
+    with pytest.raises(UserError, match=r"photos is not Tiny-ImageNet; allowed: tiny-imagenet-200.zip"):
+        prepare(tmp_path / "photos", tmp_path / "out")
+    with pytest.raises(UserError, match="nowhere does not exist"):
+        prepare(tmp_path / "nowhere", tmp_path / "out")
+
+
+def untouched(tmp_path, before):
+    return sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_a_missing_image_is_counted(shards, tmp_path):
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(UserError, match=f"holds 10 train images of class {WNIDS[0]}, not 11"):
+        prepare(shards, tmp_path / "out", **{**COUNTS, "train_per_class": 11})
+    with pytest.raises(UserError, match=f"holds 2 val images of class {WNIDS[0]}, not 3"):
+        prepare(shards, tmp_path / "out", **{**COUNTS, "val_per_class": 3})
+    with pytest.raises(UserError, match="holds images of 3 classes, not 200"):
+        prepare(shards, tmp_path / "out")
+    assert untouched(tmp_path, before)
+
+
+def test_nothing_in_an_archive_is_written_outside_out_or_as_a_link(shards, tmp_path):
+    with tarfile.open(shards / "train-0.tar.gz", "w:gz") as tar:
+        for wnid in WNIDS:
+            for n in (0, 1):
+                add(tar, f"train/{wnid}/{wnid}_{n}.JPEG", jpeg(n))
+        add(tar, "../../escaped.JPEG", b"bad")
+        add(tar, f"train/../{WNIDS[0]}.JPEG", b"bad")
+        add(tar, "/etc/n00000000/absolute.JPEG", b"bad")
+        add(tar, f"train/{WNIDS[0]}/..", b"bad")
+        add(tar, f"train/{WNIDS[0]}/link.JPEG", b"", tarfile.SYMTYPE)
+        add(tar, f"train/{WNIDS[0]}/run.sh", b"bad")
+    before = {*files(tmp_path)}
+    prepare(shards, tmp_path / "out", **COUNTS)
+    new = {name for name in files(tmp_path) if name not in before}
+    assert len(new) == 37 and all(name.startswith("out/") for name in new)
+    assert not any(path.is_symlink() for path in tmp_path.rglob("*"))
+
+
+def test_a_truncated_archive_leaves_nothing(shards, tmp_path):
+    path = shards / "train-3.tar.gz"
+    path.write_bytes(path.read_bytes()[:400])
+    before = sorted(each.name for each in tmp_path.iterdir())
+    with pytest.raises(UserError, match="failed, nothing was left at"):
+        prepare(shards, tmp_path / "out", **COUNTS)
+    assert untouched(tmp_path, before)
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_full_disk_and_an_interruption_leave_nothing(shards, tmp_path, monkeypatch, capsys, error):
+    before = sorted(path.name for path in tmp_path.iterdir())
+    opened, written = Path.open, []
+
+    def fail_at_the_tenth(self, mode="r", *rest, **keywords):
+        written.append(self)
+        if len(written) == 10:
+            raise error
+        return opened(self, mode, *rest, **keywords)
+
+    monkeypatch.setattr(Path, "open", fail_at_the_tenth)
+    status = main(["--source", str(shards), "--out", str(tmp_path / "out")])
+    said = capsys.readouterr().err
+    assert status == (130 if isinstance(error, KeyboardInterrupt) else 2)
+    assert f"nothing was left at {tmp_path}/out" in said
+    assert isinstance(error, KeyboardInterrupt) or "No space left on device" in said
+    assert untouched(tmp_path, before)
+
+
+@pytest.mark.shared
+def test_real_images_come_out_of_a_real_shard(tmp_path):
+    """One real shard and val, cut down to two images of two classes, prepared and cropped."""
+    source, cut = SHARED / "tiny-imagenet-200", tmp_path / "cut"
+    cut.mkdir()
+    for name, wanted in (("train-0.tar.gz", 10), ("val.tar.gz", 2)):
+        taken: dict[str, int] = {}
+        with tarfile.open(source / name) as tar, tarfile.open(cut / name, "w:gz") as out:
+            for member in tar:
+                wnid = member.name.split("/")[1]
+                if wnid in (WNIDS[0], WNIDS[2]) and taken.get(wnid, 0) < wanted:
+                    taken[wnid] = taken.get(wnid, 0) + 1
+                    out.addfile(member, tar.extractfile(member))
+                if len(taken) == 2 and set(taken.values()) == {wanted}:
+                    break
+    shutil.copy(source / "words.txt", cut)
+    prepare(cut, tmp_path / "out", shards=1, num_classes=2, train_per_class=50, val_per_class=2)
+    config = DataConfig(name="tiny_imagenet", root=str(tmp_path / "out"), eval_resize_px=64, eval_px=64)
+    images = build_data(config, 0, torch.device("cpu"), is_main=False)
+    (batch, labels) = next(images["val"].eval_batches([torch.arange(4).numpy()]))
+    assert batch.shape == (4, 3, 64, 64) and labels.tolist() == [0, 0, 1, 1]
+    assert len(images["train"]) == 20 and 0.2 < batch.std() < 3
