@@ -139,6 +139,7 @@ def _ticks(dims: Sequence[int]) -> list[int]:
 
 
 def counts(rows: Sequence[Row]) -> str:
+    """How many images the rows are of: one number, or smallest to largest."""
     return " to ".join(f"{n:,}" for n in sorted({min(row.n for row in rows), max(row.n for row in rows)}))
 
 
