@@ -140,7 +140,10 @@ def resize_and_centre_crop(image: Tensor, resize_px: int, crop_px: int) -> Tenso
 
 def normalise(images: Tensor, mean: tuple[float, float, float], std: tuple[float, float, float]) -> Tensor:
     """Images ``(B, 3, H, W)`` of pixels from 0 to 255 (uint8 or float), as float32, normalised, channels_last."""
-    scale = torch.tensor(std, device=images.device).view(1, 3, 1, 1) * 255
-    offset = torch.tensor(mean, device=images.device).view(1, 3, 1, 1) * 255
-    out = torch.empty(images.shape, device=images.device, memory_format=torch.channels_last)
-    return torch.sub(images, offset, out=out).div_(scale)
+    width = images.shape[-1]
+    out = torch.empty(images.shape, device=images.device, memory_format=torch.channels_last).copy_(images)
+    # On whole rows of pixels, because arithmetic along an innermost axis of three channels is several times slower.
+    rows = out.permute(0, 2, 3, 1).view(-1, width * 3)
+    rows -= 255 * torch.tensor(mean, device=images.device).repeat(width)
+    rows /= 255 * torch.tensor(std, device=images.device).repeat(width)
+    return out
