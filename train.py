@@ -23,7 +23,6 @@ import torch
 from timm.data.mixup import Mixup
 from timm.utils import ModelEmaV3
 from torch import nn
-from tqdm import tqdm
 
 from mrl.backbones import build_backbone
 from mrl.config import Config
@@ -33,6 +32,7 @@ from mrl.errors import UserError
 from mrl.files import write_text
 from mrl.losses import check_weights, nested_cross_entropy
 from mrl.models import MatryoshkaClassifier, ModelInfo, build_model, freeze, save_model
+from mrl.progress import progress
 from mrl.recipes import parse_command_line, to_yaml
 from mrl.results import provenance
 from mrl.training import distributed
@@ -270,7 +270,9 @@ def validate(
     rows = eval_rows(len(images), batch_size, process.rank, process.world_size)
     sums = PrefixSums(model.head.nesting_list, process.device)  # type: ignore[union-attr,arg-type]
     batches = images.eval_batches(rows)
-    for inputs, labels in tqdm(batches, "validate", len(rows), leave=False, disable=not process.is_main, delay=3):
+    for inputs, labels in progress(
+        batches, show=process.is_main, desc="validate", total=len(rows), unit="batch", leave=False
+    ):
         with autocast:
             logits = model(inputs)
         sums.add(logits, labels, nested_cross_entropy(logits.float(), labels))

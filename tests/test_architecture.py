@@ -9,7 +9,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 SOURCES = [REPOSITORY / "train.py", REPOSITORY / "eval.py", *sorted((REPOSITORY / "mrl").rglob("*.py"))]
 # Imports point from a higher floor to a lower one, or stay on their own.
 FLOORS = [
-    ("errors", "files", "nesting"),
+    ("errors", "files", "nesting", "progress"),
     ("heads", "losses"),
     ("config", "backbones", "models"),
     ("data", "training", "retrieval", "results", "recipes"),

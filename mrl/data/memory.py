@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional
-from tqdm import tqdm
 
 from mrl.data.crops import Transform, crop_and_resize, normalise, resize_and_centre_crop
 from mrl.data.folder import read_image
 from mrl.errors import UserError
+from mrl.progress import progress
 
 IMAGES_PER_TASK = 64
 
@@ -85,7 +85,7 @@ def decode_images(paths: Sequence[str], px: int, num_threads: int, title: str, s
 
     with (
         ThreadPoolExecutor(num_threads) as pool,  # decoding releases the interpreter's lock
-        tqdm(total=len(paths), desc=title, unit="image", unit_scale=True, disable=not show_progress, delay=2) as bar,
+        progress(show=show_progress, total=len(paths), desc=title, unit="image") as bar,
     ):
         try:
             for done in pool.map(decode, range(0, len(paths), IMAGES_PER_TASK)):

@@ -22,9 +22,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from tqdm import tqdm
-
 from mrl.errors import UserError
+from mrl.progress import progress
 
 NUM_SHARDS = 5
 OFFICIAL_FOLDER = "tiny-imagenet-200"
@@ -150,7 +149,7 @@ def _write(source: Source, folder: Path, num_images: int) -> Counter[tuple[str, 
     counts: Counter[tuple[str, str]] = Counter()
     if source.words is not None:
         (folder / "words.txt").write_bytes(source.words)
-    for split, wnid, name, content in tqdm(source.files, "unpack", num_images, unit="image", unit_scale=True):
+    for split, wnid, name, content in progress(source.files, desc="unpack", total=num_images, unit="image"):
         if split in ("train", "val") and WNID.fullmatch(wnid) and IMAGE_NAME.fullmatch(name):
             class_folder = folder / split / wnid
             if not counts[split, wnid]:

@@ -16,11 +16,11 @@ from typing import Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from mrl.data.order import eval_rows
 from mrl.errors import UserError
 from mrl.files import write_text
+from mrl.progress import progress
 from mrl.training import distributed
 from mrl.training.distributed import Process
 
@@ -198,13 +198,11 @@ def _fill(
     vectors, labels, filled = _open_files(directory)
     shares = eval_rows(len(images), batch_size, process.rank, process.world_size)
     rows = [missing for share in shares if len(missing := share[filled[share] != _FILLED])]
-    with tqdm(
+    with progress(
+        show=process.is_main,
         total=sum(map(len, rows)),
         desc=f"{directory.parent.parent.name}: embedding {directory.name}",
         unit="image",
-        unit_scale=True,
-        disable=not process.is_main,
-        delay=2,
     ) as bar:
         for batch_rows, (batch, batch_labels) in zip(rows, images.eval_batches(rows), strict=True):
             z = embed(batch).float().cpu().numpy()

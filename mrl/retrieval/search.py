@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from mrl.errors import UserError
 from mrl.nesting import unit_prefix
+from mrl.progress import progress as progress_bar
 
 Vectors = np.ndarray | Tensor
 Neighbours = tuple[np.ndarray, np.ndarray]
@@ -59,7 +59,7 @@ def exact_search(
     block_rows = math.ceil(num_rows / math.ceil(num_rows / database_rows))
     block_rows += -block_rows % _ROW_MULTIPLE
     total = num_rows * num_queries * len(best)
-    with tqdm(total=total, desc="search", unit="pair", unit_scale=True, delay=2, disable=not progress) as bar:
+    with progress_bar(show=progress, total=total, desc="search", unit="pair") as bar:
         for start in range(0, num_rows, block_rows):
             block = _read(database, start, block_rows, device, "database")
             count = len(block)

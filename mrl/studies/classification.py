@@ -8,10 +8,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from mrl.errors import UserError
 from mrl.nesting import prefix
+from mrl.progress import progress
 from mrl.results import Row, Source
 
 STUDY = "classification"
@@ -58,7 +58,7 @@ def classification(
     num_classes = _check(vectors, labels, classifiers, source.run)
     ranks_wanted = {"top_1": 1, "top_5": 5} if num_classes > 5 else {"top_1": 1}
     counts = torch.zeros(len(classifiers), len(ranks_wanted), dtype=torch.int64, device=device)
-    with tqdm(total=len(vectors), desc=f"{source.run}: {STUDY}", unit="image", unit_scale=True, delay=2) as bar:
+    with progress(total=len(vectors), desc=f"{source.run}: {STUDY}", unit="image") as bar:
         for start in range(0, len(vectors), batch_rows):
             rows = np.array(vectors[start : start + batch_rows], dtype=np.float32)
             z = torch.from_numpy(rows).to(device)

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from mrl.errors import UserError
 from mrl.files import write_text
+from mrl.progress import progress
 
 
 class Tracker:
@@ -37,14 +38,7 @@ class Tracker:
         rows = [line for line in _lines(self.path) if line["step"] <= start_step]
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
         self.file = self.path.open("a")
-        self.bar = tqdm(
-            total=total_steps * batch_size,
-            initial=start_step * batch_size,
-            unit="img",
-            unit_scale=True,
-            dynamic_ncols=True,
-            mininterval=0.5 if sys.stderr.isatty() else 20,
-        )
+        self.bar = progress(total=total_steps * batch_size, initial=start_step * batch_size, unit="image", delay=0)
 
     def start_wandb(self, mode: str, project: str, entity: str | None, name: str, config: dict[str, Any]) -> None:
         """Begin the W&B run, or go on with the one that this run directory began."""
