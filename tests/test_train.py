@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torchvision.io import write_png
 
 import mrl
 import train
@@ -186,6 +187,22 @@ def test_fault_09_a_non_finite_loss_stops_the_run_and_names_the_step_and_prefix(
     error = capsys.readouterr().err
     assert "the loss at step" in error and "not finite for prefix sizes [8" in error and "optim.lr" in error
     assert not (tmp_path / "a" / "checkpoints" / "last.pt").exists()
+
+
+def test_a_corrupt_image_ends_the_run_with_one_sentence_although_workers_are_busy(tmp_path):
+    for split in ("train", "val"):
+        for name in ("cat", "dog"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(32):
+                write_png(torch.full((3, 32, 32), i, dtype=torch.uint8), str(tmp_path / split / name / f"{i}.png"))
+    (tmp_path / "train" / "cat" / "7.png").write_bytes(b"no image")
+    words = [*TINY, "--data.name", "folder", "--data.root", str(tmp_path), "--data.num_classes", "2"]
+    words += ["--data.batch_size", "4", "--data.num_workers", "2", "--run.dir", str(tmp_path), "--run.name", "a"]
+    command = [sys.executable, "train.py", *words]
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=100)
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    assert f"error: {tmp_path}/train/cat/7.png cannot be read as an image" in result.stderr
 
 
 def test_an_existing_run_is_refused_and_a_finished_one_is_left_alone(tmp_path, capsys):

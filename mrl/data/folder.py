@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -213,3 +215,14 @@ def _start_worker(worker: int) -> None:
     # A stop signal goes to the whole process group; the main process decides when its workers end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _end_workers() -> None:
+    """End workers that an unfinished pass has left: multiprocessing would send them SIGTERM and wait for ever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else torch reports that its workers were killed
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
+
+
+atexit.register(_end_workers)  # after multiprocessing's own, so that it runs before

@@ -122,6 +122,12 @@ def test_more_images_than_memory_holds_are_refused_before_reading():
     check_fits(1000, 64, CPU)
 
 
+def test_the_memory_backend_asks_for_room_first(two_classes, monkeypatch):
+    monkeypatch.setattr(os, "sysconf", lambda name: 200)  # 200 pages of 200 bytes; the 12 images take 82,944
+    with pytest.raises(UserError, match="GiB for 12 images of 48 px"):
+        build_data(two_classes.config(backend="memory"), 0, CPU)
+
+
 def test_processes_of_one_machine_share_its_cores(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(12)), raising=False)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)

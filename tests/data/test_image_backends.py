@@ -4,6 +4,9 @@ import dataclasses
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +20,7 @@ from mrl.data.memory import MemoryImages
 from mrl.data.order import eval_rows, train_rows
 from mrl.errors import UserError
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 # One grey level in normalised units is 1 / (255 * 0.224); torchvision rounds twice when it resizes uint8.
 TWO_LEVELS = 2 / 255 / 0.224
@@ -162,3 +166,16 @@ def test_a_stop_signal_to_all_processes_leaves_the_batches_coming(two_classes):
         os.kill(worker.pid, signal.SIGTERM)
         os.kill(worker.pid, signal.SIGINT)
     assert len(list(batches)) == 39
+
+
+def test_a_process_ends_although_a_pass_is_unfinished(two_classes):
+    """Workers ignore the SIGTERM that multiprocessing sends them at exit; it would wait for them for ever."""
+    program = (
+        "import sys, torch; from mrl.config import DataConfig; from mrl.data import build_data\n"
+        "config = DataConfig(name='folder', root=sys.argv[1], num_workers=2)\n"
+        "images = build_data(config, 0, torch.device('cpu'), is_main=False)['train']\n"
+        "batches = images.train_batches([[0], [1], [2], [3]], 0, 32); next(batches); print('unfinished')\n"
+    )
+    command = [sys.executable, "-c", program, two_classes.root]
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "unfinished\n", "")
