@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 import signal
 import sys
 import time
@@ -26,17 +25,21 @@ from torch import nn
 
 from mrl.backbones import build_backbone
 from mrl.config import Config
-from mrl.data import build_data
+from mrl.data import Images, build_data
 from mrl.data.order import eval_rows, train_rows
 from mrl.errors import UserError
-from mrl.files import write_text
 from mrl.losses import check_weights, nested_cross_entropy
 from mrl.models import MatryoshkaClassifier, ModelInfo, build_model, freeze, save_model
 from mrl.progress import progress
 from mrl.recipes import parse_command_line, to_yaml
-from mrl.results import provenance
 from mrl.training import distributed
-from mrl.training.checkpoint import load_checkpoint, open_run, save_checkpoint
+from mrl.training.checkpoint import (
+    load_checkpoint,
+    open_run,
+    record_start,
+    refuse_other_data,
+    save_checkpoint,
+)
 from mrl.training.distributed import Process
 from mrl.training.optimizer import build_optimizer
 from mrl.training.schedules import lr_at, px_at
@@ -54,9 +57,13 @@ def train(config: Config, process: Process) -> int:
         open_run(directory, config.run.resume, to_yaml(config))
     distributed.barrier()
     resumed = load_checkpoint(directory)
+    found, missing = distributed.any_process(resumed is not None, resumed is None)
+    if found and missing:
+        raise UserError(f"{directory} is not the same folder on all machines; run.dir must be one that they share")
 
     images = build_data(config.data, seed, device, process.is_main)
     num_images, classes = len(images["train"]), images["train"].classes
+    data_seen = {"num_images": num_images, "classes": classes}
     accumulation_steps, batch_size = config.train.accumulation_steps, config.data.batch_size
     split = (process.rank, process.world_size, accumulation_steps)
     micro_batch_size = len(train_rows(num_images, batch_size, seed, 0, *split)[0])
@@ -79,6 +86,7 @@ def train(config: Config, process: Process) -> int:
 
     step, sums, finite = 0, PrefixSums(dims, device), FiniteCheck(dims, process)
     if resumed is not None:
+        refuse_other_data(directory, resumed["data"], data_seen)
         step = resumed["step"]
         model.load_state_dict(resumed["model"])
         optimizer.load_state_dict(resumed["optimizer"])
@@ -87,6 +95,7 @@ def train(config: Config, process: Process) -> int:
             ema.module.load_state_dict(resumed["ema"])
         if process.is_main:  # it saved the sums of all processes
             sums.values.copy_(resumed["sums"])
+        del resumed
     if config.train.compile:
         compile_or_stay_eager(model, micro_batch_size, px_at(0, config.data.train_px), autocast, process)
     parallel = distributed.data_parallel(model, process)
@@ -103,7 +112,11 @@ def train(config: Config, process: Process) -> int:
         saved_at = logged_at = time.monotonic()
         logged_step, waited = step, 0.0
 
-        for epoch in range(step // steps_per_epoch, config.train.epochs):
+        # A run that stopped at the end of an epoch, before or in its validation, begins with that validation.
+        validated = step == 0 or not distributed.any_process(process.is_main and not tracker.validated(step))[0]
+        for epoch in range(
+            step // steps_per_epoch if validated else (step - 1) // steps_per_epoch, config.train.epochs
+        ):
             rows = train_rows(num_images, batch_size, seed, epoch, *split, start_step=step - epoch * steps_per_epoch)
             batches = images["train"].train_batches(rows, epoch, px_at(epoch, config.data.train_px))
             model.train()
@@ -136,7 +149,7 @@ def train(config: Config, process: Process) -> int:
                 step += 1
                 tracker.advance()
 
-                # Once in a while: log, validate, save, stop.
+                # Once in a while: log, save, stop.
                 epoch_ends = step == (epoch + 1) * steps_per_epoch
                 if step % config.train.log_every_steps == 0 or epoch_ends:
                     finite.refuse_non_finite()
@@ -149,33 +162,33 @@ def train(config: Config, process: Process) -> int:
                     tracker.log(row, f"epoch {epoch + 1}/{config.train.epochs}, loss and top-1 {shown}")
                     sums.values.zero_()
                     logged_at, logged_step, waited = time.monotonic(), step, 0.0
-                if epoch_ends and ((epoch + 1) % config.train.eval_every_epochs == 0 or step == total_steps):
-                    final = model if ema is None else ema.module
-                    distributed.same_buffers(final)
-                    row = {"step": step, "epoch": epoch + 1} | validate(final, images["val"], config, process, autocast)
-                    tracker.log(row, None)
-                    tracker.say(f"epoch {epoch + 1}: top-1 " + ", ".join(f"{row[f'top_1/{d}']:.4f} @{d}" for d in dims))
-                    if process.is_main:
-                        save_model(final, describe(config, final, classes), directory)
-                    model.train()
-                    logged_at = time.monotonic()
                 save_due = time.monotonic() - saved_at > 60 * config.train.checkpoint_minutes
                 stop, save = distributed.any_process(bool(stopped_by), save_due and process.is_main)
                 if stop or save or epoch_ends:
                     finite.refuse_non_finite()
-                    distributed.same_buffers(model)
                     all_sums = distributed.sum_over_processes(sums.values)
                     if process.is_main:
                         parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "scaler": scaler}
                         parts |= {} if ema is None else {"ema": ema.module}
                         states = {name: part.state_dict() for name, part in parts.items()}
-                        save_checkpoint(directory, {"step": step, "sums": all_sums, **states})
+                        save_checkpoint(directory, {"step": step, "sums": all_sums, "data": data_seen, **states})
                     saved_at = time.monotonic()
-                if stop and step < total_steps:
+                if stop:
                     number = signal.Signals(stopped_by[0] if stopped_by else signal.SIGTERM)
                     tracker.say(f"stopped by {number.name} and saved after step {step}; go on with --run.resume auto")
+                    tracker.exit_code = 128 + number
                     distributed.barrier()  # whoever leaves first makes torchrun end the others
                     return 128 + number
+
+            if (epoch + 1) % config.train.eval_every_epochs == 0 or epoch + 1 == config.train.epochs:
+                final: MatryoshkaClassifier = model if ema is None else ema.module
+                distributed.same_buffers(final)
+                scores = validate(final, images["val"], micro_batch_size, process, autocast)
+                if process.is_main:
+                    save_model(final, describe(config, final, classes), directory)
+                tracker.log({"step": step, "epoch": epoch + 1} | scores, None)
+                tracker.say(f"epoch {epoch + 1}: top-1 " + ", ".join(f"{scores[f'top_1/{d}']:.4f} @{d}" for d in dims))
+                logged_at = time.monotonic()
         tracker.say(f"done: {directory}. Next: python eval.py --runs {directory}")
     return 0
 
@@ -218,20 +231,6 @@ def describe(config: Config, model: MatryoshkaClassifier, classes: list[str]) ->
     )
 
 
-def record_start(directory: Path, process: Process, micro_batch_size: int, step: int) -> None:
-    """Add this start to provenance.json: a run that was resumed has several, perhaps on other machines."""
-    path = directory / "provenance.json"
-    starts = json.loads(path.read_text()) if step > 0 and path.exists() else []
-    world = {"world_size": process.world_size, "micro_batch_size": micro_batch_size}
-    starts.append({"start_step": step, "command": sys.argv, **world, **provenance()})
-    if len(starts) > 1 and starts[-2]["world_size"] != process.world_size:
-        print(
-            f"resumed on {process.world_size} processes instead of {starts[-2]['world_size']}: same batches and same "
-            f"learning rate, but BatchNorm now sees {micro_batch_size} images at a time"
-        )
-    write_text(path, json.dumps(starts, indent=2) + "\n")
-
-
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Make whatever is random in a step (mixup, dropout, drop path) a function of seed, step and rank.
 
@@ -245,12 +244,13 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 def compile_or_stay_eager(
     model: MatryoshkaClassifier, micro_batch_size: int, px: int, autocast: torch.autocast, process: Process
 ) -> None:
-    """Compile ``model`` in place if one step of a compiled copy works."""
+    """Compile ``model`` in place if one step of a compiled copy works, at the first image size."""
     probe = copy.deepcopy(model)
     probe.compile()
     try:
         with autocast:
-            logits = probe(torch.zeros(micro_batch_size, 3, px, px, device=process.device))
+            images = torch.zeros(micro_batch_size, 3, px, px, device=process.device)
+            logits = probe(images.contiguous(memory_format=torch.channels_last))
         logits.sum().backward()
     except Exception as error:
         if process.is_main:
@@ -262,20 +262,20 @@ def compile_or_stay_eager(
 
 @torch.no_grad()
 def validate(
-    model: nn.Module, images: Any, config: Config, process: Process, autocast: torch.autocast
+    model: MatryoshkaClassifier, images: Images, batch_size: int, process: Process, autocast: torch.autocast
 ) -> dict[str, float]:
     """``{top_1/dim, val_loss/dim}`` over the validation images, each counted once at any number of processes."""
     model.eval()
-    batch_size = -(-config.data.batch_size // process.world_size)
     rows = eval_rows(len(images), batch_size, process.rank, process.world_size)
-    sums = PrefixSums(model.head.nesting_list, process.device)  # type: ignore[union-attr,arg-type]
+    sums = PrefixSums(model.head.nesting_list, process.device)
     batches = images.eval_batches(rows)
     for inputs, labels in progress(
         batches, show=process.is_main, desc="validate", total=len(rows), unit="batch", leave=False
     ):
         with autocast:
-            logits = model(inputs)
-        sums.add(logits, labels, nested_cross_entropy(logits.float(), labels))
+            z = model.embed(inputs)
+        logits = model.head(z.float())  # not in bfloat16, where many logits are equal
+        sums.add(logits, labels, nested_cross_entropy(logits, labels))
     return sums.means("val_loss", "top_1")
 
 
@@ -285,7 +285,7 @@ def main(argv: list[str] | None = None) -> int:
         config = parse_command_line(argv, description=str(__doc__))
         return train(config, distributed.start())
     except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        sys.stderr.write(f"\nerror: {error}\n")  # in one piece, and not behind a progress bar
         return 2
     finally:
         distributed.stop()

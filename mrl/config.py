@@ -182,9 +182,9 @@ class TrainConfig:
     """Micro-batches per optimizer step; each process works on batch_size / processes / accumulation_steps images
     at a time."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
-    """Arithmetic of the forward pass (autocast); fp16 adds loss scaling."""
+    """Arithmetic of the forward pass (autocast); fp16 adds loss scaling. On CPUs without bfloat16 fp32 is faster."""
     compile: bool = False
-    """torch.compile the model; where that fails the run says so and goes on without."""
+    """torch.compile the model; where a first step fails to compile the run says so and goes on without."""
     ema_decay: float = 0.0
     """Decay per step of an exponential moving average of the weights, which is then evaluated and saved; 0 is off."""
     eval_every_epochs: int = 1

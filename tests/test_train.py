@@ -37,6 +37,15 @@ EVERYTHING = [
 STEPS = 10  # 2 epochs of 5 steps
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _on_the_cpu():
+    """Bits are promised on the CPU only; the children of these tests see no GPU either."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        yield
+
+
 def run(directory, *words, name="a"):
     return train.main([*words, "--run.dir", str(directory), "--run.name", name])
 
@@ -144,7 +153,7 @@ def test_fault_23_a_stopped_and_resumed_run_equals_the_straight_one_bitwise(tmp_
     assert [start["start_step"] for start in starts] == [0, 2, 5, 7]
 
 
-def test_kill_9_at_any_moment_then_resume_equals_the_straight_run(tmp_path):
+def test_kill_9_then_resume_equals_the_straight_run(tmp_path):
     assert run(tmp_path, *TINY) == 0
     words = [*TINY, "--train.checkpoint_minutes", "0", "--run.resume", "auto"]
     command = [sys.executable, "train.py", *words, "--run.dir", str(tmp_path), "--run.name", "b"]
@@ -172,7 +181,7 @@ def test_two_processes_equal_one_also_when_they_take_over_in_mid_epoch(tmp_path,
         command, cwd=REPOSITORY, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     assert result.returncode == 0, result.stderr
-    assert "resumed on 2 processes instead of 1" in result.stdout
+    assert "resumed on 2 processes (1 before)" in result.stdout
     one, two = untimed(tmp_path, "a"), untimed(tmp_path, "b")
     assert len(one) == len(two) == STEPS + 2
     for left, right in zip(one, two, strict=True):
@@ -182,11 +191,83 @@ def test_two_processes_equal_one_also_when_they_take_over_in_mid_epoch(tmp_path,
             assert left[key] == pytest.approx(right[key], rel=2e-4 if "loss" in key else 1e-2), key
 
 
-def test_fault_09_a_non_finite_loss_stops_the_run_and_names_the_step_and_prefix(tmp_path, capsys):
-    assert run(tmp_path, *TINY, "--optim.lr", "1e30") == 2
+def test_fault_09_a_non_finite_loss_stops_the_run_names_the_step_and_keeps_the_checkpoint(
+    tmp_path, stop_after, monkeypatch, capsys
+):
+    stop_after(2)
+    assert run(tmp_path, *TINY) == 128 + signal.SIGTERM
+    monkeypatch.undo()
+    before = (tmp_path / "a" / "checkpoints" / "last.pt").read_bytes()
+    real = train.nested_cross_entropy
+    poison = torch.tensor([1.0, float("nan"), 1.0])
+    monkeypatch.setattr(train, "nested_cross_entropy", lambda *args: real(*args) * poison)
+    assert run(tmp_path, *TINY, "--run.resume", "auto") == 2
     error = capsys.readouterr().err
-    assert "the loss at step" in error and "not finite for prefix sizes [8" in error and "optim.lr" in error
-    assert not (tmp_path / "a" / "checkpoints" / "last.pt").exists()
+    assert "the loss at step 2 is not finite for prefix sizes [16]" in error and "optim.lr" in error
+    assert (tmp_path / "a" / "checkpoints" / "last.pt").read_bytes() == before
+    monkeypatch.undo()
+    assert run(tmp_path, *TINY, "--run.resume", "auto") == 0
+
+
+def test_a_stop_at_the_end_of_an_epoch_leaves_its_validation_to_the_resumed_run(tmp_path, stop_after, monkeypatch):
+    stop_after(5)
+    assert run(tmp_path, *TINY) == 128 + signal.SIGTERM
+    assert not any("top_1/8" in row for row in rows(tmp_path))
+    monkeypatch.undo()
+    assert run(tmp_path, *TINY, "--run.resume", "auto") == 0
+    assert [row["step"] for row in rows(tmp_path) if "top_1/8" in row] == [5, 10]
+
+
+def test_other_data_is_refused_when_a_run_goes_on(tmp_path, stop_after, monkeypatch, capsys):
+    stop_after(2)
+    assert run(tmp_path, *TINY) == 128 + signal.SIGTERM
+    monkeypatch.undo()
+    build = train.build_data
+
+    def fewer(*args):
+        images = build(*args)
+        monkeypatch.setattr(type(images["train"]), "__len__", lambda self: 1400)
+        return images
+
+    monkeypatch.setattr(train, "build_data", fewer)
+    assert run(tmp_path, *TINY, "--run.resume", "auto") == 2
+    assert "was trained on 1,442 images of 10 classes; the data now has 1,400 of 10" in capsys.readouterr().err
+
+
+def test_the_imagenet_recipe_trains_on_a_folder_with_two_processes(tmp_path):
+    """BatchNorm, BlurPool, accumulation, EMA, mixup, clipping and loader processes under DDP, by torchrun."""
+    for split, count in (("train", 8), ("val", 3)):
+        for name in ("cat", "dog"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(count):
+                write_png(torch.randint(256, (3, 40, 48), dtype=torch.uint8), str(tmp_path / split / name / f"{i}.png"))
+    words = ["--config", "resnet50_mrl.yaml", "--data.root", str(tmp_path), "--model.backbone", "resnet10t"]
+    words += ["--data.batch_size", "8", "--train.accumulation_steps", "2", "--data.train_px", "[[0,32],[1,48]]"]
+    words += ["--data.eval_resize_px", "36", "--data.eval_px", "32", "--train.epochs", "2", "--data.mixup", "0.2"]
+    words += ["--train.ema_decay", "0.5", "--optim.clip_norm", "1", "--data.num_workers", "1"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    command = [*torchrun, "train.py", *words, "--run.dir", str(tmp_path / "runs"), "--run.name", "a"]
+    result = subprocess.run(
+        command, cwd=REPOSITORY, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert result.returncode == 0, result.stderr
+    assert "8 images a step = 2 processes x 2 micro-batches x 2" in result.stdout
+    assert [row["step"] for row in rows(tmp_path / "runs") if "top_1/8" in row] == [2, 4]
+    assert (tmp_path / "runs" / "a" / "checkpoints" / "last.pt").exists()
+    assert mrl.load(tmp_path / "runs" / "a").width == 512
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_half_precision_trains_and_resumes(tmp_path, stop_after, monkeypatch, precision):
+    """Loss scaling with clipping and accumulation; the same bits after a stop."""
+    words = [*TINY, "--train.precision", precision, "--optim.clip_norm", "1", "--train.accumulation_steps", "2"]
+    assert run(tmp_path, *words) == 0
+    stop_after(3)
+    assert run(tmp_path, *words, name="b") == 128 + signal.SIGTERM
+    monkeypatch.undo()
+    assert run(tmp_path, *words, "--run.resume", "auto", name="b") == 0
+    assert_same(weights(tmp_path, "a"), weights(tmp_path, "b"))
+    assert rows(tmp_path)[-2]["loss/32"] < rows(tmp_path)[0]["loss/32"]
 
 
 def test_a_corrupt_image_ends_the_run_with_one_sentence_although_workers_are_busy(tmp_path):

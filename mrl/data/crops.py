@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -110,10 +111,11 @@ def crop_and_resize(images: Tensor, boxes: np.ndarray, flipped: np.ndarray, out_
         out_px: Side of the result in pixels.
     """
     num_images, channels, height, width = images.shape
-    windows = torch.as_tensor(boxes, device=images.device)
+    # Copies to a GPU do not wait: the host would stand still until the GPU has caught up.
+    windows = torch.as_tensor(boxes).to(images.device, non_blocking=True)
     row_weights = _resampling_matrices(windows[:, 0], windows[:, 2], height, out_px).to(images.dtype)
     column_weights = _resampling_matrices(windows[:, 1], windows[:, 3], width, out_px).to(images.dtype)
-    mirror = torch.as_tensor(flipped, device=images.device)[:, None, None]
+    mirror = torch.as_tensor(flipped).to(images.device, non_blocking=True)[:, None, None]
     column_weights = torch.where(mirror, column_weights.flip(1), column_weights)
     # Rows before channels: then both products are plain batched ones (twice as fast on a CPU as a broadcast).
     rows_first = images.transpose(1, 2).reshape(num_images, height, channels * width)
@@ -144,6 +146,12 @@ def normalise(images: Tensor, mean: tuple[float, float, float], std: tuple[float
     out = torch.empty(images.shape, device=images.device, memory_format=torch.channels_last).copy_(images)
     # On whole rows of pixels, because arithmetic along an innermost axis of three channels is several times slower.
     rows = out.permute(0, 2, 3, 1).view(-1, width * 3)
-    rows -= 255 * torch.tensor(mean, device=images.device).repeat(width)
-    rows /= 255 * torch.tensor(std, device=images.device).repeat(width)
+    rows -= _per_row(mean, width, images.device)
+    rows /= _per_row(std, width, images.device)
     return out
+
+
+@functools.lru_cache
+def _per_row(values: tuple[float, float, float], width: int, device: torch.device) -> Tensor:
+    """Values per channel for a row of ``width`` pixels, ``(3 * width,)`` on the scale 0 to 255."""
+    return 255 * torch.tensor(values).repeat(width).to(device)

@@ -155,7 +155,7 @@ class FolderImages:
         return len(self.labels)
 
     def train_batches(self, rows: Sequence[np.ndarray], epoch: int, px: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Random crops of side ``px`` for each array of rows, the same as `MemoryImages` would cut.
+        """Random crops of side ``px`` for each array of rows, cut from the whole image.
 
         Raises:
             UserError: An image cannot be read.
@@ -186,7 +186,7 @@ class FolderImages:
                 raise UserError(images)
             on_device = images.to(self._device, non_blocking=True)
             on_device = functional.horizontal_flip(on_device) if flip else on_device
-            labels = self.labels[torch.as_tensor(batch_rows)].to(self._device)
+            labels = self.labels[torch.as_tensor(batch_rows)].to(self._device, non_blocking=True)
             yield normalise(on_device, self._transform.mean, self._transform.std), labels
 
 

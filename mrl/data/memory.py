@@ -66,7 +66,8 @@ class MemoryImages:
     def _take(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
         index = torch.from_numpy(rows)
         device = self._images.device
-        return self._images[index.to(device)], self.labels[index].to(device)
+        wanted = index.to(device, non_blocking=True)
+        return self._images[wanted], self.labels[index].to(device, non_blocking=True)
 
 
 def decode_images(paths: Sequence[str], px: int, num_threads: int, title: str, show_progress: bool) -> Tensor:
@@ -104,8 +105,9 @@ def check_fits(num_images: int, px: int, device: torch.device) -> None:
     """
     needed = num_images * 3 * px * px
     room = {}
-    if hasattr(os, "sysconf"):
-        room["memory"] = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if hasattr(os, "sysconf"):  # of which each process of a machine takes its share
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        room["memory per process"] = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / processes
     if device.type == "cuda":
         room["free GPU memory"] = torch.cuda.mem_get_info(device)[0]
     for where, there in room.items():

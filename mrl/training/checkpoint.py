@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,8 @@ import yaml
 
 from mrl.errors import UserError
 from mrl.files import write_text, write_whole
+from mrl.results import provenance
+from mrl.training.distributed import Process
 
 CHECKPOINT_FORMAT = "mrl-checkpoint-1"
 
@@ -20,6 +24,7 @@ FREE_KEYS = {
     "run.dir",
     "data.root",
     "data.num_workers",
+    "train.accumulation_steps",
     "train.compile",
     "train.checkpoint_minutes",
     "train.log_every_steps",
@@ -47,8 +52,10 @@ def open_run(directory: Path, resume: str, config_yaml: str) -> None:
         raise UserError(
             f"{directory} already holds a run; choose another --run.name, or go on with it: --run.resume auto"
         )
-    if going_on:
+    if going_on or (directory / "config.yaml").exists():
         _refuse_other_settings(directory, config_yaml)
+    if not going_on and (directory / "model.safetensors").exists():
+        raise UserError(f"{directory} holds a trained model but no checkpoint to go on from; choose another --run.name")
     (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
     write_text(directory / "config.yaml", config_yaml)
     if not going_on:  # what a run that died before its first checkpoint has left
@@ -103,3 +110,26 @@ def load_checkpoint(directory: Path) -> dict[str, Any] | None:
             f"{path} is not a checkpoint of this version (format {found!r}, not {CHECKPOINT_FORMAT!r}); {way_out}"
         )
     return state
+
+
+def refuse_other_data(directory: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Nothing, if a run goes on with as many images and the same classes as it began with."""
+    if before != now:
+        raise UserError(
+            f"{directory} was trained on {before['num_images']:,} images of {len(before['classes'])} classes; the data "
+            f"now has {now['num_images']:,} of {len(now['classes'])}{' others' if before['classes'] != now['classes'] else ''}"
+        )
+
+
+def record_start(directory: Path, process: Process, micro_batch_size: int, step: int) -> None:
+    """Add this start to provenance.json: a run that was resumed has several, perhaps on other machines."""
+    path = directory / "provenance.json"
+    starts = json.loads(path.read_text()) if step > 0 and path.exists() else []
+    world = {"world_size": process.world_size, "micro_batch_size": micro_batch_size}
+    starts.append({"start_step": step, "command": sys.argv, **world, **provenance()})
+    if len(starts) > 1 and starts[-2]["micro_batch_size"] != micro_batch_size:
+        print(
+            f"resumed on {process.world_size} processes ({starts[-2]['world_size']} before): same batches and learning "
+            f"rate, but BatchNorm sees {micro_batch_size} images at a time ({starts[-2]['micro_batch_size']} before)"
+        )
+    write_text(path, json.dumps(starts, indent=2) + "\n")

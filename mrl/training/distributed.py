@@ -15,6 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from mrl.errors import UserError
+
 
 @dataclass(frozen=True)
 class Process:
@@ -31,8 +33,17 @@ class Process:
 
 
 def start() -> Process:
-    """This process, after joining the others when torchrun started it (nccl on GPUs, gloo on CPU)."""
+    """This process, after joining the others when torchrun started it (nccl on GPUs, gloo on CPU).
+
+    Raises:
+        UserError: More processes were started than there are GPUs.
+    """
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if torch.cuda.is_available() and local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"{local_rank + 1} or more processes were started on a machine with {torch.cuda.device_count()} GPUs; "
+            "allowed: torchrun --nproc_per_node up to the number of GPUs"
+        )
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -63,6 +63,6 @@ class FiniteCheck:
         step = int(table[table > 0].min()) - 1
         bad = [dim for g, dim in enumerate(self.dims) if (table[:, g] == step + 1).any()]
         raise UserError(
-            f"the loss at step {step} is not finite for prefix sizes {bad}; the last good checkpoint is kept. "
-            "Lower --optim.lr, clip gradients with --optim.clip_norm 1, or use --train.precision bf16 instead of fp16"
+            f"the loss at step {step} is not finite for prefix sizes {bad}; what was saved before is kept. "
+            "Lower --optim.lr or clip gradients with --optim.clip_norm 1; fp16 overflows where bf16 does not"
         )

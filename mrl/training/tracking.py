@@ -32,10 +32,11 @@ class Tracker:
         self.path = directory / "metrics.jsonl"
         self.is_main = is_main
         self.batch_size = batch_size
+        self.exit_code = 0
         self.wandb_run: Any = None
         if not is_main:
             return
-        rows = [line for line in _lines(self.path) if line["step"] <= start_step]
+        self.rows_before = rows = [row for row in _lines(self.path) if row["step"] <= start_step]
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
         self.file = self.path.open("a")
         self.bar = progress(total=total_steps * batch_size, initial=start_step * batch_size, unit="image", delay=0)
@@ -66,6 +67,10 @@ class Tracker:
             raise UserError(f"W&B could not start ({error}); --wandb.mode offline needs no login") from error
         # Steps go backwards when a run resumes before its last logged row, which W&B's own step forbids.
         self.wandb_run.define_metric("*", step_metric="step")
+
+    def validated(self, step: int) -> bool:
+        """Whether a run that goes on from ``step`` has its validation row already; on the main process."""
+        return any(row["step"] == step and any(key.startswith("val_loss/") for key in row) for row in self.rows_before)
 
     def log(self, row: dict[str, float], status: str | None) -> None:
         """Keep one row, and show ``status`` in the progress line if there is one."""
@@ -102,7 +107,7 @@ class Tracker:
         os.fsync(self.file.fileno())
         self.file.close()
         if self.wandb_run is not None:
-            self.wandb_run.finish(exit_code=0 if kind is None else 1)
+            self.wandb_run.finish(exit_code=self.exit_code if kind is None else 1)
 
 
 def _plain(value: float) -> float | None:

@@ -29,6 +29,13 @@ def test_an_existing_run_is_never_overwritten_by_accident(tmp_path):
         open_run(tmp_path / "a", "never", CONFIG)
 
 
+def test_a_model_without_a_checkpoint_is_not_trained_over(tmp_path):
+    open_run(tmp_path / "a", "auto", CONFIG)
+    (tmp_path / "a" / "model.safetensors").write_bytes(b"weeks of work")
+    with pytest.raises(UserError, match="holds a trained model but no checkpoint"):
+        open_run(tmp_path / "a", "auto", CONFIG)
+
+
 def test_going_on_with_other_settings_names_them(tmp_path):
     open_run(tmp_path / "a", "auto", CONFIG)
     save_checkpoint(tmp_path / "a", {"step": 3})
