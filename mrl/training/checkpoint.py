@@ -115,9 +115,10 @@ def load_checkpoint(directory: Path) -> dict[str, Any] | None:
 def refuse_other_data(directory: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     """Nothing, if a run goes on with as many images and the same classes as it began with."""
     if before != now:
+        others = " others" if before["classes"] != now["classes"] else ""
         raise UserError(
-            f"{directory} was trained on {before['num_images']:,} images of {len(before['classes'])} classes; the data "
-            f"now has {now['num_images']:,} of {len(now['classes'])}{' others' if before['classes'] != now['classes'] else ''}"
+            f"{directory} was trained on {before['num_images']:,} images of {len(before['classes'])} classes; "
+            f"the data now has {now['num_images']:,} of {len(now['classes'])}{others}"
         )
 
 
