@@ -227,3 +227,11 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
+
+    def __post_init__(self) -> None:
+        _require(
+            self.optim.warmup_epochs < self.train.epochs,
+            "optim.warmup_epochs",
+            self.optim.warmup_epochs,
+            f"0 to below train.epochs = {self.train.epochs}, or the learning rate would end at its peak",
+        )

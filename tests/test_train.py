@@ -23,7 +23,18 @@ TIMES = {"images_per_second", "data_wait"}
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
 TINY = [
     *("--config", "digits_mrl.yaml", "--train.precision", "fp32", "--train.epochs", "2", "--data.batch_size", "256"),
-    *("--train.log_every_steps", "2", "--optim.name", "adamw", "--optim.lr", "0.01", "--model.stem_stride", "4"),
+    *(
+        "--train.log_every_steps",
+        "2",
+        "--optim.warmup_epochs",
+        "0.5",
+        "--optim.name",
+        "adamw",
+        "--optim.lr",
+        "0.01",
+        "--model.stem_stride",
+        "4",
+    ),
     *("--model.backbone", "vit_tiny_patch16_224", "--model.kwargs", json.dumps(VIT)),
 ]
 # BatchNorm, EMA, mixup, accumulation, clipping and drop path: all that a resumed run could forget.
@@ -244,6 +255,7 @@ def test_the_imagenet_recipe_trains_on_a_folder_with_two_processes(tmp_path):
     words = ["--config", "resnet50_mrl.yaml", "--data.root", str(tmp_path), "--model.backbone", "resnet10t"]
     words += ["--data.batch_size", "8", "--train.accumulation_steps", "2", "--data.train_px", "[[0,32],[1,48]]"]
     words += ["--data.eval_resize_px", "36", "--data.eval_px", "32", "--train.epochs", "2", "--data.mixup", "0.2"]
+    words += ["--optim.warmup_epochs", "1"]
     words += ["--train.ema_decay", "0.5", "--optim.clip_norm", "1", "--data.num_workers", "1"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
     command = [*torchrun, "train.py", *words, "--run.dir", str(tmp_path / "runs"), "--run.name", "a"]
