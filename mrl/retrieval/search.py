@@ -74,7 +74,7 @@ def exact_search(
         for start in range(0, num_rows, block_rows):
             block = _read(database, start, block_rows, device)
             count = len(block)
-            row_scales = _scales(block, sizes, start, "database")
+            row_scales = inverse_lengths(block, sizes, range(start, start + count), "database")
             if count < block_rows:
                 block = torch.nn.functional.pad(block, (0, 0, 0, block_rows - count))
                 row_scales = torch.nn.functional.pad(row_scales, (0, block_rows - count))
@@ -118,20 +118,35 @@ def _read(vectors: Vectors, start: int, count: int, device: torch.device | str) 
     return rows.detach().to(device, torch.float32)
 
 
-def _scales(block: Tensor, sizes: Sequence[int], start: int, name: str) -> Tensor:
-    """One over the length of every prefix of every vector: ``(G, n)`` for ``block`` ``(n, D)``, whose rows are finite."""
+def inverse_lengths(block: Tensor, sizes: Sequence[int], rows: Sequence[int] | np.ndarray, name: str) -> Tensor:
+    """One over the length of every prefix of every vector: ``(G, n)`` float32 for ``block`` ``(n, D)``.
+
+    A vector of length 0 gets 1e12, as in `mrl.unit_prefix`: it scores 0 with everything.
+
+    Args:
+        block: Vectors.
+        sizes: Prefix sizes, ascending.
+        rows: The number of each vector, for errors.
+        name: What the vectors are, for errors.
+
+    Raises:
+        UserError: A vector holds NaN or infinity, or its squared length is beyond float32.
+    """
     cuts = [0, *sizes, block.shape[1]]
     parts = [torch.linalg.vector_norm(block[:, a:b], dim=1) for a, b in itertools.pairwise(cuts)]
     squares = torch.stack(parts).square_()
     finite = squares.isfinite().all(dim=0)
     if not finite.all():
         row = int((~finite).nonzero()[0])
-        what = "holds NaN or infinity" if not block[row].isfinite().all() else "is too long for float32"
-        raise UserError(f"row {start + row} of the {name} {what}, so it has no neighbours")
+        what = "is too long for float32" if block[row].isfinite().all() else "holds NaN or infinity"
+        raise UserError(f"row {rows[row]} of the {name} {what}, so it has no neighbours")
     return squares[:-1].cumsum(dim=0).sqrt_().clamp_(min=_SMALLEST_NORM).reciprocal_()
 
 
 def _query_scales(queries: Vectors, sizes: Sequence[int], device: torch.device | str, query_rows: int) -> Tensor:
     starts = range(0, len(queries), query_rows)
-    blocks = (_scales(_read(queries, first, query_rows, device), sizes, first, "queries") for first in starts)
+    blocks = (
+        inverse_lengths(_read(queries, first, query_rows, device), sizes, range(first, first + query_rows), "queries")
+        for first in starts
+    )
     return torch.cat([torch.empty(len(sizes), 0, device=device), *blocks], dim=1)
