@@ -20,9 +20,7 @@ def hits(neighbours: np.ndarray, query_labels: np.ndarray, database_labels: np.n
     Raises:
         UserError: The labels are not integers, or there is not one query label per list.
     """
-    query_labels, database_labels = np.asarray(query_labels), np.asarray(database_labels)
-    for name, labels in (("query", query_labels), ("database", database_labels)):
-        _check_integers(name, labels)
+    query_labels, database_labels = _integers("query", query_labels), _integers("database", database_labels)
     if neighbours.ndim != 2 or query_labels.shape != (len(neighbours),):
         raise UserError(
             f"{query_labels.shape} query labels for neighbours of shape {neighbours.shape}; allowed is one label a list"
@@ -36,9 +34,7 @@ def num_relevant(query_labels: np.ndarray, database_labels: np.ndarray) -> np.nd
     Raises:
         UserError: The labels are not integers.
     """
-    query_labels, database_labels = np.asarray(query_labels), np.asarray(database_labels)
-    for name, labels in (("query", query_labels), ("database", database_labels)):
-        _check_integers(name, labels)
+    query_labels, database_labels = _integers("query", query_labels), _integers("database", database_labels)
     classes, counts = np.unique(database_labels, return_counts=True)
     if not len(classes):
         return np.zeros(query_labels.shape, dtype=np.int64)
@@ -113,9 +109,11 @@ def retrieval_metrics(hit: np.ndarray, relevant: np.ndarray, ks: Sequence[int]) 
     return found
 
 
-def _check_integers(name: str, labels: np.ndarray) -> None:
+def _integers(name: str, labels: np.ndarray) -> np.ndarray:
+    labels = np.asarray(labels)
     if labels.dtype.kind not in "iu":
         raise UserError(f"{name} labels are {labels.dtype}; allowed are integers, which stay distinct at any size")
+    return labels.astype(np.int64, copy=False)
 
 
 def _first(hit: np.ndarray, k: int) -> np.ndarray:

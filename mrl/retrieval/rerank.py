@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from mrl.errors import UserError
 from mrl.retrieval.search import Neighbours, Vectors, exact_search, inverse_lengths
-from mrl.retrieval.selection import pack, unpack
+from mrl.retrieval.selection import descending, pack, unpack
 
 _MAX_BYTES = 2**30  # of database vectors gathered at a time
 
@@ -20,7 +20,7 @@ _MAX_BYTES = 2**30  # of database vectors gathered at a time
 def rerank(
     queries: Vectors, database: Vectors, shortlist: np.ndarray, dim: int, *, progress: bool = False
 ) -> np.ndarray:
-    """Each query's shortlist ordered best first by cosine at ``dim``: a new ``(Q, S)`` int64 array.
+    """The shortlists ordered best first by cosine at ``dim``: a new ``(Q, S)`` int64 array.
 
     At ``dim`` the prefix is taken first and scaled to length 1 after, in float32; equal scores come
     by lower index. ``shortlist`` itself stays as it is.
@@ -145,7 +145,7 @@ def _order(queries: Vectors, database: Vectors, shortlist: np.ndarray, dim: int,
     [query_lengths] = inverse_lengths(some, [dim], np.arange(first, first + len(some)), "queries")
     cosines = _products(some, vectors, places).mul_(lengths[places]).mul_(query_lengths[:, None])
     keys = pack(cosines, torch.from_numpy(shortlist.astype(np.int64, copy=False)))
-    ordered, scores = unpack(keys.sort(dim=1, descending=True).values)
+    ordered, scores = unpack(descending(keys))
     return ordered.numpy(), scores.numpy()
 
 
@@ -154,7 +154,7 @@ def _gather(vectors: Vectors, rows: np.ndarray, dim: int) -> Tensor:
     if isinstance(vectors, Tensor):
         chosen = vectors.detach()[:, :dim].index_select(0, torch.from_numpy(rows).to(vectors.device))
         return chosen.to("cpu", torch.float32)
-    return torch.from_numpy(np.asarray(vectors[:, :dim].take(rows, axis=0), dtype=np.float32))
+    return torch.from_numpy(np.asarray(vectors[:, :dim][rows], dtype=np.float32))
 
 
 def _products(queries: Tensor, vectors: Tensor, places: Tensor) -> Tensor:

@@ -67,7 +67,6 @@ def exact_search(
     block_rows = math.ceil(num_rows / math.ceil(num_rows / database_rows))
     block_rows += -block_rows % _ROW_MULTIPLE
     products = torch.empty(min(query_rows, num_queries), block_rows, device=device)
-    cosines = torch.empty_like(products)
     with tqdm(
         total=num_rows * num_queries, desc="search", unit="pair", unit_scale=True, delay=2, disable=not progress
     ) as bar:
@@ -77,17 +76,16 @@ def exact_search(
             row_scales = inverse_lengths(block, sizes, range(start, start + count), "database")
             if count < block_rows:
                 block = torch.nn.functional.pad(block, (0, 0, 0, block_rows - count))
-                row_scales = torch.nn.functional.pad(row_scales, (0, block_rows - count))
+                row_scales = torch.nn.functional.pad(row_scales, (0, block_rows - count), value=1.0)
             for first in range(0, num_queries, query_rows):
                 some = _read(queries, first, query_rows, device)
                 rows = slice(first, first + len(some))
                 done = 0
                 for size, dim in enumerate(sizes):
-                    product, cosine = products[: len(some)], cosines[: len(some)]
+                    product = products[: len(some)]
                     product.addmm_(some[:, done:dim], block[:, done:dim].T, beta=min(done, 1))
-                    torch.mul(product, row_scales[size], out=cosine)
-                    cosine[:, count:] = -torch.inf
-                    best[dim].add(rows, cosine, query_scales[size, rows, None], start)
+                    product[:, count:] = -torch.inf
+                    best[dim].add(rows, product, row_scales[size], query_scales[size, rows, None], start)
                     done = dim
                 bar.update(count * len(some))
     found = {dim: best[dim].ordered() for dim in dims}
@@ -114,7 +112,7 @@ def _read(vectors: Vectors, start: int, count: int, device: torch.device | str) 
     rows = vectors[start : start + count]
     if isinstance(rows, np.ndarray):
         # torch wants memory that it may write to, which a file mapped for reading is not.
-        rows = torch.from_numpy(np.require(rows, np.float32, "CW"))
+        rows = torch.from_numpy(np.require(rows, np.float32, ["C", "W"]))
     return rows.detach().to(device, torch.float32)
 
 
