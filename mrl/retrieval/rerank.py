@@ -144,7 +144,7 @@ def _order(queries: Vectors, database: Vectors, shortlist: np.ndarray, dim: int,
     [lengths] = inverse_lengths(vectors, [dim], unique, "database")
     [query_lengths] = inverse_lengths(some, [dim], np.arange(first, first + len(some)), "queries")
     cosines = _products(some, vectors, places).mul_(lengths[places]).mul_(query_lengths[:, None])
-    keys = pack(cosines, torch.from_numpy(shortlist.astype(np.int64, copy=False)))
+    keys = pack(cosines, torch.from_numpy(shortlist.astype(np.int64)))
     ordered, scores = unpack(descending(keys))
     return ordered.numpy(), scores.numpy()
 

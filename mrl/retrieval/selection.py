@@ -64,22 +64,24 @@ class Best:
         worst, k, width = self.worst[rows], self.keys.shape[1], products.shape[1]
         group_size = _group_size(width, k)
         tops = _group_maxima(products, row_scales, group_size).mul_(query_scales)
-        promising = tops > worst
-        floor = worst
+        floor = torch.nextafter(worst, torch.full_like(worst, torch.inf))
+        promising = tops >= floor
         if tops.shape[1] > k and promising.sum() > 2 * k * len(products):
             # At least k scores reach the k-th highest maximum, so nothing below it can stay.
-            floor = _largest(tops, k).amin(dim=1, keepdim=True)
-            promising &= tops >= floor
+            floor = torch.maximum(floor, _largest(tops, k).amin(dim=1, keepdim=True))
+            promising = tops >= floor
         found = _true_places(promising)
-        query, group = found // tops.shape[1], found % tops.shape[1]
+        query = found // tops.shape[1]
+        group = found - query * tops.shape[1]
         columns = group[:, None] + torch.arange(group_size, device=group.device) * tops.shape[1]
-        places = (query[:, None] * width + columns).view(-1)
+        places = (columns + query[:, None] * width).view(-1)
         scores = products.view(-1).index_select(0, places).mul_(row_scales.index_select(0, columns.view(-1)))
-        scores = scores.view_as(columns).mul_(query_scales[query])
-        wanted = _true_places((scores > worst[query]) & (scores >= floor[query]))
+        scores = scores.view_as(columns).mul_(query_scales.index_select(0, query))
+        wanted = _true_places(scores >= floor.index_select(0, query))
         if len(wanted):
-            keys = pack(scores.view(-1)[wanted], start + columns.view(-1)[wanted])
-            self._insert(rows, query[wanted // group_size], keys)
+            chosen = columns.view(-1).index_select(0, wanted)
+            keys = pack(scores.view(-1).index_select(0, wanted), start + chosen)
+            self._insert(rows, query.index_select(0, wanted // group_size), keys)
 
     def _insert(self, rows: slice, query: Tensor, keys: Tensor) -> None:
         """Let ``keys`` ``(m,)`` of the queries ``query`` ``(m,)``, ascending, compete with those kept."""
