@@ -14,6 +14,7 @@ same shape times ``--noise``. Needs faiss (pip install faiss-cpu).
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import platform
@@ -193,8 +194,8 @@ def funnels(args: argparse.Namespace, rng: np.random.Generator) -> None:
             shortlist = of.search(given, args.shortlist_size)[1]
             return funnel(queries, database, shortlist, stages)[0]
 
-        contenders[f"faiss exact at {dim}, funnel {stages}"] = lambda of=small, search=search: search(of)
-        contenders[f"HNSW32 at {dim}, funnel {stages}"] = lambda of=graph, search=search: search(of)
+        contenders[f"faiss exact at {dim}, funnel {stages}"] = functools.partial(search, small)
+        contenders[f"HNSW32 at {dim}, funnel {stages}"] = functools.partial(search, graph)
     seconds, answers = take_turns(contenders, args.repeats)
     exact = float((labels[answers["faiss full width"][:, 0]] == query_labels).mean())
     for name in contenders:

@@ -7,6 +7,8 @@ largest gives the same answer.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -15,8 +17,6 @@ MAX_ROWS = 2**32
 _LOW_BITS = MAX_ROWS - 1
 _SIGN_KEEPING_BITS = 2**31 - 1
 _NOTHING = -(2**63)
-# A maximum of so many scores is looked at before the scores are.
-_GROUP_SIZE = 16
 # Scores of so many queries and a block of the database stay in the processor's cache between two operations.
 _CACHED_ROWS = 64
 
@@ -56,7 +56,7 @@ class Best:
 
         Args:
             rows: Which queries.
-            products: ``(B, n)``, contiguous, n a multiple of 16; minus infinity never competes.
+            products: ``(B, n)``, contiguous, n a multiple of 64; minus infinity never competes.
             row_scales: ``(n,)``, above 0.
             query_scales: ``(B, 1)``, above 0.
             start: Database row of the first column.
@@ -136,8 +136,9 @@ def _group_maxima(products: Tensor, row_scales: Tensor, group_size: int) -> Tens
 
 
 def _group_size(num_scores: int, k: int) -> int:
-    """Scores to a group: few enough that the groups outnumber ``k`` where possible."""
-    size = _GROUP_SIZE
-    while size > 1 and num_scores // size < 2 * k:
-        size //= 2
-    return size
+    """Scores to a group, a power of two up to 64.
+
+    Every group is looked at, and about ``k`` of them are looked into, each of whose scores costs about as much as ten
+    groups: the least work is near the square root of ``num_scores / (2 * k)``.
+    """
+    return min(64, 2 ** int(math.log2(max(1.0, num_scores / (2 * k))) / 2))
