@@ -5,6 +5,7 @@ from mrl.heads import NestedLinear
 from mrl.losses import MatryoshkaLoss, nested_cross_entropy
 from mrl.models import MatryoshkaClassifier, load
 from mrl.nesting import prefix, unit_prefix
+from mrl.retrieval.rerank import funnel_search, rerank
 from mrl.retrieval.search import exact_search
 
 __version__ = "0.1.0"
@@ -14,8 +15,10 @@ __all__ = [
     "NestedLinear",
     "UserError",
     "exact_search",
+    "funnel_search",
     "load",
     "nested_cross_entropy",
     "prefix",
+    "rerank",
     "unit_prefix",
 ]
