@@ -6,6 +6,7 @@ from mrl.losses import MatryoshkaLoss, nested_cross_entropy
 from mrl.models import MatryoshkaClassifier, load
 from mrl.nesting import prefix, unit_prefix
 from mrl.retrieval.search import exact_search
+from mrl.studies.thresholds import fit_thresholds, route
 
 __version__ = "0.1.0"
 __all__ = [
@@ -14,8 +15,10 @@ __all__ = [
     "NestedLinear",
     "UserError",
     "exact_search",
+    "fit_thresholds",
     "load",
     "nested_cross_entropy",
     "prefix",
+    "route",
     "unit_prefix",
 ]
