@@ -20,8 +20,8 @@ def paper_rows(dataset: str, *tables: str) -> list[Row]:
 
     Args:
         dataset: Name of the data that ours are of.
-        tables: Which of table_1, table_2, table_8, table_11, table_22, table_25, figure_5 and figure_6; all when
-            none is named.
+        tables: Which of table_1, table_2, table_8, table_11, table_22, table_22_never, table_25, figure_5 and
+            figure_6; all when none is named.
 
     Raises:
         UserError: A table is not among them.
