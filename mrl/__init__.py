@@ -7,6 +7,7 @@ from mrl.models import MatryoshkaClassifier, load
 from mrl.nesting import prefix, unit_prefix
 from mrl.retrieval.rerank import funnel_search, rerank
 from mrl.retrieval.search import exact_search
+from mrl.studies.thresholds import fit_thresholds, route
 
 __version__ = "0.1.0"
 __all__ = [
@@ -15,10 +16,12 @@ __all__ = [
     "NestedLinear",
     "UserError",
     "exact_search",
+    "fit_thresholds",
     "funnel_search",
     "load",
     "nested_cross_entropy",
     "prefix",
     "rerank",
+    "route",
     "unit_prefix",
 ]

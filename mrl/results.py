@@ -44,6 +44,7 @@ class Row:
         metric: What `value` is, e.g. "top_1".
         value: 0 to 1.
         cost: Million multiply-adds per query of a search; None outside retrieval.
+        expected_dim: Mean number of dims used per image, where that differs from image to image; else None.
         n: Number of images that `value` is a mean over.
         seed: Seed of the training run.
         resize_px: Shorter side of an image after resizing.
@@ -62,6 +63,7 @@ class Row:
     metric: str
     value: float
     cost: float | None
+    expected_dim: float | None
     n: int
     seed: int
     resize_px: int
@@ -71,6 +73,9 @@ class Row:
     def __post_init__(self) -> None:
         if not 0 <= self.value <= 1:
             raise UserError(f"{self.metric} of {self.run} ({self.study}) is {self.value}; results lie between 0 and 1")
+
+
+_OPTIONAL = ("dim", "shortlist_dim", "shortlist_size", "rerank_dim", "cost", "expected_dim")
 
 
 @dataclass(frozen=True)
@@ -85,8 +90,8 @@ class Source:
     flip: bool
 
     def row(self, study: str, method: str, metric: str, value: float, n: int, **rest: Any) -> Row:
-        """A `Row` of this source; ``dim``, ``cost`` and the sizes of adaptive retrieval are None unless given."""
-        given: dict[str, Any] = dict.fromkeys(("dim", "shortlist_dim", "shortlist_size", "rerank_dim", "cost")) | rest
+        """A `Row` of this source; ``dim``, the sizes of adaptive retrieval and the costs are None unless given."""
+        given: dict[str, Any] = dict.fromkeys(_OPTIONAL) | rest
         return Row(study=study, method=method, metric=metric, value=value, n=n, **dataclasses.asdict(self), **given)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
+import textwrap
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
+from mrl.errors import UserError
 from mrl.results import Row, method_order
 
 Line = dict[int, list[float]]
@@ -41,8 +43,8 @@ OTHER_STYLES: list[Style] = [
 MAX_TICKS = 12
 
 
-def add_legend(figure: Figure, labels: Sequence[str]) -> None:
-    """One legend below all panels, an entry a label, in this order."""
+def add_legend(figure: Figure, labels: Sequence[str], columns: int = 4) -> None:
+    """One legend below all panels, an entry a label, in this order, at most ``columns`` beside each other."""
     entries: dict[str, Any] = {}
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
@@ -52,11 +54,16 @@ def add_legend(figure: Figure, labels: Sequence[str]) -> None:
         [entries[label] for label in shown],
         shown,
         loc="outside lower center",
-        ncols=min(len(shown), 4),
+        ncols=min(len(shown), columns),
         frameon=False,
         fontsize=9,
         handlelength=3.2,
     )
+
+
+def title(figure: Figure, text: str) -> None:
+    """Write ``text`` over all panels, on as many lines as the figure's width makes necessary."""
+    figure.suptitle(textwrap.fill(text, round(11 * figure.get_figwidth())), fontsize=11)
 
 
 def save(figure: Figure, path_stem: str | Path) -> list[Path]:
@@ -149,3 +156,16 @@ def seeds_note(rows: Sequence[Row], labels: dict[tuple[str, str], str]) -> str:
     if seeds == {1}:
         return ""
     return f"; mean and standard deviation of {min(seeds)}{f' to {max(seeds)}' if len(seeds) > 1 else ''} seeds"
+
+
+def dataset_of(rows: Sequence[Row], wanted: str) -> str:
+    """The one dataset that ``rows`` are of.
+
+    Raises:
+        UserError: They are of several, or there are none; ``wanted`` says what was looked for.
+    """
+    datasets = sorted({row.dataset for row in rows})
+    if len(datasets) != 1:
+        found = f"rows of several datasets: {datasets}" if datasets else f"no rows of {wanted}"
+        raise UserError(f"one figure shows one dataset, but was given {found}")
+    return datasets[0]
