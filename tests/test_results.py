@@ -94,7 +94,7 @@ def test_studies_metrics_and_datasets_get_a_table_each():
     rows = [
         source.row(study, "MRL", metric, 0.5, 9, dim=8)
         for source in (SOURCE, other)
-        for study, metric in (("classification", "top_1"), ("classification", "top_5"), ("nearest_neighbour", "top_1"))
+        for study, metric in (("classification", "top_1"), ("classification", "top_5"), ("retrieval", "top_1"))
     ]
     assert text_table(rows).count("n = 9") == 6
 

@@ -21,7 +21,7 @@ from mrl.figures.style import (
 )
 from mrl.results import Row
 
-PANELS = {"classification": "linear classification", "nearest_neighbour": "1-nearest neighbour"}
+PANELS = {"classification": "linear classification", "retrieval": "1-nearest neighbour"}
 
 
 def accuracy_by_dim(rows: Sequence[Row], metric: str = "top_1") -> Figure:
