@@ -20,6 +20,7 @@ Line = dict[int, list[float]]
 Style = dict[str, Any]
 
 METRIC_LABELS = {"top_1": "top-1 accuracy (%)", "top_5": "top-5 accuracy (%)"}
+METRIC_NAMES = {"map": "mAP", "precision": "precision", "recall": "recall"}
 METHOD_LABELS = {"FF": "FF (one model per size)", "FF truncated": "FF, plain truncation"}
 # Colours of Okabe and Ito, which the colour-blind can tell apart; marker and line style tell the same in grey.
 METHOD_STYLES: dict[str, Style] = {
@@ -39,6 +40,12 @@ OTHER_STYLES: list[Style] = [
     )
 ]
 MAX_TICKS = 12
+
+
+def metric_label(metric: str) -> str:
+    """The axis label of a metric, with its unit: "mAP@10 (%)" for "map@10"."""
+    name, at, k = metric.partition("@")
+    return METRIC_LABELS.get(metric, f"{METRIC_NAMES.get(name, name)}{at}{k} (%)")
 
 
 def add_legend(figure: Figure, labels: Sequence[str]) -> None:
@@ -70,8 +77,8 @@ def save(figure: Figure, path_stem: str | Path) -> list[Path]:
 
 def line_labels(rows: Sequence[Row]) -> dict[tuple[str, str], str]:
     """``{(method, run): label of its line}``: the method, and the run too where several models share its points."""
-    points = Counter((row.study, row.method, row.dim, row.seed) for row in rows)
-    shared = {method for (_, method, _, _), count in points.items() if count > 1}
+    points = Counter((row.method, row.study, row.metric, row.dim, row.seed) for row in rows)
+    shared = {point[0] for point, count in points.items() if count > 1}
     labels = {}
     for row in sorted(rows, key=lambda row: (*method_order(row.method), row.run)):
         name = METHOD_LABELS.get(row.method, row.method)
@@ -144,7 +151,7 @@ def counts(rows: Sequence[Row]) -> str:
 
 def seeds_note(rows: Sequence[Row], labels: dict[tuple[str, str], str]) -> str:
     """What the error bars are, for the title; nothing where there are none."""
-    seeds = set(Counter((row.study, labels[row.method, row.run], row.dim) for row in rows).values())
+    seeds = set(Counter((row.study, row.metric, labels[row.method, row.run], row.dim) for row in rows).values())
     if seeds == {1}:
         return ""
     return f"; mean and standard deviation of {min(seeds)}{f' to {max(seeds)}' if len(seeds) > 1 else ''} seeds"

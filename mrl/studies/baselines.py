@@ -18,7 +18,7 @@ from mrl.errors import UserError
 from mrl.results import Row, Source
 from mrl.studies.classification import Classifier, classification, truncations
 from mrl.studies.linear_probe import fit_linear_probe
-from mrl.studies.retrieval import KS, check_labels, retrieval
+from mrl.studies.retrieval import check_labels, retrieval
 
 BATCH_ROWS = 8192
 
@@ -33,9 +33,9 @@ def retrieval_baselines(
     dims: Sequence[int],
     source: Source,
     *,
-    draws: int = 3,
+    draws: int = 2,
     max_queries: int = 2000,
-    ks: Sequence[int] = KS,
+    ks: Sequence[int] = (10,),
     device: torch.device | str = "cpu",
 ) -> list[Row]:
     """Rows of the `retrieval` study at each size for four baselines on a fixed-feature model of full width.
