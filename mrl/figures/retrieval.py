@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter, StrMethodFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from mrl.errors import UserError
 from mrl.figures.accuracy import NESTED, check_one_dataset, is_trained, panels_by_dim, trained_dims
@@ -90,7 +90,7 @@ def interpolation(rows: Sequence[Row], metric: str = "top_1") -> Figure:
     styles = line_styles(labels)
     between = [row for row in rows if not is_trained(row, trained)]
     for label, line in values_by_dim(between, labels).items():
-        draw_line(axes, line, "_between", styles[label] | {"linestyle": "none", "markersize": 6, "label": "_between"})
+        draw_line(axes, line, "_between", styles[label] | {"linestyle": "none", "markersize": 6})
     dim_axis(axes, sorted({row.dim for row in at_trained if row.dim is not None}))
     kinds = {"trained size": "0.3", "size between, never trained": "white"}
     for kind, fill in kinds.items():
@@ -140,7 +140,7 @@ def adaptive_retrieval(rows: Sequence[Row]) -> Figure:
     seeds = "" if len(models) == 1 else f"; mean and standard deviation of {len(models)} seeds"
     names = f"{methods[0]} ({rows[0].run})" if len(models) == 1 else methods[0]
     figure.suptitle(f"{rows[0].dataset}, {names}: {counts(rows)} queries{seeds}", fontsize=11)
-    add_legend(figure, list(series))
+    add_legend(figure, list(series), entry_inches=3.4)
     return figure
 
 
@@ -195,10 +195,13 @@ def _draw_series(
             spread = [100 * statistics.stdev(row.value for row in same) if len(same) > 1 else 0.0 for same in drawn]
             axes.errorbar(costs, values, yerr=spread, capsize=2, elinewidth=0.8, **look)
         if label.startswith("one search"):
-            for point, cost, value in zip(points, costs, values, strict=True):
+            # Times of small sizes lie too close for numbers.
+            numbered = slice(None) if column == "cost" else slice(None, None, max(1, len(points) - 1))
+            for point, cost, value in list(zip(points, costs, values, strict=True))[numbered]:
                 place: Any = {"xytext": (0, -11), "textcoords": "offset points", "ha": "center", "fontsize": 7}
                 axes.annotate(str(point[1]), (cost, value), **place)
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.margins(y=0.12)

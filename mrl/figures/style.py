@@ -29,6 +29,13 @@ METHOD_STYLES: dict[str, Style] = {
     # Larger, since it lies under the others where all agree.
     "FF": {"color": "#000000", "marker": "D", "linestyle": ":", "markersize": 8},
     "FF truncated": {"color": "#009E73", "marker": "v", "linestyle": "-."},
+    # Of one kind, one colour: singular vectors, random coordinates.
+    "FF PCA": {"color": "#CC79A7", "marker": "^", "linestyle": "-"},
+    "FF SVD": {"color": "#56B4E9", "marker": "P", "linestyle": "--"},
+    "FF low-rank classifier": {"color": "#56B4E9", "marker": "h", "linestyle": "-"},
+    "FF random coordinates": {"color": "#E69F00", "marker": "X", "linestyle": ":"},
+    "FF random coordinates, probe": {"color": "#E69F00", "marker": "*", "linestyle": "--", "markersize": 8},
+    "FF random projection": {"color": "#7F7F7F", "marker": "<", "linestyle": "-."},
 }
 OTHER_STYLES: list[Style] = [
     {"color": color, "marker": marker, "linestyle": linestyle}
@@ -48,8 +55,8 @@ def metric_label(metric: str) -> str:
     return METRIC_LABELS.get(metric, f"{METRIC_NAMES.get(name, name)}{at}{k} (%)")
 
 
-def add_legend(figure: Figure, labels: Sequence[str]) -> None:
-    """One legend below all panels, an entry a label, in this order."""
+def add_legend(figure: Figure, labels: Sequence[str], entry_inches: float = 2.2) -> None:
+    """One legend below all panels, an entry a label, in this order; as many beside each other as fit."""
     entries: dict[str, Any] = {}
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
@@ -59,7 +66,7 @@ def add_legend(figure: Figure, labels: Sequence[str]) -> None:
         [entries[label] for label in shown],
         shown,
         loc="outside lower center",
-        ncols=min(len(shown), 4),
+        ncols=min(len(shown), int(figure.get_figwidth() // entry_inches)),
         frameon=False,
         fontsize=9,
         handlelength=3.2,
