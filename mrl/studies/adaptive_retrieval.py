@@ -17,7 +17,7 @@ from mrl.retrieval.cost import mflops_per_query
 from mrl.retrieval.metrics import map_at_k, top_1
 from mrl.retrieval.rerank import rerank
 from mrl.retrieval.search import exact_search
-from mrl.studies.retrieval import check_labels, count_relevant
+from mrl.studies.retrieval import check_labels, count_relevant, thin
 
 STUDY = "adaptive_retrieval"
 FUNNEL_STUDY = "funnel_retrieval"
@@ -83,6 +83,7 @@ def adaptive_retrieval(
     source: Source,
     method: str,
     *,
+    max_queries: int = 2000,
     device: torch.device | str = "cpu",
 ) -> list[Row]:
     """Rows of top-1 and map@10 of all `pairs`, of the `ablation` and, as study "funnel_retrieval", of the `funnels`.
@@ -102,12 +103,13 @@ def adaptive_retrieval(
         nesting_list: Sizes to search and rerank at, ascending.
         source: What the rows are of.
         method: The rows' method.
+        max_queries: Of more queries, this many are taken, evenly spread; ``n`` tells.
         device: Where to search; reranking runs on the CPU.
 
     Raises:
         UserError: The labels do not fit the embeddings, the nesting list is not one; or as `exact_search`.
     """
-    check_labels(queries, query_labels, "queries")
+    queries, query_labels = thin(queries, query_labels, max_queries)
     check_labels(database, database_labels, "database")
     nesting_list, num_rows = check_nesting_list(nesting_list, database.shape[1]), len(database)
     studies = {
@@ -164,7 +166,7 @@ def _rerank(queries: np.ndarray, database: np.ndarray, shortlist: np.ndarray, di
 
 
 def _timed(function: Callable[..., np.ndarray], *arguments: Any) -> tuple[np.ndarray, float]:
-    """What ``function`` gives, and the seconds that it takes: the shortest of up to three times within half a second."""
+    """What ``function`` gives, and the seconds that it takes: the shortest of up to three within half a second."""
     seconds: list[float] = []
     while not seconds or (len(seconds) < 3 and sum(seconds) < 0.5):
         start = time.perf_counter()

@@ -18,7 +18,7 @@ from mrl.errors import UserError
 from mrl.results import Row, Source
 from mrl.studies.classification import Classifier, classification, truncations
 from mrl.studies.linear_probe import fit_linear_probe
-from mrl.studies.retrieval import check_labels, retrieval
+from mrl.studies.retrieval import retrieval, thin
 
 BATCH_ROWS = 8192
 
@@ -59,10 +59,8 @@ def retrieval_baselines(
     Raises:
         UserError: As `retrieval`; or the database holds NaN or infinity.
     """
-    check_labels(queries, query_labels, "queries")
+    queries, query_labels = thin(queries, query_labels, max_queries)
     check_dims(dims, database.shape[1])
-    some = np.unique(np.linspace(0, len(queries) - 1, min(max_queries, len(queries))).round().astype(int))
-    queries, query_labels = np.array(queries[some]), query_labels[some]
 
     def rows_of(method: str, transform: Transform) -> list[Row]:
         both = transform(queries), transform(database)
@@ -97,13 +95,12 @@ def classification_baselines(
     dims: Sequence[int],
     source: Source,
     *,
-    max_iterations: int = 50,
     device: torch.device | str = "cpu",
 ) -> list[Row]:
     """Rows of the `classification` study at each size for two baselines on a fixed-feature model of full width.
 
     "FF low-rank classifier" replaces the weight by its best approximation of rank ``dim`` and keeps the
-    bias; only sizes up to the smaller of C and D exist. "FF random coordinates, probe" fits a linear
+    bias (the paper's SVD); only sizes up to the smaller of C and D exist. "FF random coordinates, probe" fits a linear
     classifier anew on ``dim`` random coordinates of the training images; see `fit_linear_probe`.
 
     Args:
@@ -114,7 +111,6 @@ def classification_baselines(
         classifier: The model's weight ``(C, D)`` and bias ``(C,)``.
         dims: Sizes, each 1 to D.
         source: What the rows are of.
-        max_iterations: Of each fit.
         device: Where to compute.
 
     Raises:
@@ -132,7 +128,7 @@ def classification_baselines(
     coordinates = np.random.default_rng(source.seed).permutation(train.shape[1])[: max(dims)]
     chosen, of_train = take_coordinates(vectors, coordinates), take_coordinates(train, coordinates)
     probes = [
-        fit_linear_probe(of_train[:, :dim], train_labels, len(bias), max_iterations=max_iterations, device=device)
+        fit_linear_probe(of_train[:, :dim], train_labels, len(bias), device=device)
         for dim in tqdm(dims, desc=f"{source.run}: linear probes", unit="size", delay=2)
     ]
     return rows + classification(chosen, labels, probes, source, "FF random coordinates, probe", device=device)

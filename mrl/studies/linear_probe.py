@@ -21,7 +21,7 @@ def fit_linear_probe(
     num_classes: int,
     *,
     l2: float = 1e-4,
-    max_iterations: int = 50,
+    max_iterations: int = 30,
     device: torch.device | str = "cpu",
 ) -> Classifier:
     """Weight ``(C, dim)`` and bias ``(C,)`` of multinomial logistic regression, for raw ``vectors`` ``(N, dim)``.

@@ -102,6 +102,19 @@ def count_relevant(query_labels: np.ndarray, database_labels: np.ndarray) -> np.
     return np.where(classes[places] == query_labels, counts[places], 0)
 
 
+def thin(queries: np.ndarray, labels: np.ndarray, max_queries: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of more than ``max_queries`` queries and their labels that many, evenly spread from first to last, in memory.
+
+    Raises:
+        UserError: As `check_labels`; or ``max_queries`` is below 1.
+    """
+    check_labels(queries, labels, "queries")
+    if max_queries < 1:
+        raise UserError(f"max_queries is {max_queries}; allowed: 1 or more")
+    some = np.linspace(0, len(queries) - 1, min(max_queries, len(queries))).round().astype(np.int64)
+    return np.array(queries[some]), labels[some]
+
+
 def check_labels(vectors: np.ndarray, labels: np.ndarray, name: str) -> None:
     """Nothing, once each of ``vectors`` is known to have one label, a whole number.
 
