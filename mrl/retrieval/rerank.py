@@ -14,8 +14,9 @@ from mrl.retrieval.search import exact_search
 def rerank(queries: np.ndarray, database: np.ndarray, shortlist: np.ndarray, dim: int) -> np.ndarray:
     """``shortlist`` ``(Q, S)`` in a new array, best first by cosine at ``dim``."""
     ordered = np.empty_like(shortlist)
-    for first in range(0, len(queries), 64):
-        rows = slice(first, first + 64)
+    step = max(1, 2**22 // (shortlist.shape[1] * dim))
+    for first in range(0, len(queries), step):
+        rows = slice(first, first + step)
         found = unit_prefix(torch.from_numpy(np.array(database[:, :dim][shortlist[rows]], dtype=np.float32)), dim)
         asked = unit_prefix(torch.from_numpy(np.array(queries[rows, :dim], dtype=np.float32)), dim)
         scores = torch.einsum("qsd,qd->qs", found, asked)

@@ -83,7 +83,7 @@ def adaptive_retrieval(
     source: Source,
     method: str,
     *,
-    max_queries: int = 2000,
+    max_queries: int = 1000,
     device: torch.device | str = "cpu",
 ) -> list[Row]:
     """Rows of top-1 and map@10 of all `pairs`, of the `ablation` and, as study "funnel_retrieval", of the `funnels`.
