@@ -43,7 +43,7 @@ from mrl.retrieval.embeddings import (
     open_embeddings,
 )
 from mrl.studies.classification import classification, truncations
-from mrl.studies.nearest_neighbour import nearest_neighbour
+from mrl.studies.retrieval import retrieval
 from mrl.training import distributed
 from mrl.training.distributed import Process
 
@@ -184,7 +184,7 @@ def study(run: EmbeddedRun, device: torch.device) -> list[Row]:
         truncated = truncations(*classifiers[0], dims)
         rows += classification(run.val.vectors, run.val.labels, truncated, run.source, "FF truncated", device=device)
     train, val = run.train, run.val
-    return rows + nearest_neighbour(
+    return rows + retrieval(
         val.vectors, val.labels, train.vectors, train.labels, dims_by_method, run.source, device=device
     )
 

@@ -93,7 +93,8 @@ def test_rows_hold_every_study_and_the_fixed_feature_model_also_truncated(finish
     for row in rows:
         found[row.study, row.metric, row.method].append(row.dim)
     dims = {"MRL": [8, 16, 32], "FF": [32], "FF truncated": [8, 16, 32]}
-    kinds = (("classification", "top_1"), ("classification", "top_5"), ("nearest_neighbour", "top_1"))
+    kinds = [("classification", "top_1"), ("classification", "top_5"), ("retrieval", "top_1")]
+    kinds += [("retrieval", f"{metric}@{k}") for k in (10, 25, 50, 100) for metric in ("map", "precision", "recall")]
     assert found == {(*kind, method): of_method for kind in kinds for method, of_method in dims.items()}
     assert {(row.dataset, row.resize_px, row.crop_px, row.flip) for row in rows} == {("digits", 16, 16, False)}
     assert {(row.run, row.seed) for row in rows} == {("mrl", 0), ("ff", 1)}

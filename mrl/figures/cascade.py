@@ -79,7 +79,7 @@ def cascade_by_expected_dim(rows: Sequence[Row]) -> Figure:
     draws = "mean and standard deviation over random draws of the fitting images"
     title(figure, f"{dataset}: {counts(rows)} validation images not fitted on; {draws}")
     labels = [CASCADE_LABELS.get(method, method) for method in methods]
-    add_legend(figure, labels + [PAPER.format(CASCADE_LABELS[m]) for m in CASCADE_LABELS], columns=2)
+    add_legend(figure, labels + [PAPER.format(CASCADE_LABELS[m]) for m in CASCADE_LABELS], entry_inches=3.2)
     return figure
 
 

@@ -22,6 +22,7 @@ Line = dict[int, list[float]]
 Style = dict[str, Any]
 
 METRIC_LABELS = {"top_1": "top-1 accuracy (%)", "top_5": "top-5 accuracy (%)"}
+METRIC_NAMES = {"map": "mAP", "precision": "precision", "recall": "recall"}
 METHOD_LABELS = {"FF": "FF (one model per size)", "FF truncated": "FF, plain truncation"}
 # Colours of Okabe and Ito, which the colour-blind can tell apart; marker and line style tell the same in grey.
 METHOD_STYLES: dict[str, Style] = {
@@ -30,6 +31,13 @@ METHOD_STYLES: dict[str, Style] = {
     # Larger, since it lies under the others where all agree.
     "FF": {"color": "#000000", "marker": "D", "linestyle": ":", "markersize": 8},
     "FF truncated": {"color": "#009E73", "marker": "v", "linestyle": "-."},
+    # Of one kind, one colour: singular vectors, random coordinates.
+    "FF PCA": {"color": "#CC79A7", "marker": "^", "linestyle": "-"},
+    "FF SVD": {"color": "#56B4E9", "marker": "P", "linestyle": "--"},
+    "FF low-rank classifier": {"color": "#56B4E9", "marker": "h", "linestyle": "-"},
+    "FF random coordinates": {"color": "#E69F00", "marker": "X", "linestyle": ":"},
+    "FF random coordinates, probe": {"color": "#E69F00", "marker": "*", "linestyle": "--", "markersize": 8},
+    "FF random projection": {"color": "#7F7F7F", "marker": "<", "linestyle": "-."},
 }
 OTHER_STYLES: list[Style] = [
     {"color": color, "marker": marker, "linestyle": linestyle}
@@ -43,8 +51,14 @@ OTHER_STYLES: list[Style] = [
 MAX_TICKS = 12
 
 
-def add_legend(figure: Figure, labels: Sequence[str], columns: int = 4) -> None:
-    """One legend below all panels, an entry a label, in this order, at most ``columns`` beside each other."""
+def metric_label(metric: str) -> str:
+    """The axis label of a metric, with its unit: "mAP@10 (%)" for "map@10"."""
+    name, at, k = metric.partition("@")
+    return METRIC_LABELS.get(metric, f"{METRIC_NAMES.get(name, name)}{at}{k} (%)")
+
+
+def add_legend(figure: Figure, labels: Sequence[str], entry_inches: float = 2.2) -> None:
+    """One legend below all panels, an entry a label, in this order; as many beside each other as fit."""
     entries: dict[str, Any] = {}
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
@@ -54,7 +68,7 @@ def add_legend(figure: Figure, labels: Sequence[str], columns: int = 4) -> None:
         [entries[label] for label in shown],
         shown,
         loc="outside lower center",
-        ncols=min(len(shown), columns),
+        ncols=min(len(shown), int(figure.get_figwidth() // entry_inches)),
         frameon=False,
         fontsize=9,
         handlelength=3.2,
@@ -77,8 +91,8 @@ def save(figure: Figure, path_stem: str | Path) -> list[Path]:
 
 def line_labels(rows: Sequence[Row]) -> dict[tuple[str, str], str]:
     """``{(method, run): label of its line}``: the method, and the run too where several models share its points."""
-    points = Counter((row.study, row.method, row.dim, row.seed) for row in rows)
-    shared = {method for (_, method, _, _), count in points.items() if count > 1}
+    points = Counter((row.method, row.study, row.metric, row.dim, row.seed) for row in rows)
+    shared = {point[0] for point, count in points.items() if count > 1}
     labels = {}
     for row in sorted(rows, key=lambda row: (*method_order(row.method), row.run)):
         name = METHOD_LABELS.get(row.method, row.method)
@@ -152,7 +166,7 @@ def counts(rows: Sequence[Row]) -> str:
 
 def seeds_note(rows: Sequence[Row], labels: dict[tuple[str, str], str]) -> str:
     """What the error bars are, for the title; nothing where there are none."""
-    seeds = set(Counter((row.study, labels[row.method, row.run], row.dim) for row in rows).values())
+    seeds = set(Counter((row.study, row.metric, labels[row.method, row.run], row.dim) for row in rows).values())
     if seeds == {1}:
         return ""
     return f"; mean and standard deviation of {min(seeds)}{f' to {max(seeds)}' if len(seeds) > 1 else ''} seeds"

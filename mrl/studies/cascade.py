@@ -10,9 +10,9 @@ import statistics
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-from tqdm import tqdm
 
 from mrl.errors import UserError
+from mrl.progress import progress
 from mrl.results import Row, Source
 from mrl.studies.thresholds import fit_thresholds, fit_thresholds_jointly, route
 
@@ -76,7 +76,7 @@ def cascade(
     thresholds: list[np.ndarray] = []
     num_test = 0
     splits = draws(confidence.shape[1], num_draws)
-    for fit, test in tqdm(splits, f"{source.run}: {STUDY}", num_draws, unit="draw", delay=2):
+    for fit, test in progress(splits, desc=f"{source.run}: {STUDY}", total=num_draws, unit="draw"):
         greedy, joint = _fit(confidence[:, fit], correct[:, fit], dims)
         thresholds.append(greedy[-1])
         num_test = len(test)

@@ -8,10 +8,10 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from mrl.errors import UserError
 from mrl.nesting import unit_prefix
+from mrl.progress import progress
 from mrl.results import Row, Source
 from mrl.studies.cascade import spread
 
@@ -54,7 +54,7 @@ def few_shot(
     classes, index = _check(vectors, labels, shots, num_draws)
     accuracies: dict[tuple[int, int], list[float]] = {}
     total = len(dims) * len(shots) * num_draws
-    with tqdm(total=total, desc=f"{source.run}: few-shot", unit="draw", delay=2) as bar:
+    with progress(total=total, desc=f"{source.run}: few-shot", unit="draw") as bar:
         for dim in dims:
             z = unit_prefix(torch.from_numpy(np.array(vectors[:, :dim], dtype=np.float32)).to(device), dim)
             for n in shots:

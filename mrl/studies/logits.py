@@ -9,10 +9,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from mrl.errors import UserError
 from mrl.nesting import prefix
+from mrl.progress import progress
 
 Classifier = tuple[Tensor, Tensor]
 
@@ -87,7 +87,7 @@ def predict(
     classes = np.empty((len(classifiers), len(vectors)), dtype=np.int64)
     confidence = np.empty(classes.shape, dtype=np.float32)
     start = 0
-    with tqdm(total=len(vectors), desc="predictions", unit="image", unit_scale=True, delay=2) as bar:
+    with progress(total=len(vectors), desc="predictions", unit="image") as bar:
         for logits in logit_batches(vectors, classifiers, mirrored, device=device, batch_rows=batch_rows):
             rows = slice(start, start := start + logits.shape[1])
             best, at = logits.max(dim=2)
