@@ -154,7 +154,7 @@ def test_refuses_what_one_figure_cannot_show():
         adaptive_retrieval([*rows, *adaptive_rows("other")])
     with pytest.raises(UserError, match=r"\['MRL', 'MRL-E'\]"):
         adaptive_retrieval([*rows, *adaptive_rows("other", 1, "MRL-E")])
-    with pytest.raises(UserError, match="no rows with metric"):
+    with pytest.raises(UserError, match="no rows of metric"):
         adaptive_retrieval(ROWS)
     for figure in (retrieval_by_dim, baselines_by_dim, interpolation):
         with pytest.raises(UserError, match=r"\['digits', 'other'\]"):

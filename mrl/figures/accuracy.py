@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from mrl.errors import UserError
 from mrl.figures.style import (
     add_legend,
     counts,
+    dataset_of,
     dim_axis,
     draw_line,
     line_labels,
@@ -92,8 +92,4 @@ def check_one_dataset(rows: Sequence[Row], metrics: Sequence[str]) -> None:
     Raises:
         UserError: They are not.
     """
-    datasets = sorted({row.dataset for row in rows})
-    if len(datasets) != 1:
-        wanted = " or ".join(map(repr, metrics))
-        found = f"rows of several datasets: {datasets}" if datasets else f"no rows with metric {wanted}"
-        raise UserError(f"one figure shows one dataset, but was given {found}")
+    dataset_of(rows, f"metric {' or '.join(map(repr, metrics))}")

@@ -51,6 +51,10 @@ OTHER_STYLES: list[Style] = [
 MAX_TICKS = 12
 
 
+class NothingToDraw(UserError):
+    """None of the rows belongs into the figure."""
+
+
 def metric_label(metric: str) -> str:
     """The axis label of a metric, with its unit: "mAP@10 (%)" for "map@10"."""
     name, at, k = metric.partition("@")
@@ -180,6 +184,7 @@ def dataset_of(rows: Sequence[Row], wanted: str) -> str:
     """
     datasets = sorted({row.dataset for row in rows})
     if len(datasets) != 1:
-        found = f"rows of several datasets: {datasets}" if datasets else f"no rows of {wanted}"
-        raise UserError(f"one figure shows one dataset, but was given {found}")
+        if not datasets:
+            raise NothingToDraw(f"one figure shows one dataset, but was given no rows of {wanted}")
+        raise UserError(f"one figure shows one dataset, but was given rows of several datasets: {datasets}")
     return datasets[0]
