@@ -17,7 +17,6 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +25,11 @@ import torch
 from mrl.config import Config
 from mrl.data import build_data
 from mrl.errors import UserError
-from mrl.figures import accuracy_by_dim, save
+from mrl.figures import figures_of, save
 from mrl.files import write_text
-from mrl.heads import NestedLinear
 from mrl.models import load
-from mrl.nesting import default_nesting_list
 from mrl.recipes import read_config
-from mrl.results import Row, Source, method_name, provenance, read_rows, text_table, write_rows
+from mrl.results import Row, Source, provenance, read_rows, text_table, write_rows
 from mrl.retrieval.embeddings import (
     EmbeddingMetadata,
     EmbeddingSet,
@@ -42,22 +39,13 @@ from mrl.retrieval.embeddings import (
     file_sha256,
     open_embeddings,
 )
-from mrl.studies.classification import classification, truncations
-from mrl.studies.nearest_neighbour import nearest_neighbour
+from mrl.studies.hierarchy import read_superclasses
+from mrl.studies.run import EmbeddedRun, run_studies
 from mrl.training import distributed
 from mrl.training.distributed import Process
 
 SPLITS = ("train", "val")
-
-
-@dataclass(frozen=True)
-class EmbeddedRun:
-    """All that the studies need of a run: no images, no backbone."""
-
-    source: Source
-    head: NestedLinear
-    train: EmbeddingSet
-    val: EmbeddingSet
+SHOWN = {("classification", "top_1"), ("classification", "top_5"), ("retrieval", "top_1"), ("retrieval", "map@10")}
 
 
 def evaluate(args: argparse.Namespace, process: Process) -> None:
@@ -69,7 +57,8 @@ def evaluate(args: argparse.Namespace, process: Process) -> None:
     embedded = embed_runs(names, args.batch_size, args.force, process)
     if not process.is_main:
         return
-    rows = [row for run in embedded for row in study(run, process.device)]
+    table = read_superclasses(args.superclasses) if args.superclasses else None
+    rows = [row for run in embedded for row in run_studies(run, process.device, table)]
     out.mkdir(parents=True, exist_ok=True)
     write_rows(rows, out / "results.jsonl")
     record = {"command": sys.argv, "runs": {name: str(run) for name, run in names.items()}}
@@ -114,29 +103,33 @@ def embed_runs(names: dict[str, Path], batch_size: int, force: bool, process: Pr
         if classes_of.setdefault(dataset, classes) != classes:
             raise UserError(f"run {name} and one before it call their data {dataset!r}, but their classes differ")
         source = Source(dataset, name, config.run.seed, data.eval_resize_px, data.eval_px, flip=False)
-        wanted = describe_embeddings(run, source, classes)
+        wanted = describe_embeddings(run, source, classes, with_flip=data.flip)
         sets: dict[str, EmbeddingSet] = {}
-        for split in SPLITS:
-            ready = None if force else open_embeddings(embeddings_path(run, split), wanted[split])
+        for name_of_set, metadata in wanted.items():
+            ready = None if force else open_embeddings(run / "embeddings" / name_of_set, metadata)
             if ready is not None:
-                sets[split] = ready
-        missing = [split for split in SPLITS if split not in sets]
+                sets[name_of_set] = ready
+        missing = [name_of_set for name_of_set in wanted if name_of_set not in sets]
+        splits = tuple(dict.fromkeys(wanted[name_of_set].split for name_of_set in missing))
         if missing:
             key = (data.name, data.root, data.backend, data.eval_resize_px, data.eval_px, data.mean, data.std)
-            if key != images_are_of or not set(missing) <= images.keys():
+            if key != images_are_of or not set(splits) <= images.keys():
                 images = {}  # lets go of the last run's before the next are read
-                images = build_data(data, config.run.seed, process.device, process.is_main, splits=tuple(missing))
+                images = build_data(data, config.run.seed, process.device, process.is_main, splits=splits)
                 images_are_of = key
             model.to(process.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        for split in missing:
-            refuse_other_classes(name, classes, images[split].classes)
-            directory = embeddings_path(run, split)
+        for name_of_set in missing:
+            of_split = images[wanted[name_of_set].split]
+            refuse_other_classes(name, classes, of_split.classes)
+            directory = run / "embeddings" / name_of_set
             if force and process.is_main:
                 shutil.rmtree(directory, ignore_errors=True)
-            sets[split] = embed_split(
-                directory, wanted[split], images[split], model.embed, model.width, process, batch_size
+            sets[name_of_set] = embed_split(
+                directory, wanted[name_of_set], of_split, model.embed, model.width, process, batch_size
             )
-        embedded.append(EmbeddedRun(source, model.head.cpu(), **sets))
+        embedded.append(
+            EmbeddedRun(source, model.head.cpu(), classes, sets["train"], sets["val"], sets.get("val_flip"))
+        )
     return embedded
 
 
@@ -146,20 +139,23 @@ def dataset_name(config: Config) -> str:
     return Path(data.root).resolve().name if data.name == "folder" and data.root else data.name
 
 
-def describe_embeddings(run: Path, source: Source, classes: Sequence[str]) -> dict[str, EmbeddingMetadata]:
-    """``{split: metadata}`` of the embeddings that a run's model gives."""
+def describe_embeddings(
+    run: Path, source: Source, classes: Sequence[str], with_flip: bool
+) -> dict[str, EmbeddingMetadata]:
+    """``{name: metadata}`` of the embeddings that a run's model gives; of mirrored images too if it has seen such."""
     checkpoint_sha256 = file_sha256(run / "model.safetensors")
+    views = [(split, False) for split in SPLITS] + ([("val", True)] if with_flip else [])
     return {
-        split: EmbeddingMetadata(
+        embeddings_path(run, split, flip).name: EmbeddingMetadata(
             checkpoint_sha256=checkpoint_sha256,
             dataset=source.dataset,
             split=split,
             resize_px=source.resize_px,
             crop_px=source.crop_px,
-            flip=source.flip,
+            flip=flip,
             classes_sha256=classes_sha256(classes),
         )
-        for split in SPLITS
+        for split, flip in views
     }
 
 
@@ -172,30 +168,13 @@ def refuse_other_classes(name: str, trained: Sequence[str], found: Sequence[str]
         )
 
 
-def study(run: EmbeddedRun, device: torch.device) -> list[Row]:
-    """The rows of every study. A fixed-feature model of full width is also shown plainly truncated."""
-    head, width = run.head, run.val.vectors.shape[1]
-    method = method_name(head.nesting_list, head.tied)
-    classifiers = [head.weight_and_bias(g) for g in range(len(head.nesting_list))]
-    rows = classification(run.val.vectors, run.val.labels, classifiers, run.source, method, device=device)
-    dims_by_method: dict[str, Sequence[int]] = {method: head.nesting_list}
-    if head.nesting_list == (width,):
-        dims = dims_by_method["FF truncated"] = default_nesting_list(width)
-        truncated = truncations(*classifiers[0], dims)
-        rows += classification(run.val.vectors, run.val.labels, truncated, run.source, "FF truncated", device=device)
-    train, val = run.train, run.val
-    return rows + nearest_neighbour(
-        val.vectors, val.labels, train.vectors, train.labels, dims_by_method, run.source, device=device
-    )
-
-
 def show(rows: Sequence[Row], out: Path) -> None:
     """Print the tables, draw the figures into ``out``, and name every file there."""
-    print(text_table(rows), end="\n\n")
+    print(text_table([row for row in rows if (row.study, row.metric) in SHOWN]), end="\n\n")
     for dataset in dict.fromkeys(row.dataset for row in rows):
-        figure = accuracy_by_dim([row for row in rows if row.dataset == dataset])
-        for path in save(figure, out / f"accuracy_by_dim_{dataset}"):
-            print(f"figure: {path}")
+        for name, figure in figures_of([row for row in rows if row.dataset == dataset]).items():
+            for path in save(figure, out / f"{name}_{dataset}"):
+                print(f"figure: {path}")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -207,6 +186,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     what.add_argument("--runs", nargs="+", metavar="RUN", help="run directories that train.py has filled")
     what.add_argument("--redraw", metavar="RESULTS.jsonl", help="draw the figures of these rows; no model is touched")
     parser.add_argument("--out", metavar="DIR", help="where results go; default: eval/ beside the first run")
+    parser.add_argument("--superclasses", metavar="TSV", help="a table with the columns class and superclass")
     parser.add_argument("--batch_size", type=int, default=256, help="images at a time on each process; default: 256")
     parser.add_argument("--force", action="store_true", help="embed anew, e.g. because image files were replaced")
     args = parser.parse_args(argv)

@@ -5,7 +5,9 @@ from mrl.heads import NestedLinear
 from mrl.losses import MatryoshkaLoss, nested_cross_entropy
 from mrl.models import MatryoshkaClassifier, load
 from mrl.nesting import prefix, unit_prefix
+from mrl.retrieval.rerank import funnel_search, rerank
 from mrl.retrieval.search import exact_search
+from mrl.studies.thresholds import fit_thresholds, route
 
 __version__ = "0.1.0"
 __all__ = [
@@ -14,8 +16,12 @@ __all__ = [
     "NestedLinear",
     "UserError",
     "exact_search",
+    "fit_thresholds",
+    "funnel_search",
     "load",
     "nested_cross_entropy",
     "prefix",
+    "rerank",
+    "route",
     "unit_prefix",
 ]

@@ -42,8 +42,11 @@ class Row:
         shortlist_size: Adaptive retrieval: how many neighbours it hands on.
         rerank_dim: Adaptive retrieval: prefix size that orders them.
         metric: What `value` is, e.g. "top_1".
-        value: 0 to 1.
+        value: 0 to 1; a mean cosine, whose metric begins with "cosine", -1 to 1.
         cost: Million multiply-adds per query of a search; None outside retrieval.
+        expected_dim: Mean number of dims used per image, where that differs from image to image; else None.
+        ms_per_query: Measured milliseconds per query, all queries in one batch, of the searches and rerankings that
+            `cost` counts, on the CPU that provenance.json names; None where not measured.
         n: Number of images that `value` is a mean over.
         seed: Seed of the training run.
         resize_px: Shorter side of an image after resizing.
@@ -62,6 +65,8 @@ class Row:
     metric: str
     value: float
     cost: float | None
+    expected_dim: float | None
+    ms_per_query: float | None
     n: int
     seed: int
     resize_px: int
@@ -69,8 +74,14 @@ class Row:
     flip: bool
 
     def __post_init__(self) -> None:
-        if not 0 <= self.value <= 1:
-            raise UserError(f"{self.metric} of {self.run} ({self.study}) is {self.value}; results lie between 0 and 1")
+        lowest = -1 if self.metric.startswith("cosine") else 0
+        if not lowest <= self.value <= 1:
+            raise UserError(
+                f"{self.metric} of {self.run} ({self.study}) is {self.value}; it must lie between {lowest} and 1"
+            )
+
+
+_OPTIONAL = ("dim", "shortlist_dim", "shortlist_size", "rerank_dim", "cost", "expected_dim", "ms_per_query")
 
 
 @dataclass(frozen=True)
@@ -85,8 +96,8 @@ class Source:
     flip: bool
 
     def row(self, study: str, method: str, metric: str, value: float, n: int, **rest: Any) -> Row:
-        """A `Row` of this source; ``dim``, ``cost`` and the sizes of adaptive retrieval are None unless given."""
-        given: dict[str, Any] = dict.fromkeys(("dim", "shortlist_dim", "shortlist_size", "rerank_dim", "cost")) | rest
+        """A `Row` of this source; ``dim``, the sizes of adaptive retrieval, costs and time are None unless given."""
+        given: dict[str, Any] = dict.fromkeys(_OPTIONAL) | rest
         return Row(study=study, method=method, metric=metric, value=value, n=n, **dataclasses.asdict(self), **given)
 
 

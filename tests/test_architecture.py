@@ -12,7 +12,7 @@ FLOORS = [
     ("errors", "files", "nesting", "progress"),
     ("heads", "losses"),
     ("config", "backbones", "models"),
-    ("data", "training", "retrieval", "results", "recipes"),
+    ("data", "training", "retrieval", "results", "paper", "recipes"),
     ("studies", "figures", "interop"),
     ("train", "eval"),
 ]

@@ -8,7 +8,7 @@ from mrl.errors import UserError
 from mrl.figures import accuracy_by_dim, save
 from mrl.results import Source
 
-STUDIES = ("classification", "nearest_neighbour")
+STUDIES = ("classification", "retrieval")
 DIMS = (8, 16, 32, 64)
 
 

@@ -12,7 +12,17 @@ from mrl.results import Source, method_name, provenance, read_rows, text_table, 
 SOURCE = Source("digits", "run_a", 3, 32, 28, False)
 ROWS = [
     SOURCE.row("classification", "MRL", "top_1", 1 / 3, 360, dim=8),
-    SOURCE.row("adaptive_retrieval", "MRL", "map@10", 1.0, 360, shortlist_dim=8, shortlist_size=200, cost=10.24),
+    SOURCE.row(
+        "adaptive_retrieval",
+        "MRL",
+        "map@10",
+        1.0,
+        360,
+        shortlist_dim=8,
+        shortlist_size=200,
+        cost=10.24,
+        ms_per_query=0.5,
+    ),
     dataclasses.replace(SOURCE, run="läufe/b", flip=True).row("classification", "FF", "top_1", 0.0, 1, dim=2048),
 ]
 
@@ -36,13 +46,20 @@ def test_rows_come_back_as_they_were_written(tmp_path):
 def test_a_source_gives_its_fields_to_every_row_and_nothing_else():
     row = ROWS[1]
     assert {field: getattr(row, field) for field in dataclasses.asdict(SOURCE)} == dataclasses.asdict(SOURCE)
-    assert (row.dim, row.shortlist_dim, row.shortlist_size, row.rerank_dim, row.cost) == (None, 8, 200, None, 10.24)
+    assert (row.dim, row.shortlist_dim, row.shortlist_size, row.rerank_dim) == (None, 8, 200, None)
+    assert [(row.cost, row.ms_per_query) for row in ROWS] == [(None, None), (10.24, 0.5), (None, None)]
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.1, 66.63, float("nan")])
 def test_a_value_that_is_not_a_share_is_refused(value):
     with pytest.raises(UserError, match="between 0 and 1"):
         SOURCE.row("classification", "MRL", "top_1", value, 360, dim=8)
+
+
+def test_a_cosine_may_be_negative_but_no_less_than_minus_1():
+    assert SOURCE.row("similarity", "MRL", "cosine_random", -0.5, 360, dim=8).value == -0.5
+    with pytest.raises(UserError, match="between -1 and 1"):
+        SOURCE.row("similarity", "MRL", "cosine_random", -1.1, 360, dim=8)
 
 
 def changed(**changes):
@@ -94,7 +111,7 @@ def test_studies_metrics_and_datasets_get_a_table_each():
     rows = [
         source.row(study, "MRL", metric, 0.5, 9, dim=8)
         for source in (SOURCE, other)
-        for study, metric in (("classification", "top_1"), ("classification", "top_5"), ("nearest_neighbour", "top_1"))
+        for study, metric in (("classification", "top_1"), ("classification", "top_5"), ("retrieval", "top_1"))
     ]
     assert text_table(rows).count("n = 9") == 6
 

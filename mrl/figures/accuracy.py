@@ -1,27 +1,27 @@
-"""Figures 2 and 3 of the paper: accuracy against embedding size."""
+"""Figures 2 and 3 of the paper: accuracy against embedding size; and the panels of all figures by size."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from mrl.errors import UserError
 from mrl.figures.style import (
-    METRIC_LABELS,
     add_legend,
     counts,
+    dataset_of,
     dim_axis,
     draw_line,
     line_labels,
     line_styles,
+    metric_label,
     seeds_note,
     values_by_dim,
 )
-from mrl.results import Row
+from mrl.results import METHODS, Row
 
-PANELS = {"classification": "linear classification", "nearest_neighbour": "1-nearest neighbour"}
+NESTED = ("MRL", "MRL-E")
 
 
 def accuracy_by_dim(rows: Sequence[Row], metric: str = "top_1") -> Figure:
@@ -29,34 +29,67 @@ def accuracy_by_dim(rows: Sequence[Row], metric: str = "top_1") -> Figure:
 
     One line per method; fixed-feature models of several sizes join into one. Where a method was
     trained with several seeds the line is their mean and the bars one standard deviation. Runs that
-    share method, size and seed are different models: those of such a method get a line each.
+    share method, size and seed are different models: those of such a method get a line each. Sizes
+    between the trained ones and the baselines have figures of their own.
 
     Args:
-        rows: Of one dataset.
+        rows: Of one dataset; those of classification tell which sizes of a nested model were trained.
         metric: "top_1" or "top_5".
 
     Raises:
         UserError: There is nothing to draw, or the rows are of several datasets.
     """
-    rows = [row for row in rows if row.metric == metric and row.study in PANELS and row.dim is not None]
-    datasets = sorted({row.dataset for row in rows})
-    if len(datasets) != 1:
-        found = f"rows of several datasets: {datasets}" if datasets else f"no rows with metric {metric!r}"
-        raise UserError(f"one figure shows one dataset, but was given {found}")
+    trained = trained_dims(rows)
+    shown = [row for row in rows if row.method in METHODS and is_trained(row, trained)]
+    panels = {("classification", metric): "linear classification", ("retrieval", metric): "1-nearest neighbour"}
+    return panels_by_dim(shown, panels)
+
+
+def trained_dims(rows: Sequence[Row]) -> dict[tuple[str, str], set[int]]:
+    """``{(method, run): sizes}`` that nested models were trained at: those that have a classifier."""
+    trained: dict[tuple[str, str], set[int]] = {}
+    for row in rows:
+        if row.study == "classification" and row.method in NESTED and row.dim is not None:
+            trained.setdefault((row.method, row.run), set()).add(row.dim)
+    return trained
+
+
+def is_trained(row: Row, trained: Mapping[tuple[str, str], set[int]]) -> bool:
+    """Whether the size of ``row`` is not known to lie between the trained sizes of a nested model."""
+    return row.dim in trained.get((row.method, row.run), {row.dim})
+
+
+def panels_by_dim(rows: Sequence[Row], panels: Mapping[tuple[str, str], str], *, filled: bool = False) -> Figure:
+    """A panel of lines by size for each ``(study, metric)`` of ``panels`` that has rows, under its title.
+
+    Raises:
+        UserError: There is nothing to draw, or the rows are of several datasets.
+    """
+    rows = [row for row in rows if (row.study, row.metric) in panels and row.dim is not None]
+    check_one_dataset(rows, sorted({metric for _, metric in panels}))
     labels = line_labels(rows)
-    panels = [study for study in PANELS if any(row.study == study for row in rows)]
     styles = line_styles(labels)
-    figure = Figure(figsize=(4.6 * len(panels) + 0.4, 4.2), layout="constrained")
+    shown = [key for key in panels if any((row.study, row.metric) == key for row in rows)]
+    figure = Figure(figsize=(4.6 * len(shown) + 0.4, 4.2 if len(styles) <= 4 else 4.6), layout="constrained")
     FigureCanvasAgg(figure)
-    all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axes, study in zip(all_axes, panels, strict=True):
-        of_study = [row for row in rows if row.study == study]
-        lines = values_by_dim(of_study, labels)
+    for axes, (study, metric) in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
+        of_panel = [row for row in rows if (row.study, row.metric) == (study, metric)]
+        lines = values_by_dim(of_panel, labels)
         for label in [label for label in styles if label in lines]:
-            draw_line(axes, lines[label], label, styles[label])
-        dim_axis(axes, sorted({row.dim for row in of_study if row.dim is not None}))
-        axes.set_title(PANELS[study], fontsize=10)
-        axes.set_ylabel(METRIC_LABELS.get(metric, f"{metric} (%)"))
-    figure.suptitle(f"{datasets[0]}: {counts(rows)} validation images{seeds_note(rows, labels)}", fontsize=11)
+            fill = {"markerfacecolor": styles[label]["color"]} if filled else {}
+            draw_line(axes, lines[label], label, styles[label] | fill)
+        dim_axis(axes, sorted({row.dim for row in of_panel if row.dim is not None}))
+        axes.set_title(panels[study, metric], fontsize=10)
+        axes.set_ylabel(metric_label(metric))
+    figure.suptitle(f"{rows[0].dataset}: {counts(rows)} validation images{seeds_note(rows, labels)}", fontsize=11)
     add_legend(figure, list(styles))
     return figure
+
+
+def check_one_dataset(rows: Sequence[Row], metrics: Sequence[str]) -> None:
+    """Nothing, once there are rows and all are of one dataset.
+
+    Raises:
+        UserError: They are not.
+    """
+    dataset_of(rows, f"metric {' or '.join(map(repr, metrics))}")

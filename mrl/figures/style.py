@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
+import textwrap
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,12 +15,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
+from mrl.errors import UserError
 from mrl.results import Row, method_order
 
 Line = dict[int, list[float]]
 Style = dict[str, Any]
 
 METRIC_LABELS = {"top_1": "top-1 accuracy (%)", "top_5": "top-5 accuracy (%)"}
+METRIC_NAMES = {"map": "mAP", "precision": "precision", "recall": "recall"}
 METHOD_LABELS = {"FF": "FF (one model per size)", "FF truncated": "FF, plain truncation"}
 # Colours of Okabe and Ito, which the colour-blind can tell apart; marker and line style tell the same in grey.
 METHOD_STYLES: dict[str, Style] = {
@@ -28,6 +31,13 @@ METHOD_STYLES: dict[str, Style] = {
     # Larger, since it lies under the others where all agree.
     "FF": {"color": "#000000", "marker": "D", "linestyle": ":", "markersize": 8},
     "FF truncated": {"color": "#009E73", "marker": "v", "linestyle": "-."},
+    # Of one kind, one colour: singular vectors, random coordinates.
+    "FF PCA": {"color": "#CC79A7", "marker": "^", "linestyle": "-"},
+    "FF SVD": {"color": "#56B4E9", "marker": "P", "linestyle": "--"},
+    "FF low-rank classifier": {"color": "#56B4E9", "marker": "h", "linestyle": "-"},
+    "FF random coordinates": {"color": "#E69F00", "marker": "X", "linestyle": ":"},
+    "FF random coordinates, probe": {"color": "#E69F00", "marker": "*", "linestyle": "--", "markersize": 8},
+    "FF random projection": {"color": "#7F7F7F", "marker": "<", "linestyle": "-."},
 }
 OTHER_STYLES: list[Style] = [
     {"color": color, "marker": marker, "linestyle": linestyle}
@@ -41,8 +51,18 @@ OTHER_STYLES: list[Style] = [
 MAX_TICKS = 12
 
 
-def add_legend(figure: Figure, labels: Sequence[str]) -> None:
-    """One legend below all panels, an entry a label, in this order."""
+class NothingToDraw(UserError):
+    """None of the rows belongs into the figure."""
+
+
+def metric_label(metric: str) -> str:
+    """The axis label of a metric, with its unit: "mAP@10 (%)" for "map@10"."""
+    name, at, k = metric.partition("@")
+    return METRIC_LABELS.get(metric, f"{METRIC_NAMES.get(name, name)}{at}{k} (%)")
+
+
+def add_legend(figure: Figure, labels: Sequence[str], entry_inches: float = 2.2) -> None:
+    """One legend below all panels, an entry a label, in this order; as many beside each other as fit."""
     entries: dict[str, Any] = {}
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
@@ -52,11 +72,16 @@ def add_legend(figure: Figure, labels: Sequence[str]) -> None:
         [entries[label] for label in shown],
         shown,
         loc="outside lower center",
-        ncols=min(len(shown), 4),
+        ncols=min(len(shown), int(figure.get_figwidth() // entry_inches)),
         frameon=False,
         fontsize=9,
         handlelength=3.2,
     )
+
+
+def title(figure: Figure, text: str) -> None:
+    """Write ``text`` over all panels, on as many lines as the figure's width makes necessary."""
+    figure.suptitle(textwrap.fill(text, round(11 * figure.get_figwidth())), fontsize=11)
 
 
 def save(figure: Figure, path_stem: str | Path) -> list[Path]:
@@ -70,8 +95,8 @@ def save(figure: Figure, path_stem: str | Path) -> list[Path]:
 
 def line_labels(rows: Sequence[Row]) -> dict[tuple[str, str], str]:
     """``{(method, run): label of its line}``: the method, and the run too where several models share its points."""
-    points = Counter((row.study, row.method, row.dim, row.seed) for row in rows)
-    shared = {method for (_, method, _, _), count in points.items() if count > 1}
+    points = Counter((row.method, row.study, row.metric, row.dim, row.seed) for row in rows)
+    shared = {point[0] for point, count in points.items() if count > 1}
     labels = {}
     for row in sorted(rows, key=lambda row: (*method_order(row.method), row.run)):
         name = METHOD_LABELS.get(row.method, row.method)
@@ -145,7 +170,21 @@ def counts(rows: Sequence[Row]) -> str:
 
 def seeds_note(rows: Sequence[Row], labels: dict[tuple[str, str], str]) -> str:
     """What the error bars are, for the title; nothing where there are none."""
-    seeds = set(Counter((row.study, labels[row.method, row.run], row.dim) for row in rows).values())
+    seeds = set(Counter((row.study, row.metric, labels[row.method, row.run], row.dim) for row in rows).values())
     if seeds == {1}:
         return ""
     return f"; mean and standard deviation of {min(seeds)}{f' to {max(seeds)}' if len(seeds) > 1 else ''} seeds"
+
+
+def dataset_of(rows: Sequence[Row], wanted: str) -> str:
+    """The one dataset that ``rows`` are of.
+
+    Raises:
+        UserError: They are of several, or there are none; ``wanted`` says what was looked for.
+    """
+    datasets = sorted({row.dataset for row in rows})
+    if len(datasets) != 1:
+        if not datasets:
+            raise NothingToDraw(f"one figure shows one dataset, but was given no rows of {wanted}")
+        raise UserError(f"one figure shows one dataset, but was given rows of several datasets: {datasets}")
+    return datasets[0]

@@ -117,7 +117,7 @@ def embed_split(
 
     Args:
         directory: Shared by all processes; see `embeddings_path`.
-        metadata: What the embeddings are of.
+        metadata: What the embeddings are of; where its ``flip`` is true every image is mirrored first.
         images: The split, in dataset order.
         embed: Images ``(B, 3, H, W)`` -> embeddings ``(B, D)``; a model in eval mode.
         width: D.
@@ -134,7 +134,7 @@ def embed_split(
     if finished is None:
         failure = None
         try:
-            _fill(directory, images, embed, process, batch_size)
+            _fill(directory, images, embed, metadata.flip, process, batch_size)
         except UserError as error:
             failure = error
         # Nobody waits for a process that has met an error: all of them end here.
@@ -192,7 +192,7 @@ def _open_files(directory: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 @torch.inference_mode()
 def _fill(
-    directory: Path, images: Images, embed: Callable[[Tensor], Tensor], process: Process, batch_size: int
+    directory: Path, images: Images, embed: Callable[[Tensor], Tensor], flip: bool, process: Process, batch_size: int
 ) -> None:
     """Embed the rows of this process that are not filled yet; stops at the first batch that is not finite."""
     vectors, labels, filled = _open_files(directory)
@@ -204,7 +204,7 @@ def _fill(
         desc=f"{directory.parent.parent.name}: embedding {directory.name}",
         unit="image",
     ) as bar:
-        for batch_rows, (batch, batch_labels) in zip(rows, images.eval_batches(rows), strict=True):
+        for batch_rows, (batch, batch_labels) in zip(rows, images.eval_batches(rows, flip), strict=True):
             z = embed(batch).float().cpu().numpy()
             finite = np.isfinite(z).all(axis=1)
             vectors[batch_rows] = z

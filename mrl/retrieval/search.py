@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -10,13 +11,14 @@ import torch
 from torch import Tensor
 
 from mrl.errors import UserError
-from mrl.nesting import unit_prefix
 from mrl.progress import progress as progress_bar
+from mrl.retrieval.selection import MAX_ROWS, Best
 
 Vectors = np.ndarray | Tensor
 Neighbours = tuple[np.ndarray, np.ndarray]
 
 _ROW_MULTIPLE = 64
+_SMALLEST_NORM = 1e-12  # as torch.nn.functional.normalize: a zero vector scores 0
 
 
 def exact_search(
@@ -32,10 +34,14 @@ def exact_search(
 ) -> dict[int, Neighbours]:
     """The ``k`` nearest database rows of every query by cosine, as ``{dim: (indices, scores)}``.
 
-    At each size the prefix is taken first and scaled to length 1 after, in float32. Indices are
-    ``(Q, k)`` int64 and scores ``(Q, k)`` float32 arrays, best first, equal scores by lower index;
-    equal vectors get equal scores wherever they stand in the database. Both inputs are read in
-    blocks, so memory-mapped arrays larger than the memory are fine.
+    All sizes come from one pass: the inner products of a prefix are those of the next smaller one
+    plus those of the coordinates between, so that together they cost little more than the largest
+    alone. A score is the inner product of the prefixes divided by their lengths, in float32, which
+    is that of prefixes scaled to length 1 (`mrl.unit_prefix`).
+
+    Indices are ``(Q, k)`` int64 and scores ``(Q, k)`` float32 arrays, best first, equal scores by
+    lower index; equal vectors get equal scores wherever they stand in the database. Both inputs are
+    read in blocks, so memory-mapped arrays larger than the memory are fine.
 
     Args:
         queries: ``(Q, D)``, raw (not normalised), an array or tensor on any device.
@@ -49,30 +55,39 @@ def exact_search(
 
     Raises:
         UserError: ``k`` or a size does not fit the database, the two widths differ, or a vector
-            holds NaN or infinity; the message names its row.
+            holds NaN or infinity (or its length is beyond float32); the message names its row.
     """
     _check(queries, database, k, dims)
     num_queries, num_rows = len(queries), len(database)
-    best = {dim: _empty(num_queries, k, device) for dim in dims}
+    sizes = sorted(set(dims))
+    best = {dim: Best(num_queries, k, device) for dim in sizes}
+    query_scales = _query_scales(queries, sizes, device, query_rows)
     # Matrix products round differently in the last columns of a block of odd size, and equal vectors would score
     # apart: all blocks have one size, a multiple of 64, the last filled up with zero vectors.
     block_rows = math.ceil(num_rows / math.ceil(num_rows / database_rows))
     block_rows += -block_rows % _ROW_MULTIPLE
-    total = num_rows * num_queries * len(best)
-    with progress_bar(show=progress, total=total, desc="search", unit="pair") as bar:
+    products = torch.empty(min(query_rows, num_queries), block_rows, device=device)
+    with progress_bar(show=progress, total=num_rows * num_queries, desc="search", unit="pair") as bar:
         for start in range(0, num_rows, block_rows):
-            block = _read(database, start, block_rows, device, "database")
+            block = _read(database, start, block_rows, device)
             count = len(block)
-            block = torch.nn.functional.pad(block, (0, 0, 0, block_rows - count))
-            units = {dim: unit_prefix(block, dim) for dim in best}
+            row_scales = inverse_lengths(block, sizes, range(start, start + count), "database")
+            if count < block_rows:
+                block = torch.nn.functional.pad(block, (0, 0, 0, block_rows - count))
+                row_scales = torch.nn.functional.pad(row_scales, (0, block_rows - count), value=1.0)
             for first in range(0, num_queries, query_rows):
-                block_queries = _read(queries, first, query_rows, device, "queries")
-                rows = slice(first, first + len(block_queries))
-                for dim, (indices, scores) in best.items():
-                    new = (unit_prefix(block_queries, dim) @ units[dim].T)[:, :count]
-                    _merge(indices[rows], scores[rows], new, start)
-                bar.update(count * len(block_queries) * len(best))
-    return {dim: (indices.cpu().numpy(), scores.cpu().numpy()) for dim, (indices, scores) in best.items()}
+                some = _read(queries, first, query_rows, device)
+                rows = slice(first, first + len(some))
+                done = 0
+                for size, dim in enumerate(sizes):
+                    product = products[: len(some)]
+                    product.addmm_(some[:, done:dim], block[:, done:dim].T, beta=min(done, 1))
+                    product[:, count:] = -torch.inf
+                    best[dim].add(rows, product, row_scales[size], query_scales[size, rows, None], start)
+                    done = dim
+                bar.update(count * len(some))
+    found = {dim: best[dim].ordered() for dim in dims}
+    return {dim: (indices.cpu().numpy(), scores.cpu().numpy()) for dim, (indices, scores) in found.items()}
 
 
 def _check(queries: Vectors, database: Vectors, k: int, dims: Sequence[int]) -> None:
@@ -84,58 +99,50 @@ def _check(queries: Vectors, database: Vectors, k: int, dims: Sequence[int]) -> 
         raise UserError(
             f"k = {k} neighbours were asked of a database of {len(database)} vectors; allowed are 1 to {len(database)}"
         )
+    if len(database) > MAX_ROWS:
+        raise UserError(f"a database of {len(database)} vectors is too large; allowed are up to {MAX_ROWS}")
     if not dims or not all(1 <= dim <= database.shape[1] for dim in dims):
         raise UserError(f"prefix sizes {list(dims)} must be one or more of 1 to {database.shape[1]}")
 
 
-def _empty(num_queries: int, k: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
-    indices = torch.full((num_queries, k), -1, dtype=torch.int64, device=device)
-    return indices, torch.full((num_queries, k), -torch.inf, device=device)
-
-
-def _read(vectors: Vectors, start: int, count: int, device: torch.device | str, name: str) -> Tensor:
-    """Rows ``start`` to ``start + count`` of ``vectors`` as a float32 tensor, found to be finite."""
+def _read(vectors: Vectors, start: int, count: int, device: torch.device | str) -> Tensor:
+    """Rows ``start`` to ``start + count`` of ``vectors`` as a float32 tensor; not a copy where none is needed."""
     rows = vectors[start : start + count]
-    block = rows if isinstance(rows, Tensor) else torch.from_numpy(np.array(rows, dtype=np.float32))
-    block = block.detach().to(device, torch.float32)
-    finite = block.isfinite().all(dim=1)
-    if not finite.all():
-        row = start + int((~finite).nonzero()[0])
-        raise UserError(f"row {row} of the {name} holds NaN or infinity, so it has no neighbours")
-    return block
+    if isinstance(rows, np.ndarray):
+        # torch wants memory that it may write to, which a file mapped for reading is not.
+        rows = torch.from_numpy(np.require(rows, np.float32, ["C", "W"]))
+    return rows.detach().to(device, torch.float32)
 
 
-def _merge(indices: Tensor, scores: Tensor, new: Tensor, start: int) -> None:
-    """Put the scores ``new`` ``(B, n)`` of database rows from ``start`` on into the best ``k`` so far, in place.
+def inverse_lengths(block: Tensor, sizes: Sequence[int], rows: Sequence[int] | np.ndarray, name: str) -> Tensor:
+    """One over the length of every prefix of every vector: ``(G, n)`` float32 for ``block`` ``(n, D)``.
 
-    All earlier rows have lower indices, so a new score must be higher than the worst kept to displace it.
+    A vector of length 0 gets 1e12, as in `mrl.unit_prefix`: it scores 0 with everything.
+
+    Args:
+        block: Vectors.
+        sizes: Prefix sizes, ascending.
+        rows: The number of each vector, for errors.
+        name: What the vectors are, for errors.
+
+    Raises:
+        UserError: A vector holds NaN or infinity, or its squared length is beyond float32.
     """
-    k = scores.shape[1]
-    rows = (new.amax(dim=1) > scores[:, -1]).nonzero()[:, 0]
-    if not len(rows):
-        return
-    new = new[rows]
-    columns = _top_columns(new, min(k, new.shape[1]))
-    both_scores = torch.cat([scores[rows], new.gather(1, columns)], dim=1)
-    both_indices = torch.cat([indices[rows], columns + start], dim=1)
-    # The sort keeps the order of equals: what is kept stands before what is new, and that in ascending order.
-    sorted_scores, order = both_scores.sort(dim=1, descending=True, stable=True)
-    scores[rows] = sorted_scores[:, :k]
-    indices[rows] = both_indices.gather(1, order)[:, :k]
+    cuts = [0, *sizes, block.shape[1]]
+    parts = [torch.linalg.vector_norm(block[:, a:b], dim=1) for a, b in itertools.pairwise(cuts)]
+    squares = torch.stack(parts).square_()
+    finite = squares.isfinite().all(dim=0)
+    if not finite.all():
+        row = int((~finite).nonzero()[0])
+        what = "is too long for float32" if block[row].isfinite().all() else "holds NaN or infinity"
+        raise UserError(f"row {rows[row]} of the {name} {what}, so it has no neighbours")
+    return squares[:-1].cumsum(dim=0).sqrt_().clamp_(min=_SMALLEST_NORM).reciprocal_()
 
 
-def _top_columns(scores: Tensor, k: int) -> Tensor:
-    """Columns ``(B, k)`` of the ``k`` highest of each row, ascending; among equals at the edge, the first ones."""
-    if k == scores.shape[1]:
-        return torch.arange(k, device=scores.device).expand(len(scores), k)
-    # topk picks freely among equals. It matters only where the first one left out equals the last one kept.
-    values, columns = scores.topk(k + 1, dim=1)
-    tied = (values[:, k - 1] == values[:, k]).nonzero()[:, 0]
-    columns = columns[:, :k].sort(dim=1).values
-    if len(tied):
-        edge = values[tied, k - 1 : k]
-        above, at_edge = scores[tied] > edge, scores[tied] == edge
-        wanted = k - above.sum(dim=1, keepdim=True)
-        keep = above | (at_edge & (at_edge.cumsum(dim=1) <= wanted))
-        columns[tied] = keep.nonzero()[:, 1].view(-1, k)
-    return columns
+def _query_scales(queries: Vectors, sizes: Sequence[int], device: torch.device | str, query_rows: int) -> Tensor:
+    starts = range(0, len(queries), query_rows)
+    blocks = (
+        inverse_lengths(_read(queries, first, query_rows, device), sizes, range(first, first + query_rows), "queries")
+        for first in starts
+    )
+    return torch.cat([torch.empty(len(sizes), 0, device=device), *blocks], dim=1)

@@ -29,7 +29,8 @@ class Images:
     def eval_batches(self, rows, flip=False):
         for batch in rows:
             self.reads.update(batch.tolist())
-            yield torch.from_numpy(batch).float().view(-1, 1, 1, 1).expand(-1, 3, 2, 2), self.labels[batch]
+            sign = -1 if flip else 1
+            yield sign * torch.from_numpy(batch).float().view(-1, 1, 1, 1).expand(-1, 3, 2, 2), self.labels[batch]
 
 
 def embed(images):
@@ -41,7 +42,7 @@ def run(directory, images, embed=embed, metadata=METADATA, process=ALONE, batch_
 
 
 def assert_right(found, images):
-    numbers = np.arange(len(images), dtype=np.float32)
+    numbers = np.arange(len(images), dtype=np.float32) * (-1 if found.metadata.flip else 1)
     np.testing.assert_array_equal(found.vectors, np.stack([numbers, 2 * numbers, -numbers], axis=1))
     np.testing.assert_array_equal(found.labels, images.labels.numpy())
     assert (found.vectors.dtype, found.labels.dtype) == (np.float32, np.int64)
@@ -217,3 +218,14 @@ def test_a_full_disk_is_told_before_the_pass(tmp_path, monkeypatch):
 
 def test_mirrored_images_have_a_place_of_their_own(tmp_path):
     assert embeddings_path(tmp_path, "val") != embeddings_path(tmp_path, "val", flip=True)
+
+
+def test_mirrored_images_are_embedded_where_the_metadata_say_so(tmp_path):
+    mirrored = dataclasses.replace(METADATA, flip=True)
+    straight, flipped = (embeddings_path(tmp_path, "val", flip) for flip in (False, True))
+    images = Images(9)
+    run(straight, images)
+    run(flipped, images, metadata=mirrored)
+    np.testing.assert_array_equal(
+        open_embeddings(flipped, mirrored).vectors, -open_embeddings(straight, METADATA).vectors
+    )

@@ -1,3 +1,5 @@
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
@@ -110,6 +112,50 @@ def test_arrays_tensors_and_mapped_files_give_the_same_and_stay_as_they_were(vec
     half = exact_search(queries.astype(np.float16), torch.from_numpy(database).half(), 5, [8])[8]
     rounded = brute_force(queries.astype(np.float16), database.astype(np.float16), 5, 8)
     np.testing.assert_array_equal(half[0], rounded[0])
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_cosines_of_shared_products_are_as_exact_as_float32_allows(scale):
+    rng = np.random.default_rng(3)
+    # The coordinates grow, so that a small prefix would be lost in the rounding of a larger one.
+    growing = np.geomspace(0.01, 100, 512) * scale
+    queries, database = (np.abs(rng.standard_normal((n, 512))) * growing for n in (20, 900))
+    found = exact_search(queries.astype(np.float32), database.astype(np.float32), 900, [8, 64, 512])
+    for dim, (indices, scores) in found.items():
+        expected = np.take_along_axis(cosines(queries, database, dim), indices, axis=1)
+        np.testing.assert_allclose(scores, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_of_a_mapped_file_one_block_at_a_time_is_in_memory(vectors, tmp_path, dtype):
+    queries, database = vectors[0], np.tile(vectors[1].astype(dtype), (100, 1))
+    np.save(tmp_path / "database.npy", database)
+    mapped = np.load(tmp_path / "database.npy", mmap_mode="r")
+    tracemalloc.start()
+    found = exact_search(queries, mapped, 10, [8, 48], database_rows=2048)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    # numpy's own memory, where a copy of all 100,300 rows would show: 19 MB in float32.
+    assert peak < 8e6
+    expected = exact_search(queries, database, 10, [8, 48])
+    for dim in (8, 48):
+        np.testing.assert_array_equal(found[dim][0], expected[dim][0])
+
+
+def test_fewer_neighbours_are_the_first_of_more_and_one_size_is_as_among_others(vectors):
+    more = exact_search(*vectors, 200, [48, 3, 8], database_rows=256)
+    assert list(more) == [48, 3, 8]
+    for k in (1, 10):
+        fewer = exact_search(*vectors, k, [3, 8, 48], database_rows=256)
+        for dim in (3, 8, 48):
+            np.testing.assert_array_equal(fewer[dim][0], more[dim][0][:, :k])
+            np.testing.assert_array_equal(fewer[dim][1], more[dim][1][:, :k])
+
+
+def test_a_vector_too_long_for_float32_is_refused_by_its_row(vectors):
+    vectors[1][5] *= 1e20
+    with pytest.raises(UserError, match="row 5 of the database is too long"):
+        exact_search(*vectors, 1, [8])
 
 
 def test_no_queries_find_nothing(vectors):

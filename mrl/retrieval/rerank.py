@@ -1,0 +1,174 @@
+"""Re-ranking a shortlist at a larger prefix size, once or in a funnel (paper, section 4.3.1, tables 11 to 14)."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mrl.errors import UserError
+from mrl.progress import progress as progress_bar
+from mrl.retrieval.search import Neighbours, Vectors, exact_search, inverse_lengths
+from mrl.retrieval.selection import descending, pack, unpack
+
+_MAX_BYTES = 2**30  # of database vectors gathered at a time
+
+
+def rerank(
+    queries: Vectors, database: Vectors, shortlist: np.ndarray, dim: int, *, progress: bool = False
+) -> np.ndarray:
+    """The shortlists ordered best first by cosine at ``dim``: a new ``(Q, S)`` int64 array.
+
+    At ``dim`` the prefix is taken first and scaled to length 1 after, in float32; equal scores come
+    by lower index. ``shortlist`` itself stays as it is.
+
+    Args:
+        queries: ``(Q, D)``, raw (not normalised), an array or a tensor; computed with on the CPU.
+        database: ``(N, D)``, likewise; may be a memory-mapped file larger than the memory.
+        shortlist: ``(Q, S)`` rows of the database in any order.
+        dim: Prefix size, 1 to D.
+        progress: Show a progress bar on stderr if it takes more than a moment.
+
+    Raises:
+        UserError: The shapes do not fit each other, the shortlist holds something other than rows
+            of the database, or a vector that is looked at holds NaN or infinity.
+    """
+    return _rerank(queries, database, shortlist, dim, progress)[0]
+
+
+def funnel_search(
+    queries: Vectors,
+    database: Vectors,
+    shortlist_dim: int,
+    stages: Sequence[tuple[int, int]],
+    *,
+    device: torch.device | str = "cpu",
+    progress: bool = False,
+) -> Neighbours:
+    """Neighbours ``(indices, scores)`` of the last stage, each ``(Q, length)``, best first.
+
+    An exact search at ``shortlist_dim`` finds the first stage's ``length`` neighbours; then each
+    stage keeps the best ``length`` of the list so far and orders them at its ``dim``. One stage
+    ``[(2048, 200)]`` is the paper's adaptive retrieval, several are its funnel.
+
+    Args:
+        queries: ``(Q, D)``, raw (not normalised).
+        database: ``(N, D)``, likewise.
+        shortlist_dim: Prefix size of the first search.
+        stages: ``(dim, length)`` of each stage; lengths may not grow.
+        device: Where to search; stages are computed on the CPU.
+        progress: Show progress bars on stderr.
+
+    Raises:
+        UserError: There are no stages, their lengths grow or do not fit the database, or as `rerank`.
+    """
+    _check_stages(stages, len(database), "vectors of the database")
+    shortlist, _ = exact_search(queries, database, stages[0][1], [shortlist_dim], device=device, progress=progress)[
+        shortlist_dim
+    ]
+    return funnel(queries, database, shortlist, stages, progress=progress)
+
+
+def funnel(
+    queries: Vectors,
+    database: Vectors,
+    shortlist: np.ndarray,
+    stages: Sequence[tuple[int, int]],
+    *,
+    progress: bool = False,
+) -> Neighbours:
+    """As `funnel_search`, from a ``shortlist`` ``(Q, S)``, best first, that some other search has found."""
+    _check_stages(stages, np.shape(shortlist)[-1], "neighbours of the shortlist")
+    for dim, length in stages:
+        shortlist, scores = _rerank(queries, database, shortlist[:, :length], dim, progress)
+    return shortlist, scores
+
+
+def _check_stages(stages: Sequence[tuple[int, int]], most: int, of: str) -> None:
+    lengths = [length for _, length in stages]
+    if not lengths or lengths != sorted(lengths, reverse=True) or not 1 <= lengths[-1] <= lengths[0] <= most:
+        raise UserError(
+            f"funnel stages {list(stages)} must be one or more (dim, length) whose lengths "
+            f"do not grow and lie between 1 and the {most} {of}"
+        )
+
+
+def _check(queries: Vectors, database: Vectors, shortlist: np.ndarray, dim: int) -> None:
+    if queries.ndim != 2 or database.ndim != 2 or queries.shape[1] != database.shape[1]:
+        raise UserError(
+            f"queries {tuple(queries.shape)} and database {tuple(database.shape)} must be matrices of equal width"
+        )
+    if shortlist.ndim != 2 or len(shortlist) != len(queries) or shortlist.dtype.kind not in "iu":
+        raise UserError(
+            f"a shortlist {shortlist.shape} of {shortlist.dtype} was given for {len(queries)} queries; "
+            f"allowed is an integer matrix with one list a query"
+        )
+    if shortlist.size and not 0 <= shortlist.min() <= shortlist.max() < len(database):
+        wrong = shortlist.min() if shortlist.min() < 0 else shortlist.max()
+        raise UserError(f"the shortlist holds {wrong}; rows of the database are 0 to {len(database) - 1}")
+    if not 1 <= dim <= database.shape[1]:
+        raise UserError(f"prefix size {dim} must be one of 1 to {database.shape[1]}")
+
+
+def _rerank(queries: Vectors, database: Vectors, shortlist: np.ndarray, dim: int, progress: bool) -> Neighbours:
+    shortlist = np.asarray(shortlist)
+    _check(queries, database, shortlist, dim)
+    num_queries, length = shortlist.shape
+    indices = np.empty(shortlist.shape, dtype=np.int64)
+    scores = np.empty(shortlist.shape, dtype=np.float32)
+    max_rows = _MAX_BYTES // (4 * dim)
+    step = max(1, num_queries if len(database) <= max_rows else max_rows // max(length, 1))
+    with progress_bar(show=progress, total=num_queries, desc=f"rerank at {dim}", unit="query") as bar:
+        for first in range(0, num_queries, step):
+            rows = slice(first, min(first + step, num_queries))
+            indices[rows], scores[rows] = _order(queries, database, shortlist[rows], dim, first)
+            bar.update(rows.stop - first)
+    return indices, scores
+
+
+def _order(queries: Vectors, database: Vectors, shortlist: np.ndarray, dim: int, first: int) -> Neighbours:
+    """Neighbours of the queries from ``first`` on, of the database vectors in ``shortlist``, each gathered once."""
+    used = np.zeros(len(database), dtype=bool)
+    used[shortlist] = True
+    unique = np.flatnonzero(used)
+    place = np.empty(len(database), dtype=np.int64)
+    place[unique] = np.arange(len(unique))
+    places = torch.from_numpy(place[shortlist])
+    vectors = _gather(database, unique, dim)
+    some = _gather(queries, np.arange(first, first + len(shortlist)), dim)
+    [lengths] = inverse_lengths(vectors, [dim], unique, "database")
+    [query_lengths] = inverse_lengths(some, [dim], np.arange(first, first + len(some)), "queries")
+    cosines = _products(some, vectors, places).mul_(lengths[places]).mul_(query_lengths[:, None])
+    keys = pack(cosines, torch.from_numpy(shortlist.astype(np.int64)))
+    ordered, scores = unpack(descending(keys))
+    return ordered.numpy(), scores.numpy()
+
+
+def _gather(vectors: Vectors, rows: np.ndarray, dim: int) -> Tensor:
+    """The first ``dim`` coordinates of ``rows``, as a float32 matrix on the CPU."""
+    if isinstance(vectors, Tensor):
+        chosen = vectors.detach()[:, :dim].index_select(0, torch.from_numpy(rows).to(vectors.device))
+        return chosen.to("cpu", torch.float32)
+    return torch.from_numpy(np.asarray(vectors[:, :dim][rows], dtype=np.float32))
+
+
+def _products(queries: Tensor, vectors: Tensor, places: Tensor) -> Tensor:
+    """Inner products ``(Q, S)`` of each query with the rows ``places`` ``(Q, S)`` of ``vectors``.
+
+    The pairs are the entries of a sparse matrix: torch computes those of a dense product that such a
+    matrix has, straight from the two factors. Gathering 200 vectors a query first takes several times longer.
+    """
+    num_queries, length = places.shape
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support")  # says that it is in beta
+        pairs = torch.sparse_csr_tensor(
+            torch.arange(num_queries + 1) * length,
+            places.reshape(-1),
+            torch.zeros(places.numel()),
+            size=(num_queries, len(vectors)),
+            check_invariants=False,  # which want ascending columns; the product does not need them
+        )
+        return torch.sparse.sampled_addmm(pairs, queries, vectors.T, beta=0.0).values().view(num_queries, length)

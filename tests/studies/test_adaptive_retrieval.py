@@ -1,0 +1,146 @@
+import numpy as np
+import pytest
+
+from mrl.errors import UserError
+from mrl.results import Source
+from mrl.retrieval.rerank import funnel_search
+from mrl.studies.adaptive_retrieval import ablation, adaptive_retrieval, funnels, pairs
+from mrl.studies.retrieval import retrieval
+
+SOURCE = Source("digits", "some_run", 3, 32, 28, False)
+PAPER = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+DIMS = (4, 8, 16, 32)
+
+
+def make_sets(num_rows=450, num_queries=31):
+    rng = np.random.default_rng(0)
+    centres = rng.standard_normal((9, 32))
+    labels = rng.integers(9, size=num_rows), rng.integers(9, size=num_queries)
+    database, queries = (centres[of] + 1.5 * rng.standard_normal((len(of), 32)) for of in labels)
+    return queries.astype(np.float32), labels[1], database.astype(np.float32), labels[0]
+
+
+@pytest.fixture(scope="module")
+def sets():
+    return make_sets()
+
+
+@pytest.fixture(scope="module")
+def rows(sets):
+    return adaptive_retrieval(*sets, DIMS, SOURCE, "MRL")
+
+
+def key(row):
+    return row.study, row.shortlist_dim, row.shortlist_size, row.rerank_dim, row.metric
+
+
+def order_by_cosine(query, database, rows, dim):
+    unit = database[rows, :dim].astype(np.float64)
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+    return [rows[place] for place in np.argsort(-unit @ query[:dim], kind="stable")]
+
+
+def slow_values(queries, query_labels, database, database_labels, dim, stages):
+    """top_1 and map@10 of one plan, a query at a time, with nothing shared."""
+    top_1, average_precision = 0.0, 0.0
+    for query, label in zip(queries.astype(np.float64), query_labels, strict=True):
+        rows = order_by_cosine(query, database, list(range(len(database))), dim)
+        for rerank_dim, length in stages:
+            rows = order_by_cosine(query, database, rows[:length], rerank_dim)
+        hits = [database_labels[row] == label for row in rows[:10]]
+        top_1 += hits[0]
+        relevant = sum(database_labels == label)
+        average_precision += sum(sum(hits[:i]) / i for i in range(1, 11) if hits[i - 1]) / min(10, relevant)
+    return {"top_1": top_1 / len(queries), "map@10": average_precision / len(queries)}
+
+
+def test_every_row_equals_a_loop_over_queries_with_nothing_shared(sets, rows):
+    plans = {("adaptive_retrieval", *plan) for plan in pairs(DIMS, 450) + ablation(DIMS, 450)}
+    plans |= {("funnel_retrieval", *plan) for plan in funnels(DIMS, 450)}
+    assert len(plans) == 10 + 2 + 4
+    found = {key(row): row.value for row in rows}
+    assert len(found) == len(rows) == 2 * len(plans)
+    for study, dim, stages in plans:
+        for metric, value in slow_values(*sets, dim, stages).items():
+            assert found[study, dim, stages[0][1], stages[-1][0], metric] == pytest.approx(value)
+
+
+def test_fault_2_no_configuration_starts_from_the_order_that_another_left(sets, rows):
+    found = {key(row): row.value for row in rows}
+    for dim, stages in funnels(DIMS, 450):
+        indices, _ = funnel_search(sets[0], sets[2], dim, stages)
+        top_1 = (sets[3][indices[:, 0]] == sets[1]).mean()
+        assert found["funnel_retrieval", dim, stages[0][1], DIMS[-1], "top_1"] == pytest.approx(top_1)
+
+
+def test_without_reranking_it_is_plain_retrieval(sets, rows):
+    plain = {(row.dim, row.metric): row.value for row in retrieval(*sets, {"MRL": DIMS}, SOURCE)}
+    same_dim = [row for row in rows if row.shortlist_dim == row.rerank_dim]
+    assert len(same_dim) == 2 * len(DIMS)
+    assert all(row.value == plain[row.rerank_dim, row.metric] for row in same_dim)
+
+
+def test_a_shortlist_of_everything_is_full_width_search():
+    sets = make_sets(num_rows=150)
+    rows = adaptive_retrieval(*sets, DIMS, SOURCE, "MRL")
+    plain = {row.metric: row.value for row in retrieval(*sets, {"MRL": [32]}, SOURCE)}
+    whole = [row for row in rows if row.rerank_dim == 32 and row.shortlist_size == 150]
+    assert len(whole) == 2 * len(DIMS)
+    assert all(row.value == pytest.approx(plain[row.metric]) for row in whole)
+    assert not any(row.study == "funnel_retrieval" for row in rows), "no funnel fits 150 images"
+
+
+def test_fault_26_multiply_adds_and_milliseconds_are_two_numbers(rows):
+    costs = {key(row)[:4]: row.cost for row in rows}
+    assert costs["adaptive_retrieval", 4, 200, 32] == pytest.approx((450 * 4 + 200 * 32) / 1e6)
+    assert costs["adaptive_retrieval", 8, 200, 8] == pytest.approx((450 * 8 + 200 * 8) / 1e6)
+    assert costs["funnel_retrieval", 4, 200, 32] == pytest.approx((450 * 4 + 200 * 8 + 100 * 16 + 10 * 32) / 1e6)
+    assert all(row.ms_per_query > 0 for row in rows)
+    # Of two rows from one search, that with more to rerank took longer than the one with nothing.
+    times = {key(row)[:4]: row.ms_per_query for row in rows}
+    assert times["adaptive_retrieval", 4, 200, 32] > times["adaptive_retrieval", 4, 200, 4]
+    assert {(row.method, row.dim, row.n) for row in rows} == {("MRL", None, 31)}
+
+
+def test_the_papers_configurations():
+    assert len(pairs(PAPER, 1_281_167)) == 45
+    assert ablation(PAPER, 1_281_167) == [(16, ((2048, size),)) for size in (100, 400, 800, 1600, 2048)]
+    of_16 = [stages for dim, stages in funnels(PAPER, 1_281_167) if dim == 16]
+    assert of_16[0] == ((32, 200), (64, 100), (128, 50), (256, 25), (2048, 10))
+    assert [tuple(length for _, length in stages) for stages in of_16] == [
+        (200, 100, 50, 25, 10),
+        (400, 200, 50, 25, 10),
+        (800, 400, 200, 50, 10),
+    ]
+    assert [dim for dim, _ in funnels(PAPER, 1_281_167)] == [8] * 3 + [16] * 3 + [32] * 3
+
+
+@pytest.mark.parametrize("nesting_list", [(64,), (8, 64), (8, 16, 64), (12, 24, 48, 96, 192, 384, 768), (8, 212, 416)])
+@pytest.mark.parametrize("num_rows", [5, 100, 250, 5000])
+def test_any_nesting_list_gives_funnels_that_widen_and_shorten(nesting_list, num_rows):
+    for dim, stages in funnels(nesting_list, num_rows):
+        dims, lengths = zip(*stages, strict=True)
+        assert len(stages) >= 2
+        assert list(dims) == sorted(set(dims)) and dims[0] > dim and dims[-1] == nesting_list[-1]
+        assert list(lengths) == sorted(set(lengths), reverse=True)
+        assert lengths[0] <= num_rows and lengths[-1] == 10
+    plans = pairs(nesting_list, num_rows) + ablation(nesting_list, num_rows) + funnels(nesting_list, num_rows)
+    assert len(set(plans)) == len(plans), "nothing is measured twice"
+
+
+def test_a_database_of_fewer_than_ten_images_has_top_1_alone():
+    rows = adaptive_retrieval(*make_sets(num_rows=7), DIMS, SOURCE, "MRL")
+    assert {row.metric for row in rows} == {"top_1"}
+    assert {row.shortlist_size for row in rows} == {7}
+
+
+def test_bad_input_is_refused(sets):
+    queries, query_labels, database, database_labels = sets
+    with pytest.raises(UserError, match="ascending"):
+        adaptive_retrieval(*sets, (8, 4), SOURCE, "MRL")
+    with pytest.raises(UserError, match="asks for 64 dims"):
+        adaptive_retrieval(*sets, (8, 64), SOURCE, "MRL")
+    broken = database.copy()
+    broken[7, 31] = np.nan
+    with pytest.raises(UserError, match="row 7 of the database"):
+        adaptive_retrieval(queries, query_labels, broken, database_labels, (4, 8, 32), SOURCE, "MRL")

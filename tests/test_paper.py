@@ -1,0 +1,65 @@
+from collections import Counter
+
+import pytest
+
+from mrl.errors import UserError
+from mrl.paper import paper_rows
+
+
+def values(*tables, method="MRL"):
+    rows = paper_rows("imagenet", *tables)
+    return {row.dim: round(100 * row.value, 4) for row in rows if row.method == method}
+
+
+def test_numbers_that_the_paper_prints():
+    assert values("table_1") == dict(
+        zip(
+            (8, 16, 32, 64, 128, 256, 512, 1024, 2048),
+            (66.63, 73.53, 75.03, 75.82, 76.3, 76.47, 76.65, 76.76, 76.8),
+            strict=True,
+        )
+    )
+    assert values("table_1", method="FF")[2048] == 76.87
+    assert values("table_2", method="MRL-E")[8] == 57.45
+    assert values("figure_5")[12] == 65.89
+    assert values("table_8")[8] == 56.74
+    assert values("table_25")[2048] == 90.214
+
+
+@pytest.mark.parametrize("dataset", ["digits", "tiny_imagenet", "imagenet_a", "folder", ""])
+def test_no_other_data_set_is_given_the_papers_numbers(dataset):
+    assert paper_rows(dataset) == paper_rows(dataset, "table_1") == []
+
+
+def test_a_point_of_the_cascade_has_its_expected_dim_and_a_cell_seen_nowhere_is_left_out():
+    found = {
+        (row.method, row.dim): (round(100 * row.value, 2), row.expected_dim)
+        for row in paper_rows("imagenet", "figure_6")
+    }
+    assert found["MRL cascade", 128] == (76.29, 37.19)
+    assert found["FF", 512] == (76.3, 512)
+    assert ("MRL cascade", 2048) not in found
+    assert 2048 not in values("table_1", method="SVD")
+
+
+def test_costs_of_adaptive_retrieval_follow_from_its_sizes():
+    rows = paper_rows("imagenet", "table_11")
+    assert len(rows) == 45
+    for row in rows:
+        assert row.cost == pytest.approx((row.shortlist_dim * 1_281_167 + 200 * row.rerank_dim) / 1e6, abs=0.02)
+
+
+def test_the_histogram_and_the_never_correct_make_a_whole():
+    assert sum(values("table_22").values()) + values("table_22_never")[None] == pytest.approx(100, abs=0.01)
+
+
+def test_every_row_is_marked_as_the_papers_and_no_point_stands_twice():
+    rows = paper_rows("imagenet")
+    assert {(row.run, row.dataset) for row in rows} == {("paper", "imagenet")}
+    points = Counter((row.study, row.metric, row.method, row.dim, row.shortlist_dim, row.rerank_dim) for row in rows)
+    assert set(points.values()) == {1}
+
+
+def test_an_unknown_table_is_refused():
+    with pytest.raises(UserError, match=r"table_9 is not kept; allowed: table_1"):
+        paper_rows("imagenet", "table_9")
