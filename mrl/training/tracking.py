@@ -60,7 +60,7 @@ class Tracker:
                 name=name,
                 id=id_path.read_text(),
                 resume="allow",
-                dir=self.path.parent,
+                dir=str(self.path.parent),
                 config=config,
             )
         except wandb.errors.Error as error:
