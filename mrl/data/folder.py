@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -181,7 +182,9 @@ class FolderImages:
             worker_init_fn=_start_worker,
             generator=torch.Generator(),  # else each pass would draw from the global one
         )
-        for batch_rows, images in zip(rows, loader, strict=True):
+        with _stop_signals_held():
+            batches = iter(loader)  # starts the workers
+        for batch_rows, images in zip(rows, batches, strict=True):
             if isinstance(images, str):
                 raise UserError(images)
             on_device = images.to(self._device, non_blocking=True)
@@ -210,11 +213,28 @@ class _Batches(Dataset[Tensor | str]):
             return str(error)
 
 
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def _stop_signals_held() -> Iterator[None]:
+    """A stop signal that comes meanwhile waits; processes started meanwhile inherit that until they say otherwise."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _start_worker(worker: int) -> None:
     torch.set_num_threads(1)
-    # A stop signal goes to the whole process group; the main process decides when its workers end.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # A stop signal goes to the whole process group; the main process decides when its workers end. One that came
+    # while this worker was starting was held, and is dropped here.
+    for number in _STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _end_workers() -> None:
