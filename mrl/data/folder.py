@@ -182,9 +182,8 @@ class FolderImages:
             worker_init_fn=_start_worker,
             generator=torch.Generator(),  # else each pass would draw from the global one
         )
-        with _stop_signals_held():
-            batches = iter(loader)  # starts the workers
-        for batch_rows, images in zip(rows, batches, strict=True):
+        # No name for the started workers: a traceback that keeps this frame would keep them alive.
+        for batch_rows, images in zip(rows, _start(loader), strict=True):
             if isinstance(images, str):
                 raise UserError(images)
             on_device = images.to(self._device, non_blocking=True)
@@ -211,6 +210,12 @@ class _Batches(Dataset[Tensor | str]):
             return torch.stack([self.load(int(row)) for row in self.rows[index]])
         except UserError as error:
             return str(error)
+
+
+def _start(loader: DataLoader) -> Iterator[Tensor | str]:
+    """Batches of ``loader``, its workers started out of reach of stop signals, which each then ignores for itself."""
+    with _stop_signals_held():
+        return iter(loader)
 
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)

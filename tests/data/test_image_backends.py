@@ -16,6 +16,7 @@ from torchvision.io import encode_jpeg
 from mrl.data import build_data
 from mrl.data.crops import random_resized_crops
 from mrl.data.folder import FolderImages
+from mrl.data.folder import _start_worker as start_worker
 from mrl.data.memory import MemoryImages
 from mrl.data.order import eval_rows, train_rows
 from mrl.errors import UserError
@@ -158,14 +159,36 @@ def test_a_corrupt_image_names_its_path(two_classes, num_workers, content):
 def test_a_stop_signal_to_all_processes_leaves_the_batches_coming(two_classes):
     train = build_data(two_classes.config(num_workers=2), 0, CPU, is_main=False)["train"]
     batches = train.train_batches([np.array([row % 7]) for row in range(40)], 0, 32)
+    before = set(multiprocessing.active_children())
     next(batches)
-    workers = multiprocessing.active_children()
+    workers = set(multiprocessing.active_children()) - before
     assert len(workers) == 2
     for worker in workers:
         assert worker.pid is not None
         os.kill(worker.pid, signal.SIGTERM)
         os.kill(worker.pid, signal.SIGINT)
     assert len(list(batches)) == 39
+
+
+def test_a_stop_signal_to_a_worker_that_is_still_starting_does_not_end_it(two_classes, monkeypatch):
+    def stopped_at_once(worker):
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        start_worker(worker)
+
+    monkeypatch.setattr("mrl.data.folder._start_worker", stopped_at_once)
+    train = build_data(two_classes.config(num_workers=2), 0, CPU, is_main=False)["train"]
+    assert len(list(train.train_batches([np.array([row]) for row in range(7)], 0, 32))) == 7
+
+
+def test_an_image_that_cannot_be_read_ends_the_workers_too(two_classes):
+    (two_classes.root / "train" / "b" / "1.png").write_bytes(b"not an image")
+    train = build_data(two_classes.config(num_workers=2), 0, CPU, is_main=False)["train"]
+    before = set(multiprocessing.active_children())
+    with pytest.raises(UserError) as raised:
+        list(train.train_batches(train_rows(7, 1, 0, 0), 0, 32))
+    assert raised.value.__traceback__ is not None  # which holds on to the frames that it went through
+    assert set(multiprocessing.active_children()) <= before
 
 
 def test_a_process_ends_although_a_pass_is_unfinished(two_classes):
