@@ -8,6 +8,7 @@ import random
 from collections.abc import Iterator
 
 import numpy as np
+from PIL import Image
 from timm.data.auto_augment import RandAugment, rand_augment_transform
 from torch import Tensor
 from torchvision.transforms.v2 import functional
@@ -37,7 +38,16 @@ def rand_augment(
 @functools.lru_cache
 def _augment(words: str, px: int, mean: tuple[float, float, float]) -> RandAugment:
     fill = tuple(round(255 * channel) for channel in mean)
-    return rand_augment_transform(words, {"translate_const": int(0.45 * px), "img_mean": fill})
+    augment = rand_augment_transform(words, {"translate_const": int(0.45 * px), "img_mean": fill})
+    for operation in augment.ops:
+        if operation.name.startswith("Posterize"):
+            operation.aug_fn = _posterize
+    return augment
+
+
+def _posterize(image: Image.Image, bits: int, **_: object) -> Image.Image:
+    """``image`` with the highest ``bits`` of each channel kept: timm's, whose strongest keeps 0, which Pillow refuses."""
+    return image.point(lambda value: value & ~(2 ** (8 - bits) - 1) & 255) if bits < 8 else image
 
 
 @contextlib.contextmanager

@@ -106,10 +106,10 @@ class StepProfiler:
         return event
 
     def _summarise(self, finished: profile) -> None:
-        self._summarised = True
         num_steps = sum(name is None for name, _ in self._marks)
         if num_steps == 0:
             return
+        self._summarised = True
         finished.export_chrome_trace(str(self._path))
         seconds = dict.fromkeys(PHASES, 0.0)
         for (name, start), (_, end) in itertools.pairwise(self._marks):
@@ -136,9 +136,8 @@ def summary(seconds: dict[str, float], all_reduce: float, num_steps: int, path: 
     """Five lines below a title: milliseconds per step and share of it, for each phase and for the all-reduce."""
     total = sum(seconds.values())
     lines = [f"{name:10} {1000 * value:9.2f} ms {value / total:5.0%}" for name, value in seconds.items()]
-    lines.append(
-        f"all-reduce {1000 * all_reduce:9.2f} ms {all_reduce / total:5.0%}, most of it during the backward pass"
-    )
+    during = ", most of it during the backward pass" if all_reduce > 0 else ""
+    lines.append(f"all-reduce {1000 * all_reduce:9.2f} ms {all_reduce / total:5.0%}{during}")
     title = (
         f"profile: a step took {1000 * total:.2f} ms, mean of {num_steps}; trace: {path}, for https://ui.perfetto.dev"
     )
