@@ -46,7 +46,7 @@ def _augment(words: str, px: int, mean: tuple[float, float, float]) -> RandAugme
 
 
 def _posterize(image: Image.Image, bits: int, **_: object) -> Image.Image:
-    """``image`` with the highest ``bits`` of each channel kept: timm's, whose strongest keeps 0, which Pillow refuses."""
+    """``image`` with the highest ``bits`` of each channel kept; timm goes down to 0, which Pillow refuses."""
     return image.point(lambda value: value & ~(2 ** (8 - bits) - 1) & 255) if bits < 8 else image
 
 
