@@ -9,7 +9,6 @@ Fills the run directory <run.dir>/<run.name>. Stop it with Ctrl-C; go on with --
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import signal
 import sys
@@ -17,9 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from timm.data.mixup import Mixup
 from timm.utils import ModelEmaV3
 from torch import nn
 
@@ -33,6 +30,7 @@ from mrl.models import MatryoshkaClassifier, ModelInfo, build_model, freeze, sav
 from mrl.progress import progress
 from mrl.recipes import parse_command_line, to_yaml
 from mrl.training import distributed
+from mrl.training.augmentation import make_augmentation, seed_step
 from mrl.training.checkpoint import (
     load_checkpoint,
     open_run,
@@ -40,10 +38,12 @@ from mrl.training.checkpoint import (
     refuse_other_data,
     save_checkpoint,
 )
+from mrl.training.compiling import compile_or_stay_eager
 from mrl.training.distributed import Process
-from mrl.training.optimizer import build_optimizer
+from mrl.training.optimizer import build_optimizer, set_lr
+from mrl.training.profiling import StepProfiler
 from mrl.training.schedules import lr_at, px_at
-from mrl.training.stopping import stop_signals
+from mrl.training.stopping import memory_advice, stop_signals
 from mrl.training.sums import FiniteCheck, PrefixSums
 from mrl.training.tracking import Tracker
 
@@ -74,15 +74,17 @@ def train(config: Config, process: Process) -> int:
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
     model = make_model(config, len(classes)).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if config.train.sync_batchnorm:
+        model = distributed.sync_batchnorm(model, process)
     dims = model.head.nesting_list
     ends = sorted({dims[0], dims[-1]})
     weights = torch.tensor(check_weights(config.head.weights, dims), device=device)
-    optimizer = build_optimizer(model, optim.name, optim.lr, optim.momentum, optim.weight_decay)
+    optimizer = build_optimizer(model, optim.name, optim.lr, optim.momentum, optim.weight_decay, optim.layer_decay)
     dtype = torch.float16 if config.train.precision == "fp16" else torch.bfloat16
     autocast = torch.autocast(device.type, dtype, enabled=config.train.precision != "fp32")
     scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16")
     ema = ModelEmaV3(model, config.train.ema_decay) if config.train.ema_decay > 0 else None
-    mixup = make_mixup(config, micro_batch_size, len(classes))
+    augment = make_augmentation(config.data, micro_batch_size, len(classes), device)
 
     step, sums, finite = 0, PrefixSums(dims, device), FiniteCheck(dims, process)
     if resumed is not None:
@@ -98,9 +100,13 @@ def train(config: Config, process: Process) -> int:
         del resumed
     if config.train.compile:
         compile_or_stay_eager(model, micro_batch_size, px_at(0, config.data.train_px), autocast, process)
-    parallel = distributed.data_parallel(model, process)
+    parallel = distributed.data_parallel(model, process, config.train.gradient_precision)
 
-    with Tracker(directory, process.is_main, step, total_steps, batch_size) as tracker, stop_signals() as stopped_by:
+    with (
+        Tracker(directory, process.is_main, step, total_steps, batch_size) as tracker,
+        StepProfiler(config.train.profile_steps, directory, process, tracker.say) as profiler,
+        stop_signals() as stopped_by,
+    ):
         tracker.start_wandb(**dataclasses.asdict(config.wandb), name=config.run.name, config=dataclasses.asdict(config))
         if process.is_main:
             record_start(directory, process, micro_batch_size, step)
@@ -124,20 +130,23 @@ def train(config: Config, process: Process) -> int:
                 # One step: down the gradient of the weighted sum over prefixes (equation 1 of the paper).
                 seed_step(seed, step, process.rank)
                 lr = lr_at(step, total_steps, optim.warmup_epochs * steps_per_epoch, optim.lr, optim.schedule)
-                for group in optimizer.param_groups:
-                    group["lr"] = lr
+                set_lr(optimizer, lr)
                 for micro_step in range(accumulation_steps):
+                    profiler.phase("data wait")
                     asked_at = time.monotonic()
                     inputs, labels = next(batches)
                     waited += time.monotonic() - asked_at
-                    inputs, targets = mixup(inputs, labels) if mixup else (inputs, labels)
+                    profiler.phase("forward")
+                    inputs, targets = augment(inputs, labels)
                     with distributed.shared_gradients(parallel, micro_step == accumulation_steps - 1):
                         with autocast:
                             logits = parallel(inputs)  # (G, B, C)
                             losses = nested_cross_entropy(logits, targets, config.train.label_smoothing)  # (G,)
+                        sums.add(logits, labels, losses)
+                        finite.add(losses, step)
+                        profiler.phase("backward")
                         scaler.scale((weights * losses).sum() / accumulation_steps).backward()
-                    sums.add(logits, labels, losses)
-                    finite.add(losses, step)
+                profiler.phase("optimizer")
                 if optim.clip_norm > 0:
                     scaler.unscale_(optimizer)
                     nn.utils.clip_grad_norm_(model.parameters(), optim.clip_norm)
@@ -147,6 +156,7 @@ def train(config: Config, process: Process) -> int:
                 if ema is not None:
                     ema.update(model)
                 step += 1
+                profiler.step()
                 tracker.advance()
 
                 # Once in a while: log, save, stop.
@@ -203,17 +213,6 @@ def make_model(config: Config, num_classes: int) -> MatryoshkaClassifier:
     return model
 
 
-def make_mixup(config: Config, micro_batch_size: int, num_classes: int) -> Mixup | None:
-    """timm's mixup and cutmix, or None when both are off; label smoothing stays in the loss."""
-    if config.data.mixup == config.data.cutmix == 0:
-        return None
-    if micro_batch_size % 2:
-        raise UserError(
-            f"data.mixup and data.cutmix pair images, but a micro-batch has {micro_batch_size}, an odd number"
-        )
-    return Mixup(config.data.mixup, config.data.cutmix, label_smoothing=0.0, num_classes=num_classes)
-
-
 def describe(config: Config, model: MatryoshkaClassifier, classes: list[str]) -> ModelInfo:
     """What model.json has to say about ``model``."""
     return ModelInfo(
@@ -229,35 +228,6 @@ def describe(config: Config, model: MatryoshkaClassifier, classes: list[str]) ->
         mean=config.data.mean,
         std=config.data.std,
     )
-
-
-def seed_step(seed: int, step: int, rank: int) -> None:
-    """Make whatever is random in a step (mixup, dropout, drop path) a function of seed, step and rank.
-
-    So a resumed run has no generator state to restore.
-    """
-    number = int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0])
-    torch.manual_seed(number)
-    np.random.seed(number)  # noqa: NPY002 - timm's mixup draws from numpy's global generator
-
-
-def compile_or_stay_eager(
-    model: MatryoshkaClassifier, micro_batch_size: int, px: int, autocast: torch.autocast, process: Process
-) -> None:
-    """Compile ``model`` in place if one step of a compiled copy works, at the first image size."""
-    probe = copy.deepcopy(model)
-    probe.compile()
-    try:
-        with autocast:
-            images = torch.zeros(micro_batch_size, 3, px, px, device=process.device)
-            logits = probe(images.contiguous(memory_format=torch.channels_last))
-        logits.sum().backward()
-    except Exception as error:
-        if process.is_main:
-            reason = str(error).strip().splitlines()[0]
-            print(f"torch.compile failed, going on without it: {type(error).__name__}: {reason}", file=sys.stderr)
-        return
-    model.compile()
 
 
 @torch.no_grad()
@@ -283,7 +253,11 @@ def main(argv: list[str] | None = None) -> int:
     """Train from a command line; returns the exit status."""
     try:
         config = parse_command_line(argv, description=str(__doc__))
-        return train(config, distributed.start())
+        process = distributed.start()
+        try:
+            return train(config, process)
+        except torch.cuda.OutOfMemoryError as error:
+            raise UserError(memory_advice(config, process.world_size, error)) from error
     except (UserError, OSError) as error:
         sys.stderr.write(f"\nerror: {error}\n")  # in one piece, and not behind a progress bar
         return 2

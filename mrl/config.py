@@ -5,12 +5,16 @@ A recipe in ``configs/`` lists only what differs. The docstring under each field
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from mrl.errors import UserError
 from mrl.losses import check_weights
 from mrl.nesting import check_nesting_list
+
+# timm's own parser takes misspelt parts in silence.
+RAND_AUGMENT = re.compile(r"rand(-(m\d+|n[1-9]|p(0?\.\d+|[01])|mstd\d+(\.\d+)?|mmax\d+|inc[01]|t(weights|3a|3aw)))*")
 
 
 def _require(condition: bool, key: str, value: Any, allowed: str) -> None:
@@ -66,6 +70,11 @@ class DataConfig:
     """Random resized crop: smallest and largest width / height."""
     flip: bool = True
     """Mirror half of the training images left to right."""
+    rand_augment: str | None = None
+    """timm's RandAugment of each crop, e.g. rand-m9-mstd0.5-inc1 (magnitude 9 with a spread of 0.5); not with the
+    memory backend. Default: off."""
+    random_erasing: float = 0.0
+    """Share of training images in which a rectangle is replaced by noise (timm); 0 is off."""
     mixup: float = 0.0
     """Alpha of mixup (timm); 0 is off."""
     cutmix: float = 0.0
@@ -94,6 +103,14 @@ class DataConfig:
         _require(0 < low <= high <= 1, "data.crop_scale", self.crop_scale, "0 < low <= high <= 1")
         low, high = self.crop_ratio
         _require(0 < low <= high, "data.crop_ratio", self.crop_ratio, "0 < low <= high")
+        _require(
+            self.rand_augment is None or bool(RAND_AUGMENT.fullmatch(self.rand_augment)),
+            "data.rand_augment",
+            self.rand_augment,
+            "null, or rand followed by any of -m9 (magnitude), -n2 (operations), -p0.5 (chance of each), -mstd0.5 "
+            "(spread of the magnitude), -mmax10, -inc1 (harder with the magnitude), -tweights, -t3a, -t3aw",
+        )
+        _require(0 <= self.random_erasing <= 1, "data.random_erasing", self.random_erasing, "0 to 1")
         _require(self.mixup >= 0, "data.mixup", self.mixup, "0 or more")
         _require(self.cutmix >= 0, "data.cutmix", self.cutmix, "0 or more")
         _require(
@@ -155,6 +172,9 @@ class OptimConfig:
     """SGD momentum; not used by adamw."""
     weight_decay: float = 1e-4
     """Weight decay, on parameters with more than one dimension only (no biases, norms, position embeddings)."""
+    layer_decay: float = 1.0
+    """Fine-tuning: the learning rate of each layer of the backbone is this times that of the layer above it, the
+    head's being optim.lr; e.g. 0.75. 1 is off."""
     warmup_epochs: float = 2.0
     """Epochs of linear warm-up from 0."""
     schedule: Literal["linear", "cosine"] = "linear"
@@ -166,6 +186,7 @@ class OptimConfig:
         _require(self.lr > 0, "optim.lr", self.lr, "above 0")
         _require(0 <= self.momentum < 1, "optim.momentum", self.momentum, "0 to below 1")
         _require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "0 or more")
+        _require(0 < self.layer_decay <= 1, "optim.layer_decay", self.layer_decay, "above 0, up to 1 (off)")
         _require(self.warmup_epochs >= 0, "optim.warmup_epochs", self.warmup_epochs, "0 or more")
         _require(self.clip_norm >= 0, "optim.clip_norm", self.clip_norm, "0 (off) or more")
 
@@ -183,6 +204,10 @@ class TrainConfig:
     at a time."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Arithmetic of the forward pass (autocast); fp16 adds loss scaling. On CPUs without bfloat16 fp32 is faster."""
+    gradient_precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic in which processes add up their gradients; bf16 halves what they send, for slow networks."""
+    sync_batchnorm: bool = False
+    """BatchNorm over the images of all processes, not of each on its own; GPUs only. For few images per GPU."""
     compile: bool = False
     """torch.compile the model; where a first step fails to compile the run says so and goes on without."""
     ema_decay: float = 0.0
@@ -193,6 +218,9 @@ class TrainConfig:
     """Save checkpoints/last.pt at least this often, also in mid-epoch; it is saved after every epoch too."""
     log_every_steps: int = 50
     """Steps between two rows of metrics.jsonl and W&B."""
+    profile_steps: int = 0
+    """Steps to profile soon after the start: writes trace.json.gz into the run directory and prints where the time
+    of a step goes; 0 is off."""
 
     def __post_init__(self) -> None:
         _require(self.epochs >= 1, "train.epochs", self.epochs, "1 or more")
@@ -202,6 +230,7 @@ class TrainConfig:
         _require(self.eval_every_epochs >= 1, "train.eval_every_epochs", self.eval_every_epochs, "1 or more")
         _require(self.checkpoint_minutes >= 0, "train.checkpoint_minutes", self.checkpoint_minutes, "0 or more")
         _require(self.log_every_steps >= 1, "train.log_every_steps", self.log_every_steps, "1 or more")
+        _require(self.profile_steps >= 0, "train.profile_steps", self.profile_steps, "0 (off) or more")
 
 
 @dataclass(frozen=True)

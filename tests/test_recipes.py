@@ -7,18 +7,19 @@ import mrl
 from mrl.config import Config
 from mrl.errors import UserError
 from mrl.recipes import RECIPES, parse_command_line, read_config, to_yaml
+from mrl.training.augmentation import make_augmentation
 from mrl.training.optimizer import build_optimizer
-from train import make_mixup, make_model
+from train import make_model
 
 FIELDS = """
 run: name dir seed resume
-data: name root backend num_classes batch_size num_workers train_px crop_scale crop_ratio flip mixup cutmix
-      eval_resize_px eval_px mean std
+data: name root backend num_classes batch_size num_workers train_px crop_scale crop_ratio flip
+      rand_augment random_erasing mixup cutmix eval_resize_px eval_px mean std
 model: backbone init blurpool stem_stride trainable kwargs
 head: nesting_list tied weights
-optim: name lr momentum weight_decay warmup_epochs schedule clip_norm
-train: epochs label_smoothing accumulation_steps precision compile ema_decay eval_every_epochs checkpoint_minutes
-       log_every_steps
+optim: name lr momentum weight_decay layer_decay warmup_epochs schedule clip_norm
+train: epochs label_smoothing accumulation_steps precision gradient_precision sync_batchnorm compile ema_decay
+       eval_every_epochs checkpoint_minutes log_every_steps profile_steps
 wandb: mode project entity
 """
 
@@ -58,12 +59,13 @@ def test_every_recipe_loads_builds_and_steps_once(path):
     if "vit" in config.model.backbone:  # its image size is fixed when it is built: make it small
         small = config.model.kwargs | {"img_size": 32}
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, kwargs=small))
+    if config.model.init == "pretrained":  # would be downloaded
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, init="scratch"))
     model = make_model(config, num_classes)
     optim = config.optim
-    optimizer = build_optimizer(model, optim.name, optim.lr, optim.momentum, optim.weight_decay)
+    optimizer = build_optimizer(model, optim.name, optim.lr, optim.momentum, optim.weight_decay, optim.layer_decay)
     images, labels = torch.randn(2, 3, 32, 32), torch.tensor([0, 1])
-    mixup = make_mixup(config, 2, num_classes)
-    images, targets = mixup(images, labels) if mixup else (images, labels)
+    images, targets = make_augmentation(config.data, 2, num_classes, torch.device("cpu"))(images, labels)
     before = [p.clone() for p in model.parameters()]
     logits = model(images)
     assert logits.shape == (len(model.head.nesting_list), 2, num_classes)
@@ -83,6 +85,15 @@ def test_the_imagenet_resnet_recipes_are_the_papers():
         assert (config.optim.warmup_epochs, config.optim.weight_decay, config.train.label_smoothing) == (2, 1e-4, 0.1)
         assert config.data.train_px == [(0, 160), (32, 192)]
         assert (config.data.eval_resize_px, config.data.eval_px) == (256, 224)
+
+
+def test_the_vits_nest_from_a_64th_of_their_width():
+    for size, smallest, width in (("b", 12, 768), ("s", 6, 384)):
+        for name in (f"vit_{size}16_mrl", f"vit_{size}16_mrl_e"):
+            config = parse("--config", name, "--model.kwargs", "{img_size: 32, depth: 1}")
+            head = make_model(config, 10).head
+            assert head.nesting_list == tuple(smallest * 2**power for power in range(7))
+            assert head.nesting_list[-1] == width and head.tied == name.endswith("_e")
 
 
 def test_later_words_win_over_the_recipe():
@@ -112,6 +123,12 @@ def test_the_saved_config_reads_back_equal(tmp_path):
         (["--data.train_px", "[[5, 64]]"], ["data.train_px", "epoch 0"]),
         (["--data.eval_px", "300"], ["data.eval_px is 300", "data.eval_resize_px = 256"]),
         (["--model.stem_stride", "3"], ["model.stem_stride", "4", "2", "1"]),
+        (["--data.rand_augment", "rand-9"], ["data.rand_augment is 'rand-9'", "-m9 (magnitude)"]),
+        (["--data.rand_augment", "auto"], ["data.rand_augment is 'auto'", "-inc1"]),
+        (["--data.random_erasing", "1.5"], ["data.random_erasing is 1.5", "0 to 1"]),
+        (["--optim.layer_decay", "0"], ["optim.layer_decay is 0.0", "above 0"]),
+        (["--train.gradient_precision", "fp16"], ["train.gradient_precision", "fp32", "bf16"]),
+        (["--train.profile_steps", "-1"], ["train.profile_steps is -1", "0 (off) or more"]),
         (["--run.name", "a/b"], ["run.name", "'a/b'"]),
         (["--config", "resnet51"], ["resnet51", "recipes:", "resnet50_mrl"]),
     ],

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -37,13 +38,13 @@ TINY = [
     ),
     *("--model.backbone", "vit_tiny_patch16_224", "--model.kwargs", json.dumps(VIT)),
 ]
-# BatchNorm, EMA, mixup, accumulation, clipping and drop path: all that a resumed run could forget.
+# BatchNorm, EMA, erasing, mixup, accumulation, clipping, drop path, a rate per layer: all a resumed run could forget.
 # (32 px or more: below, torch 2.14 computes garbage gradients for bf16 convolutions of stride 2 on 1x1 inputs.)
 EVERYTHING = [
     *("--config", "digits_mrl_e.yaml", "--train.precision", "bf16", "--train.epochs", "2", "--data.batch_size", "256"),
     *("--train.log_every_steps", "3", "--train.ema_decay", "0.8", "--train.accumulation_steps", "2"),
     *("--data.mixup", "0.4", "--data.cutmix", "1.0", "--optim.clip_norm", "1.0", "--data.train_px", "[[0,32],[1,40]]"),
-    *("--model.kwargs", '{"drop_path_rate": 0.2}'),
+    *("--data.random_erasing", "0.5", "--optim.layer_decay", "0.8", "--model.kwargs", '{"drop_path_rate": 0.2}'),
 ]
 STEPS = 10  # 2 epochs of 5 steps
 
@@ -246,8 +247,8 @@ def test_other_data_is_refused_when_a_run_goes_on(tmp_path, stop_after, monkeypa
 
 
 def test_the_imagenet_recipe_trains_on_a_folder_with_two_processes(tmp_path):
-    """BatchNorm, BlurPool, accumulation, EMA, mixup, clipping and loader processes under DDP, by torchrun."""
-    for split, count in (("train", 8), ("val", 3)):
+    """BatchNorm, BlurPool, accumulation, EMA, augmentation, clipping, loader processes and a profile under DDP."""
+    for split, count in (("train", 12), ("val", 3)):
         for name in ("cat", "dog"):
             (tmp_path / split / name).mkdir(parents=True)
             for i in range(count):
@@ -256,6 +257,8 @@ def test_the_imagenet_recipe_trains_on_a_folder_with_two_processes(tmp_path):
     words += ["--data.batch_size", "8", "--train.accumulation_steps", "2", "--data.train_px", "[[0,32],[1,48]]"]
     words += ["--data.eval_resize_px", "36", "--data.eval_px", "32", "--train.epochs", "2", "--data.mixup", "0.2"]
     words += ["--optim.warmup_epochs", "1"]
+    words += ["--data.rand_augment", "rand-m9-mstd0.5-inc1", "--data.random_erasing", "0.25"]
+    words += ["--train.gradient_precision", "bf16", "--train.profile_steps", "2"]
     words += ["--train.ema_decay", "0.5", "--optim.clip_norm", "1", "--data.num_workers", "1"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
     command = [*torchrun, "train.py", *words, "--run.dir", str(tmp_path / "runs"), "--run.name", "a"]
@@ -264,8 +267,12 @@ def test_the_imagenet_recipe_trains_on_a_folder_with_two_processes(tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert "8 images a step = 2 processes x 2 micro-batches x 2" in result.stdout
-    assert [row["step"] for row in rows(tmp_path / "runs") if "top_1/8" in row] == [2, 4]
+    assert [row["step"] for row in rows(tmp_path / "runs") if "top_1/8" in row] == [3, 6]
     assert (tmp_path / "runs" / "a" / "checkpoints" / "last.pt").exists()
+    assert (tmp_path / "runs" / "a" / "trace.json.gz").exists()
+    assert result.stdout.count("mean of 2; trace:") == 1  # the main process alone
+    (all_reduce,) = re.findall(r"^  all-reduce +([\d.]+) ms", result.stdout, flags=re.M)
+    assert float(all_reduce) > 0
     assert mrl.load(tmp_path / "runs" / "a").width == 512
 
 
@@ -341,6 +348,28 @@ def test_fault_24_a_model_that_does_not_compile_trains_without(tmp_path, monkeyp
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: setattr(self, "_compiled_call_impl", fail))
     assert run(tmp_path, *TINY, "--train.epochs", "1", "--train.compile", "true") == 0
     assert "torch.compile failed, going on without it: RuntimeError: no compiler here\n" in capsys.readouterr().err
+
+
+def test_a_full_gpu_ends_the_run_with_advice_that_works_and_keeps_the_checkpoint(
+    tmp_path, stop_after, monkeypatch, capsys
+):
+    stop_after(2)
+    assert run(tmp_path, *TINY) == 128 + signal.SIGTERM
+    monkeypatch.undo()
+    before = (tmp_path / "a" / "checkpoints" / "last.pt").read_bytes()
+
+    def full(*args):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1.00 GiB free.")
+
+    monkeypatch.setattr(train, "nested_cross_entropy", full)
+    assert run(tmp_path, *TINY, "--run.resume", "auto") == 2
+    (error,) = capsys.readouterr().err.strip().splitlines()[-1:]
+    assert error.startswith("error: a GPU ran out of memory (CUDA out of memory) on 256 images at a time; raise")
+    assert "train.accumulation_steps, now 1" in error
+    assert "data.batch_size, now 256" in error and "data.train_px, now 32" in error
+    assert (tmp_path / "a" / "checkpoints" / "last.pt").read_bytes() == before
+    monkeypatch.undo()
+    assert run(tmp_path, *TINY, "--run.resume", "auto", "--train.accumulation_steps", "2") == 0
 
 
 def test_wandb_offline_keeps_one_run_across_a_restart(tmp_path, stop_after, monkeypatch):

@@ -35,8 +35,21 @@ def build_data(
             the backend cannot hold them.
     """
     backend, reason = choose_backend(data)
+    if data.rand_augment is not None and backend != "folder":
+        raise UserError(
+            f"data.rand_augment works on single images in worker processes, which the {backend} backend ({reason}) "
+            "has not; give --data.backend folder, or --data.rand_augment null"
+        )
     transform = Transform(
-        seed, data.crop_scale, data.crop_ratio, data.flip, data.eval_resize_px, data.eval_px, data.mean, data.std
+        seed,
+        data.crop_scale,
+        data.crop_ratio,
+        data.flip,
+        data.eval_resize_px,
+        data.eval_px,
+        data.mean,
+        data.std,
+        data.rand_augment,
     )
     images: dict[str, Images]
     if data.name == "digits":

@@ -11,6 +11,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional
 
 from mrl.data.order import CROP_STREAM, counter_hash
+from mrl.data.rand_augment import rand_augment
 
 NUM_TRIES = 10  # as torchvision's RandomResizedCrop
 
@@ -27,6 +28,7 @@ class Transform:
     eval_px: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    rand_augment: str | None = None
 
     def train_boxes(
         self, epoch: int, rows: np.ndarray, heights: np.ndarray, widths: np.ndarray
@@ -35,6 +37,12 @@ class Transform:
         return random_resized_crops(
             self.seed, epoch, rows, heights, widths, self.crop_scale, self.crop_ratio, self.flip
         )
+
+    def augmented(self, crop: Tensor, epoch: int, row: int) -> Tensor:
+        """The crop ``(3, px, px)`` uint8 of an image after RandAugment, if that is asked for."""
+        if self.rand_augment is None:
+            return crop
+        return rand_augment(crop, self.rand_augment, self.mean, self.seed, epoch, row)
 
 
 def sample_uniforms(seed: int, epoch: int, rows: np.ndarray, count: int) -> np.ndarray:

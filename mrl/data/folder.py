@@ -115,7 +115,8 @@ def load_crop(paths: np.ndarray, transform: Transform, epoch: int, px: int, row:
     _, height, width = image.shape
     boxes, flipped = transform.train_boxes(epoch, np.array([row]), np.array([height]), np.array([width]))
     crop = functional.resized_crop(image, *boxes[0].tolist(), size=[px, px], antialias=True)
-    return functional.horizontal_flip(crop) if flipped[0] else crop
+    crop = functional.horizontal_flip(crop) if flipped[0] else crop
+    return transform.augmented(crop, epoch, row)
 
 
 def load_centre(paths: np.ndarray, transform: Transform, row: int) -> Tensor:

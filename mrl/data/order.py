@@ -11,7 +11,7 @@ import numpy as np
 from mrl.errors import UserError
 
 # Separate streams of random numbers: were they one, an image's place in the epoch would tell its crop.
-ORDER_STREAM, CROP_STREAM = 0, 1
+ORDER_STREAM, CROP_STREAM, AUGMENT_STREAM = 0, 1, 2
 
 
 def counter_hash(*keys: int | np.ndarray) -> np.ndarray:

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 import yaml
 
+from mrl.config import Config
 from mrl.errors import UserError
 from mrl.files import write_text, write_whole
+from mrl.recipes import to_yaml
 from mrl.results import provenance
 from mrl.training.distributed import Process
 
@@ -25,9 +27,11 @@ FREE_KEYS = {
     "data.root",
     "data.num_workers",
     "train.accumulation_steps",
+    "train.gradient_precision",
     "train.compile",
     "train.checkpoint_minutes",
     "train.log_every_steps",
+    "train.profile_steps",
     "wandb.mode",
     "wandb.project",
     "wandb.entity",
@@ -71,7 +75,8 @@ def _refuse_other_settings(directory: Path, config_yaml: str) -> None:
     path = directory / "config.yaml"
     if not path.exists():
         raise UserError(f"{directory} has a checkpoint but no config.yaml, so what it trained is unknown")
-    old, new = _flat(path.read_text()), _flat(config_yaml)
+    # A setting that is younger than the run had its default, which is what the run did without it.
+    old, new = _flat(to_yaml(Config())) | _flat(path.read_text()), _flat(config_yaml)
     changed = [key for key in new if key not in FREE_KEYS and old.get(key) != new[key]]
     if changed:
         told = ", ".join(f"{key} was {old.get(key)!r}, now {new[key]!r}" for key in changed)

@@ -9,13 +9,17 @@ from __future__ import annotations
 import contextlib
 import os
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.distributed as dist
+from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from mrl.errors import UserError
+from mrl.models import MatryoshkaClassifier
 
 
 @dataclass(frozen=True)
@@ -86,12 +90,29 @@ def same_buffers(module: nn.Module) -> None:
             dist.broadcast(buffer, src=0)
 
 
-def data_parallel(model: nn.Module, process: Process) -> nn.Module:
+def sync_batchnorm(model: MatryoshkaClassifier, process: Process) -> MatryoshkaClassifier:
+    """``model``, its BatchNorms replaced by ones that see the images of all processes; same weights, same names.
+
+    Raises:
+        UserError: The processes compute on CPUs, for which torch has no such BatchNorm.
+    """
+    if process.device.type != "cuda":
+        raise UserError("train.sync_batchnorm is true, but it needs GPUs; allowed on the CPU: false")
+    # timm's, because torch's would drop the activation that some BatchNorms of timm contain.
+    return model if process.world_size == 1 else convert_sync_batchnorm(model)
+
+
+def data_parallel(
+    model: nn.Module, process: Process, gradient_precision: Literal["fp32", "bf16"] = "fp32"
+) -> nn.Module:
     """``model`` with gradients averaged over processes after each backward pass; itself when there is one process."""
     if process.world_size == 1:
         return model
     device_ids = [process.device.index] if process.device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=device_ids)
+    parallel = DistributedDataParallel(model, device_ids=device_ids)
+    if gradient_precision == "bf16":
+        parallel.register_comm_hook(dist.group.WORLD, bf16_compress_hook)
+    return parallel
 
 
 def shared_gradients(model: nn.Module, share: bool) -> contextlib.AbstractContextManager[None]:

@@ -44,6 +44,15 @@ def test_going_on_with_other_settings_names_them(tmp_path):
         open_run(tmp_path / "a", "auto", CONFIG.replace("0.1", "0.2"))
 
 
+def test_a_run_from_before_a_setting_existed_goes_on_with_its_default(tmp_path):
+    open_run(tmp_path / "a", "auto", CONFIG)
+    save_checkpoint(tmp_path / "a", {"step": 3})
+    newer = CONFIG.replace("0.1}", "0.1, layer_decay: 1.0}")
+    open_run(tmp_path / "a", "auto", newer)
+    with pytest.raises(UserError, match=r"optim\.layer_decay was 1\.0, now 0\.5"):
+        open_run(tmp_path / "a", "auto", newer.replace("1.0", "0.5"))
+
+
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.99])
 def test_a_truncated_checkpoint_is_refused(tmp_path, share):
     open_run(tmp_path, "never", CONFIG)

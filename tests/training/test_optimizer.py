@@ -3,8 +3,9 @@ import torch
 from torch import nn
 
 from mrl.backbones import build_backbone
+from mrl.losses import nested_cross_entropy
 from mrl.models import build_model, freeze
-from mrl.training.optimizer import build_optimizer
+from mrl.training.optimizer import build_optimizer, set_lr
 
 
 def decayed_names(model, optimizer):
@@ -54,3 +55,40 @@ def test_the_named_optimizer_is_torchs(name):
     assert type(optimizer) is {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[name]
     if name == "sgd":
         assert {(g["momentum"], g["nesterov"]) for g in optimizer.param_groups} == {(0.8, False)}
+
+
+def test_layer_decay_slows_each_layer_by_its_distance_from_the_head():
+    """Two blocks: stem, block 0, block 1 with the final norm, head."""
+    model = build_model(build_backbone("vit_tiny_patch16_224", kwargs={"depth": 2}), 5)
+    plain = build_optimizer(model, "adamw", 0.1, 0.9, 0.05)
+    optimizer = build_optimizer(model, "adamw", 0.1, 0.9, 0.05, layer_decay=0.5)
+    assert decayed_names(model, optimizer) == decayed_names(model, plain)
+    set_lr(optimizer, 0.8)
+    lr = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    by_layer = {"head.": 0.8, "backbone.blocks.1.": 0.4, "backbone.norm.": 0.4, "backbone.blocks.0.": 0.2}
+    for name, parameter in model.named_parameters():
+        expected = next((rate for prefix, rate in by_layer.items() if name.startswith(prefix)), 0.1)
+        assert lr[id(parameter)] == pytest.approx(expected), name
+
+
+def test_without_layer_decay_all_groups_have_the_rate_itself():
+    optimizer = build_optimizer(build_model(build_backbone("resnet10t"), 5), "sgd", 0.1, 0.9, 1e-4)
+    set_lr(optimizer, 0.123456789)
+    assert {group["lr"] for group in optimizer.param_groups} == {0.123456789}
+
+
+@pytest.mark.parametrize("name", ["convnext_atto", "efficientnet_b0", "vit_tiny_patch16_224"])
+def test_every_family_takes_a_step_down_its_loss_with_a_rate_per_layer(name):
+    kwargs = {"img_size": 64} if name.startswith("vit") else {}
+    model = build_model(build_backbone(name, kwargs=kwargs), 5)
+    optimizer = build_optimizer(model, "adamw", 1e-3, 0.9, 0.05, layer_decay=0.8)
+    images, labels = torch.randn(4, 3, 64, 64), torch.tensor([0, 1, 2, 3])
+    set_lr(optimizer, 1e-3)
+    lr = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert lr[id(next(model.backbone.parameters()))] < 1e-4  # the stem, a dozen layers below
+    assert {lr[id(p)] for p in model.head.parameters()} == {1e-3}
+    before = nested_cross_entropy(model(images), labels)
+    assert before.shape == (len(model.head.nesting_list),)
+    before.sum().backward()
+    optimizer.step()
+    assert nested_cross_entropy(model(images), labels).sum() < before.sum()
