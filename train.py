@@ -34,6 +34,7 @@ from mrl.progress import progress
 from mrl.recipes import parse_command_line, to_yaml
 from mrl.training import distributed
 from mrl.training.checkpoint import (
+    check_run,
     load_checkpoint,
     open_run,
     record_start,
@@ -54,7 +55,7 @@ def train(config: Config, process: Process) -> int:
     optim, device, seed = config.optim, process.device, config.run.seed
     directory = Path(config.run.dir) / config.run.name
     if process.is_main:
-        open_run(directory, config.run.resume, to_yaml(config))
+        check_run(directory, config.run.resume, to_yaml(config))
     distributed.barrier()
     resumed = load_checkpoint(directory)
     found, missing = distributed.any_process(resumed is not None, resumed is None)
@@ -99,6 +100,8 @@ def train(config: Config, process: Process) -> int:
     if config.train.compile:
         compile_or_stay_eager(model, micro_batch_size, px_at(0, config.data.train_px), autocast, process)
     parallel = distributed.data_parallel(model, process)
+    if process.is_main:
+        open_run(directory, config.run.resume, to_yaml(config))
 
     with Tracker(directory, process.is_main, step, total_steps, batch_size) as tracker, stop_signals() as stopped_by:
         tracker.start_wandb(**dataclasses.asdict(config.wandb), name=config.run.name, config=dataclasses.asdict(config))
@@ -282,8 +285,8 @@ def validate(
 def main(argv: list[str] | None = None) -> int:
     """Train from a command line; returns the exit status."""
     try:
-        config = parse_command_line(argv, description=str(__doc__))
-        return train(config, distributed.start())
+        with distributed.failing_together():
+            return train(parse_command_line(argv, description=str(__doc__)), distributed.start())
     except (UserError, OSError) as error:
         sys.stderr.write(f"\nerror: {error}\n")  # in one piece, and not behind a progress bar
         return 2

@@ -39,8 +39,8 @@ def checkpoint_path(directory: Path) -> Path:
     return directory / "checkpoints" / "last.pt"
 
 
-def open_run(directory: Path, resume: str, config_yaml: str) -> None:
-    """Make the run directory ready; called on the main process, before anything is computed.
+def check_run(directory: Path, resume: str, config_yaml: str) -> None:
+    """Nothing, if a run may start or go on in the directory; nothing is written.
 
     Raises:
         UserError: The directory exists and ``resume`` is "never", or it holds a run with other settings.
@@ -56,9 +56,17 @@ def open_run(directory: Path, resume: str, config_yaml: str) -> None:
         _refuse_other_settings(directory, config_yaml)
     if not going_on and (directory / "model.safetensors").exists():
         raise UserError(f"{directory} holds a trained model but no checkpoint to go on from; choose another --run.name")
+
+
+def open_run(directory: Path, resume: str, config_yaml: str) -> None:
+    """Make the run directory ready, unless `check_run` refuses; called on the main process, just before the first step.
+
+    So what is wrong with the data or the model is said before anything is written.
+    """
+    check_run(directory, resume, config_yaml)
     (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
     write_text(directory / "config.yaml", config_yaml)
-    if not going_on:  # what a run that died before its first checkpoint has left
+    if not checkpoint_path(directory).exists():  # what a run that died before its first checkpoint has left
         (directory / "metrics.jsonl").write_text("")
 
 
