@@ -248,7 +248,7 @@ def test_other_data_is_refused_when_a_run_goes_on(tmp_path, stop_after, monkeypa
 def test_the_imagenet_recipe_trains_on_a_folder_with_two_processes(tmp_path):
     """BatchNorm, BlurPool, accumulation, EMA, mixup, clipping and loader processes under DDP, by torchrun."""
     for split, count in (("train", 8), ("val", 3)):
-        for name in ("cat", "dog"):
+        for name in ("n02084071", "n02121808"):
             (tmp_path / split / name).mkdir(parents=True)
             for i in range(count):
                 write_png(torch.randint(256, (3, 40, 48), dtype=torch.uint8), str(tmp_path / split / name / f"{i}.png"))

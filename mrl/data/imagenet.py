@@ -77,7 +77,7 @@ def label_flat(top: Path, folder: Folder, places: Sequence[Path]) -> ImageList:
                 return _sorted_by_class(top, folder, read(place / name), place / name)
     raise UserError(
         f"{top} holds {len(folder.images):,} images and no class folders, and there is no ground truth for them; "
-        f"allowed in {' or '.join(map(str, places[1:]))}: {' or '.join(GROUND_TRUTHS)} (with the devkit's meta.mat beside it)"
+        f"allowed in {' or '.join(map(str, places[1:]))}: {' or '.join(GROUND_TRUTHS)} with the devkit's meta.mat"
     )
 
 

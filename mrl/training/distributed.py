@@ -89,7 +89,7 @@ def failing_together() -> Iterator[None]:
         if lost:
             reason = str(error).split("] ", 1)[-1].split(". ")[0]
             raise ElsewhereError(
-                f"another process has ended or cannot be reached, so this one ends too; see what that one said ({reason})"
+                f"another process has ended or cannot be reached ({reason}); see what that one said"
             ) from error
         raise
 
