@@ -134,11 +134,14 @@ def record_start(directory: Path, process: Process, micro_batch_size: int, step:
     """Add this start to provenance.json: a run that was resumed has several, perhaps on other machines."""
     path = directory / "provenance.json"
     starts = json.loads(path.read_text()) if step > 0 and path.exists() else []
-    world = {"world_size": process.world_size, "micro_batch_size": micro_batch_size}
-    starts.append({"start_step": step, "command": sys.argv, **world, **provenance()})
-    if len(starts) > 1 and starts[-2]["micro_batch_size"] != micro_batch_size:
-        print(
-            f"resumed on {process.world_size} processes ({starts[-2]['world_size']} before): same batches and learning "
-            f"rate, but BatchNorm sees {micro_batch_size} images at a time ({starts[-2]['micro_batch_size']} before)"
+    now = {"world_size": process.world_size, "micro_batch_size": micro_batch_size}
+    starts.append({"start_step": step, "command": sys.argv, **provenance(process.world_size), **now})
+    before = {key: starts[-2][key] for key in now} if len(starts) > 1 else now
+    if before != now:
+        told = (
+            f"resumed on {process.world_size} processes ({before['world_size']} before): same batches and learning rate"
         )
+        if before["micro_batch_size"] != micro_batch_size:
+            told += f", but BatchNorm sees {micro_batch_size} images at a time ({before['micro_batch_size']} before)"
+        print(told, flush=True)
     write_text(path, json.dumps(starts, indent=2) + "\n")
