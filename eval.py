@@ -198,16 +198,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Evaluate from a command line; returns the exit status."""
     try:
-        args = parse(argv)
-        process = distributed.start()
-        if args.runs:
-            evaluate(args, process)
-        elif process.is_main:
-            rows = read_rows(args.redraw)
-            if not rows:
-                raise UserError(f"{args.redraw} holds no rows, so there is nothing to draw")
-            show(rows, Path(args.out) if args.out else Path(args.redraw).parent)
-    except UserError as error:
+        with distributed.failing_together():
+            args = parse(argv)
+            process = distributed.start()
+            if args.runs:
+                evaluate(args, process)
+            elif process.is_main:
+                rows = read_rows(args.redraw)
+                if not rows:
+                    raise UserError(f"{args.redraw} holds no rows, so there is nothing to draw")
+                show(rows, Path(args.out) if args.out else Path(args.redraw).parent)
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

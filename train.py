@@ -32,6 +32,7 @@ from mrl.recipes import parse_command_line, to_yaml
 from mrl.training import distributed
 from mrl.training.augmentation import make_augmentation, seed_step
 from mrl.training.checkpoint import (
+    check_run,
     load_checkpoint,
     open_run,
     record_start,
@@ -54,7 +55,7 @@ def train(config: Config, process: Process) -> int:
     optim, device, seed = config.optim, process.device, config.run.seed
     directory = Path(config.run.dir) / config.run.name
     if process.is_main:
-        open_run(directory, config.run.resume, to_yaml(config))
+        check_run(directory, config.run.resume, to_yaml(config))
     distributed.barrier()
     resumed = load_checkpoint(directory)
     found, missing = distributed.any_process(resumed is not None, resumed is None)
@@ -101,6 +102,8 @@ def train(config: Config, process: Process) -> int:
     if config.train.compile:
         compile_or_stay_eager(model, micro_batch_size, px_at(0, config.data.train_px), autocast, process)
     parallel = distributed.data_parallel(model, process, config.train.gradient_precision)
+    if process.is_main:
+        open_run(directory, config.run.resume, to_yaml(config))
 
     with (
         Tracker(directory, process.is_main, step, total_steps, batch_size) as tracker,
@@ -252,12 +255,13 @@ def validate(
 def main(argv: list[str] | None = None) -> int:
     """Train from a command line; returns the exit status."""
     try:
-        config = parse_command_line(argv, description=str(__doc__))
-        process = distributed.start()
-        try:
-            return train(config, process)
-        except torch.cuda.OutOfMemoryError as error:
-            raise UserError(memory_advice(config, process.world_size, error)) from error
+        with distributed.failing_together():
+            config = parse_command_line(argv, description=str(__doc__))
+            process = distributed.start()
+            try:
+                return train(config, process)
+            except torch.cuda.OutOfMemoryError as error:
+                raise UserError(memory_advice(config, process.world_size, error)) from error
     except (UserError, OSError) as error:
         sys.stderr.write(f"\nerror: {error}\n")  # in one piece, and not behind a progress bar
         return 2

@@ -36,7 +36,7 @@ from torchvision.transforms import v2
 from mrl.config import DataConfig
 from mrl.data import FolderImages, cores_per_process
 from mrl.data.crops import Transform
-from mrl.data.folder import list_images
+from mrl.data.listing import list_images
 from mrl.data.memory import MemoryImages
 from mrl.data.order import train_rows
 

@@ -193,7 +193,7 @@ def test_ctrl_c_says_one_line_and_the_same_command_goes_on(tmp_path, monkeypatch
 
 def test_two_processes_give_the_same_rows_as_one(runs):
     before = untimed(runs / "eval" / "results.jsonl")
-    shutil.rmtree(runs / "mrl" / "embeddings")
+    embeddings = (runs / "mrl" / "embeddings").rename(runs / "of_one_process")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "eval.py", "--batch_size", "100"]
     done = subprocess.run(
         [*command, "--runs", str(runs / "mrl"), str(runs / "ff")],
@@ -204,6 +204,12 @@ def test_two_processes_give_the_same_rows_as_one(runs):
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
+    for name in ("train", "val", "val_flip"):
+        if (embeddings / name).exists():
+            one, two = (np.load(folder / name / "vectors.npy") for folder in (embeddings, runs / "mrl" / "embeddings"))
+            np.testing.assert_allclose(
+                two, one, rtol=0, atol=1e-6
+            )  # bits may depend on the batch size, here 256 and 100
     assert untimed(runs / "eval" / "results.jsonl") == before
     assert done.stdout.count("figure: ") == len(set(done.stdout.split("figure: "))) - 1, "only one process prints"
     assert json.loads((runs / "eval" / "provenance.json").read_text())["world_size"] == 2

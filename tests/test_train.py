@@ -16,6 +16,7 @@ from torchvision.io import write_png
 
 import mrl
 import train
+from mrl.training.distributed import Process
 from mrl.training.tracking import Tracker
 
 REPOSITORY = Path(train.__file__).parent
@@ -47,6 +48,22 @@ EVERYTHING = [
     *("--data.random_erasing", "0.5", "--optim.layer_decay", "0.8", "--model.kwargs", '{"drop_path_rate": 0.2}'),
 ]
 STEPS = 10  # 2 epochs of 5 steps
+# train.py, telling which process writes, makes, renames or removes something below this file's folder.
+WATCHED = """
+import os, sys
+from pathlib import Path
+
+def watch(event, args):
+    changes = event in ("os.mkdir", "os.rename", "os.remove", "os.truncate")
+    changes |= event == "open" and isinstance(args[2], int) and bool(args[2] & (os.O_WRONLY | os.O_RDWR))
+    if changes and str(args[0]).startswith(str(Path(__file__).parent / "b")):
+        sys.stderr.write(f"\\nwrites: {os.environ['RANK']} {event} {args[0]}\\n")
+
+sys.addaudithook(watch)
+sys.path.insert(0, os.getcwd())
+import train
+sys.exit(train.main())
+"""
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -181,14 +198,16 @@ def test_kill_9_then_resume_equals_the_straight_run(tmp_path):
 
 
 def test_two_processes_equal_one_also_when_they_take_over_in_mid_epoch(tmp_path, stop_after, monkeypatch):
-    """Sample order and crops do not depend on the number of processes (BatchNorm-free model)."""
+    """Sample order and crops do not depend on the number of processes (BatchNorm-free model); only the main writes."""
     words = [*TINY, "--train.log_every_steps", "1"]
     assert run(tmp_path, *words) == 0
     stop_after(3)
     assert run(tmp_path, *words, name="b") == 128 + signal.SIGTERM
     monkeypatch.undo()
+    (tmp_path / "watched.py").write_text(WATCHED)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone"]
-    command = [*torchrun, "train.py", *words, "--run.dir", str(tmp_path), "--run.name", "b", "--run.resume", "auto"]
+    torchrun += [str(tmp_path / "watched.py")]
+    command = [*torchrun, *words, "--run.dir", str(tmp_path), "--run.name", "b", "--run.resume", "auto"]
     result = subprocess.run(
         command, cwd=REPOSITORY, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
@@ -201,6 +220,19 @@ def test_two_processes_equal_one_also_when_they_take_over_in_mid_epoch(tmp_path,
         for key in left:
             # Every validation image is counted once on two processes too, so accuracies are equal as counts.
             assert left[key] == pytest.approx(right[key], rel=2e-4 if "loss" in key else 1e-2), key
+
+    config = train.parse_command_line(words, "")
+    images = train.build_data(config.data, 0, torch.device("cpu"), False)["val"]
+    assert len(images) % 2, "the processes had unequal shares"
+    alone = Process(rank=0, world_size=1, device=torch.device("cpu"))
+    scores = train.validate(mrl.load(tmp_path / "b"), images, 256, alone, torch.autocast("cpu", enabled=False))
+    for key in scores:
+        assert scores[key] == (two[-1][key] if "top_1" in key else pytest.approx(two[-1][key], rel=1e-5)), key
+
+    writes = [line.split()[1] for line in result.stderr.splitlines() if line.startswith("writes: ")]
+    assert "0" in writes and "1" not in writes
+    starts = json.loads((tmp_path / "b" / "provenance.json").read_text())
+    assert [(start["world_size"], start["micro_batch_size"]) for start in starts] == [(1, 256), (2, 128)]
 
 
 def test_fault_09_a_non_finite_loss_stops_the_run_names_the_step_and_keeps_the_checkpoint(
@@ -247,9 +279,9 @@ def test_other_data_is_refused_when_a_run_goes_on(tmp_path, stop_after, monkeypa
 
 
 def test_the_imagenet_recipe_trains_on_a_folder_with_two_processes(tmp_path):
-    """BatchNorm, BlurPool, accumulation, EMA, augmentation, clipping, loader processes and a profile under DDP."""
+    """BatchNorm, BlurPool, accumulation, EMA, augmentation, clipping, loader processes and a profile, by torchrun."""
     for split, count in (("train", 12), ("val", 3)):
-        for name in ("cat", "dog"):
+        for name in ("n02084071", "n02121808"):
             (tmp_path / split / name).mkdir(parents=True)
             for i in range(count):
                 write_png(torch.randint(256, (3, 40, 48), dtype=torch.uint8), str(tmp_path / split / name / f"{i}.png"))

@@ -14,9 +14,12 @@ import torch
 from mrl.config import DataConfig
 from mrl.data.crops import Transform
 from mrl.data.digits import DIGIT_CLASSES, load_digits
-from mrl.data.folder import FolderImages, ImageList, list_images, shown
+from mrl.data.folder import FolderImages
+from mrl.data.imagenet import list_imagenet
+from mrl.data.listing import ImageList, list_images, shown
 from mrl.data.memory import MemoryImages, check_fits, decode_images
 from mrl.errors import UserError
+from mrl.training import distributed
 
 Images = MemoryImages | FolderImages
 
@@ -58,7 +61,7 @@ def build_data(
         images = {split: MemoryImages(*digits[split], DIGIT_CLASSES, transform, device) for split in splits}
         num_ignored = 0
     else:
-        lists = list_splits(data, splits)
+        lists = list_splits(data, splits, is_main)
         check_classes({split: found.classes for split, found in lists.items()}, data.num_classes)
         if backend == "memory":
             images = read_into_memory(lists, transform, device, is_main)
@@ -87,15 +90,17 @@ def choose_backend(data: DataConfig) -> tuple[str, str]:
     return "folder", "auto: set of any size"
 
 
-def list_splits(data: DataConfig, splits: Sequence[str]) -> dict[str, ImageList]:
-    """The image files of each split.
+def list_splits(data: DataConfig, splits: Sequence[str], is_main: bool = True) -> dict[str, ImageList]:
+    """The image files of each split; the main process shows how far it is.
 
     Raises:
         UserError: The root is not given, or something below it is missing.
     """
     if data.root is None:
         raise UserError(f"data.root is not given; data.name {data.name} needs the folder that holds train/ and val/")
-    return {split: list_images(data.root, split) for split in splits}
+    list_split = list_imagenet if data.name == "imagenet" else list_images
+    with distributed.one_first():  # it lists and keeps the list, the others read that
+        return {split: list_split(data.root, split, is_main) for split in splits}
 
 
 def check_classes(classes: dict[str, Sequence[str]], num_classes: int | None) -> None:

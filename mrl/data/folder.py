@@ -9,8 +9,6 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,70 +20,6 @@ from torchvision.transforms.v2 import functional
 
 from mrl.data.crops import Transform, normalise, resize_and_centre_crop
 from mrl.errors import UserError
-
-IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-MAX_SHOWN = 5
-
-
-class ImageList(NamedTuple):
-    """The images of a split.
-
-    Attributes:
-        paths: N files, by class, then by path.
-        labels: ``(N,)`` int64, positions in ``classes``.
-        classes: Names of the class folders, sorted.
-        num_ignored: Files inside class folders that are no images by their extension.
-    """
-
-    paths: list[str]
-    labels: Tensor
-    classes: list[str]
-    num_ignored: int
-
-
-def list_images(root: str | Path, split: str) -> ImageList:
-    """The images below ``root/split/<class>/``, at any depth; hidden files and folders do not count.
-
-    Raises:
-        UserError: The root, the split, its class folders or the images of a class are missing.
-    """
-    folder = Path(root) / split
-    if not Path(root).is_dir():
-        raise UserError(f"data.root is {str(root)!r}, which is not a folder; allowed: a folder that holds {split}/")
-    if not folder.is_dir():
-        raise UserError(f"{folder} is missing; {root} holds {shown(sorted(os.listdir(root)))}")
-    entries = sorted((entry for entry in os.scandir(folder) if entry.name[0] != "."), key=lambda entry: entry.name)
-    classes = [entry.name for entry in entries if entry.is_dir()]
-    if not classes:
-        raise UserError(
-            f"{folder} holds no class folders but {shown([entry.name for entry in entries])}; "
-            f"put the images into {folder}/<class>/"
-        )
-    paths: list[str] = []
-    counts: list[int] = []
-    num_ignored = 0
-    for name in classes:
-        files = list(_files_below(folder / name))
-        found = [path for path in files if path.lower().endswith(IMAGE_EXTENSIONS)]
-        if not found:
-            raise UserError(f"class folder {folder / name} holds no images; allowed: {' '.join(IMAGE_EXTENSIONS)}")
-        paths += found
-        counts.append(len(found))
-        num_ignored += len(files) - len(found)
-    labels = torch.arange(len(classes)).repeat_interleave(torch.tensor(counts))
-    return ImageList(paths, labels, classes, num_ignored)
-
-
-def shown(names: Sequence[str]) -> str:
-    """The first few names, as a sentence lists them."""
-    more = f" and {len(names) - MAX_SHOWN:,} more" if len(names) > MAX_SHOWN else ""
-    return (", ".join(names[:MAX_SHOWN]) or "nothing") + more
-
-
-def _files_below(folder: Path) -> Iterator[str]:
-    for directory, subfolders, files in os.walk(folder, followlinks=True):
-        subfolders[:] = sorted(name for name in subfolders if name[0] != ".")
-        yield from (os.path.join(directory, name) for name in sorted(files) if name[0] != ".")
 
 
 def read_image(path: str) -> Tensor:

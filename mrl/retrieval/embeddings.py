@@ -142,7 +142,9 @@ def embed_split(
         if failure is not None:
             raise failure
         if failed:
-            raise UserError(f"another process could not embed its share of the {metadata.split} images")
+            raise distributed.ElsewhereError(
+                f"another process could not embed its share of the {metadata.split} images"
+            )
         _check_filled(directory, images)
         distributed.barrier()
         if process.is_main:

@@ -43,8 +43,8 @@ def checkpoint_path(directory: Path) -> Path:
     return directory / "checkpoints" / "last.pt"
 
 
-def open_run(directory: Path, resume: str, config_yaml: str) -> None:
-    """Make the run directory ready; called on the main process, before anything is computed.
+def check_run(directory: Path, resume: str, config_yaml: str) -> None:
+    """Nothing, if a run may start or go on in the directory; nothing is written.
 
     Raises:
         UserError: The directory exists and ``resume`` is "never", or it holds a run with other settings.
@@ -60,9 +60,17 @@ def open_run(directory: Path, resume: str, config_yaml: str) -> None:
         _refuse_other_settings(directory, config_yaml)
     if not going_on and (directory / "model.safetensors").exists():
         raise UserError(f"{directory} holds a trained model but no checkpoint to go on from; choose another --run.name")
+
+
+def open_run(directory: Path, resume: str, config_yaml: str) -> None:
+    """Make the run directory ready, unless `check_run` refuses; called on the main process, just before the first step.
+
+    So what is wrong with the data or the model is said before anything is written.
+    """
+    check_run(directory, resume, config_yaml)
     (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
     write_text(directory / "config.yaml", config_yaml)
-    if not going_on:  # what a run that died before its first checkpoint has left
+    if not checkpoint_path(directory).exists():  # what a run that died before its first checkpoint has left
         (directory / "metrics.jsonl").write_text("")
 
 
@@ -131,11 +139,14 @@ def record_start(directory: Path, process: Process, micro_batch_size: int, step:
     """Add this start to provenance.json: a run that was resumed has several, perhaps on other machines."""
     path = directory / "provenance.json"
     starts = json.loads(path.read_text()) if step > 0 and path.exists() else []
-    world = {"world_size": process.world_size, "micro_batch_size": micro_batch_size}
-    starts.append({"start_step": step, "command": sys.argv, **world, **provenance()})
-    if len(starts) > 1 and starts[-2]["micro_batch_size"] != micro_batch_size:
-        print(
-            f"resumed on {process.world_size} processes ({starts[-2]['world_size']} before): same batches and learning "
-            f"rate, but BatchNorm sees {micro_batch_size} images at a time ({starts[-2]['micro_batch_size']} before)"
+    now = {"world_size": process.world_size, "micro_batch_size": micro_batch_size}
+    starts.append({"start_step": step, "command": sys.argv, **provenance(process.world_size), **now})
+    before = {key: starts[-2][key] for key in now} if len(starts) > 1 else now
+    if before != now:
+        told = (
+            f"resumed on {process.world_size} processes ({before['world_size']} before): same batches and learning rate"
         )
+        if before["micro_batch_size"] != micro_batch_size:
+            told += f", but BatchNorm sees {micro_batch_size} images at a time ({before['micro_batch_size']} before)"
+        print(told, flush=True)
     write_text(path, json.dumps(starts, indent=2) + "\n")

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,6 +22,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mrl.errors import UserError
 from mrl.models import MatryoshkaClassifier
+
+# In that time torchrun ends this process, if another one on the machine has ended.
+SECONDS_TO_END = 5.0
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,49 @@ def stop() -> None:
     """Leave the group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+class ElsewhereError(UserError):
+    """This process ends because of an error that another one has met, and tells."""
+
+
+@contextlib.contextmanager
+def failing_together() -> Iterator[None]:
+    """Within it an error of one process ends all of them, and only that error is shown, once on each machine.
+
+    torchrun ends the processes of a machine when it sees that one of them has ended. So those that may have met what
+    the first one also met give it time for that before they speak, and those that have met nothing give it longer.
+
+    Raises:
+        ElsewhereError: The connection to another process is lost, and torchrun has not ended this one.
+    """
+    try:
+        yield
+    except Exception as error:
+        lost = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+        if "WORLD_SIZE" in os.environ:
+            elsewhere = lost or isinstance(error, ElsewhereError)
+            time.sleep(SECONDS_TO_END * (2 * elsewhere + (not _is_first_on_machine())))
+        if lost:
+            reason = str(error).split("] ", 1)[-1].split(". ")[0]
+            raise ElsewhereError(
+                f"another process has ended or cannot be reached ({reason}); see what that one said"
+            ) from error
+        raise
+
+
+def _is_first_on_machine() -> bool:
+    return int(os.environ.get("LOCAL_RANK", 0)) == 0
+
+
+@contextlib.contextmanager
+def one_first() -> Iterator[None]:
+    """What stands within it is done by one process of each machine, and then by the others."""
+    if not _is_first_on_machine():
+        barrier()
+    yield  # after an error there is no barrier: whoever waits for it ends too
+    if _is_first_on_machine():
+        barrier()
 
 
 def barrier() -> None:

@@ -4,7 +4,8 @@ import torch
 from PIL import Image
 from torchvision.io import encode_png, write_jpeg
 
-from mrl.data.folder import list_images, read_image
+from mrl.data.folder import read_image
+from mrl.data.listing import list_images
 from mrl.errors import UserError
 
 

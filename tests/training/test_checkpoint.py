@@ -1,3 +1,4 @@
+import json
 import os
 import signal
 import subprocess
@@ -8,7 +9,8 @@ import pytest
 import torch
 
 from mrl.errors import UserError
-from mrl.training.checkpoint import checkpoint_path, load_checkpoint, open_run, save_checkpoint
+from mrl.training.checkpoint import checkpoint_path, load_checkpoint, open_run, record_start, save_checkpoint
+from mrl.training.distributed import Process
 
 CONFIG = "run: {name: a, resume: never}\noptim: {lr: 0.1}\n"
 
@@ -106,3 +108,16 @@ def test_kill_9_while_saving_leaves_a_loadable_checkpoint(tmp_path):
     state = load_checkpoint(tmp_path / "a")
     assert state is not None and state["step"] > 0
     assert (state["model"] == state["step"]).all()
+
+
+def test_a_start_on_other_processes_says_what_changes(tmp_path, capsys):
+    open_run(tmp_path, "never", CONFIG)
+    for step, world_size, micro_batch_size in ((0, 1, 8), (1, 1, 8), (2, 2, 8), (3, 4, 4)):
+        record_start(tmp_path, Process(0, world_size, torch.device("cpu")), micro_batch_size, step)
+    assert capsys.readouterr().out.splitlines() == [
+        "resumed on 2 processes (1 before): same batches and learning rate",
+        "resumed on 4 processes (2 before): same batches and learning rate, but BatchNorm "
+        "sees 4 images at a time (8 before)",
+    ]
+    starts = json.loads((tmp_path / "provenance.json").read_text())
+    assert [(start["start_step"], start["world_size"]) for start in starts] == [(0, 1), (1, 1), (2, 2), (3, 4)]
