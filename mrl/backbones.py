@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -116,15 +117,22 @@ def _load_weights_file(backbone: nn.Module, path: Path) -> None:
     classifier = backbone.pretrained_cfg.get("classifier") or "fc"  # type: ignore[union-attr,operator]
     own = tuple(f"{name}." for name in ([classifier] if isinstance(classifier, str) else classifier))
     expected = backbone.state_dict()
-    missing = sorted(set(expected) - set(state))
-    extra = sorted(key for key in set(state) - set(expected) if not key.startswith(own))
-    wrong = sorted(key for key in set(state) & set(expected) if state[key].shape != expected[key].shape)
+    state = {key: value for key, value in state.items() if key in expected or not key.startswith(own)}
+    check_fits(state, expected, f"model.init: {path} does not fit the backbone")
+    backbone.load_state_dict(state)
+
+
+def check_fits(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], failure: str) -> None:
+    """Nothing, if ``state`` has the names and shapes of ``expected``, all of them and no others.
+
+    Raises:
+        UserError: It has not; the message begins with ``failure``.
+    """
+    missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
+    wrong = sorted(key for key in expected.keys() & state.keys() if state[key].shape != expected[key].shape)
     for what, keys in (("lacks", missing), ("has the unknown", extra), ("has other shapes for", wrong)):
         if keys:
-            raise UserError(
-                f"model.init: {path} does not fit the backbone: it {what} {len(keys)} entries, e.g. {keys[:3]}"
-            )
-    backbone.load_state_dict({key: state[key] for key in expected})
+            raise UserError(f"{failure}: it {what} {len(keys)} entries, e.g. {keys[:3]}")
 
 
 def _load_run(backbone: nn.Module, run: Path) -> None:
