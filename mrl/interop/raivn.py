@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 from timm.data import ImageNetInfo
-from torch import Tensor
+from torch import Tensor, nn
 
 from mrl.backbones import BlurConv2d, build_backbone, check_fits
 from mrl.config import Config, DataConfig
@@ -66,10 +66,11 @@ def load_checkpoint(
     """
     path = Path(path)
     try:
-        state, blurpool = _our_names(_read(path))
+        state = _read(path)
         head, dims, is_tied = _read_head(state, path.name, nesting_list, tied)
-        backbone = {key: value for key, value in state.items() if not key.startswith("fc.")}
+        blurpool = any(key.endswith(BLUR) for key in state)
         model = build_model(build_backbone(BACKBONE, blurpool=blurpool), len(class_names()), dims, is_tied)
+        backbone = _read_backbone(state, model.backbone)
         check_fits(backbone, model.backbone.state_dict(), f"beside the classifier it is not a {BACKBONE}")
     except UserError as error:
         raise UserError(f"{path} is no checkpoint of the authors': {error}") from error
@@ -113,24 +114,22 @@ def _read(path: Path) -> dict[str, Tensor]:
     return {key.removeprefix(DATA_PARALLEL): value for key, value in state.items()}
 
 
-def _our_names(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
-    """The state with BlurPool's wrappers taken off, and whether there were any.
+def _read_backbone(state: Mapping[str, Tensor], backbone: nn.Module) -> dict[str, Tensor]:
+    """All but the classifier under the names of ``backbone``, BlurPool's wrappers taken off.
 
     Raises:
-        UserError: A blur is another than [1,2,1]x[1,2,1]/16, or blurs stand elsewhere than in the authors' models.
+        UserError: A blur is another than [1,2,1]x[1,2,1]/16, or stands elsewhere than in the authors' models.
     """
     blurs = {key.removesuffix(BLUR): value for key, value in state.items() if key.endswith(BLUR)}
-    if not blurs:
-        return dict(state), False
-    known = build_backbone(BACKBONE, blurpool=True).named_modules()
-    expected = {name: module.blur for name, module in known if isinstance(module, BlurConv2d)}
+    expected = {name: module.blur for name, module in backbone.named_modules() if isinstance(module, BlurConv2d)}
     if blurs.keys() != expected.keys():
         raise UserError(f"it blurs before {sorted(blurs)}; allowed: nowhere, or before {sorted(expected)}")
     for name, blur in blurs.items():
         if blur.shape != expected[name].shape or not torch.equal(blur.float(), expected[name]):
             raise UserError(f"{name}{BLUR} is not [1,2,1]x[1,2,1]/16 for each of its channels")
     renamed = {f"{name}.conv.weight": f"{name}.weight" for name in blurs}
-    return {renamed.get(key, key): value for key, value in state.items() if not key.endswith(BLUR)}, True
+    left_out = ("fc.", *(f"{name}{BLUR}" for name in blurs))
+    return {renamed.get(key, key): value for key, value in state.items() if not key.startswith(left_out)}
 
 
 def _read_head(
@@ -202,9 +201,8 @@ def import_checkpoint(words: Sequence[str], write: bool = True) -> Path:
     config = parse_command_line(["--run.name", path.stem, *words[1:]], str(__doc__))
     if config.data.root is None:
         raise UserError("data.root is not given; it is the folder that holds ImageNet's train/ and val/")
-    wanted = config.head
-    dims = None if wanted.nesting_list == "auto" else wanted.nesting_list
-    model = load_checkpoint(path, dims, wanted.tied or None)
+    dims = None if config.head.nesting_list == "auto" else config.head.nesting_list
+    model = load_checkpoint(path, dims, config.head.tied or None)
     directory = Path(config.run.dir) / config.run.name
     if write:
         _write_run(directory, config, model, path)
