@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -135,10 +136,15 @@ def check_fits(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], fail
             raise UserError(f"{failure}: it {what} {len(keys)} entries, e.g. {keys[:3]}")
 
 
-def _load_run(backbone: nn.Module, run: Path) -> None:
+def _load_run(backbone: nn.Module, run: Path, changes: dict[str, Any]) -> None:
     path = run / "model.safetensors"
-    if not path.exists():
-        raise UserError(f"model.init: {run} holds no model.safetensors, so it is not a finished run directory")
+    for file in (path, run / "model.json"):
+        if not file.exists():
+            raise UserError(f"model.init: {run} holds no {file.name}, so it is not a finished run directory")
+    theirs = json.loads((run / "model.json").read_text())
+    for key, value in changes.items():
+        if theirs.get(key) != value:  # their parameters have the same names, and would compute something else
+            raise UserError(f"model.init: the run {run} has model.{key} {theirs.get(key)}, not {value}; give the same")
     marker = "backbone."
     state = {key[len(marker) :]: value for key, value in load_file(path).items() if key.startswith(marker)}
     try:
@@ -169,5 +175,5 @@ def build_backbone(
     if blurpool:
         add_blurpool(backbone)
     if source is not None and source.is_dir():
-        _load_run(backbone, source)
+        _load_run(backbone, source, {"stem_stride": stem_stride, "blurpool": blurpool})
     return backbone
