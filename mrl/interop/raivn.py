@@ -73,7 +73,7 @@ def load_checkpoint(
         backbone = _read_backbone(state, model.backbone)
         check_fits(backbone, model.backbone.state_dict(), f"beside the classifier it is not a {BACKBONE}")
     except UserError as error:
-        raise UserError(f"{path} is no checkpoint of the authors': {error}") from error
+        raise UserError(f"{path} cannot be taken for a checkpoint of the paper's authors: {error}") from error
     model.backbone.load_state_dict(backbone)
     model.head.load_state_dict(head)
     data = DataConfig()
@@ -172,7 +172,8 @@ def _is_old_mrl_e(file_name: str, nesting_list: Sequence[int] | None, tied: bool
     if published is None:
         raise UserError(
             f"its fc.weight of {WIDTH} columns is FF-{WIDTH} or MRL-E, and its name does not say which (_e0_ or _e1_); "
-            f"say nesting_list=[{WIDTH}] or tied=True (--head.nesting_list '[{WIDTH}]' or --head.tied true)"
+            f"say so to mrl.interop.raivn.load_checkpoint, nesting_list=[{WIDTH}] or tied=True "
+            f"(on the command line --head.nesting_list '[{WIDTH}]' or --head.tied true)"
         )
     return published[1] == "1"
 

@@ -163,7 +163,7 @@ def test_only_the_six_blurs_are_left_out_and_nothing_is_missing(resnet, tmp_path
 def test_what_the_file_cannot_say_is_asked_for_and_may_be_said(resnet, tmp_path):
     path = tmp_path / "final_weights.pt"
     torch.save(hollow(published(resnet, "ff2048")), path)
-    with pytest.raises(UserError, match=r"FF-2048 or MRL-E.*nesting_list=\[2048\] or tied=True"):
+    with pytest.raises(UserError, match=r"FF-2048 or MRL-E.*load_checkpoint, nesting_list=\[2048\] or tied=True"):
         mrl.load(path, format="raivn")
     for words, dims, tied in [
         ({"nesting_list": [2048]}, [2048], False),
