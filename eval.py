@@ -4,6 +4,7 @@
     python eval.py --runs runs/resnet50_mrl --out results/resnet50 --batch_size 512
     torchrun --nproc_per_node=8 eval.py --runs runs/resnet50_mrl   # the embedding pass on all GPUs
     python eval.py --redraw runs/eval/results.jsonl                # figures again, from the rows alone
+    python eval.py --checkpoint r50_mrl1_e0_ff2048.pt --data.root DIR      # a file of the authors, by way of a run
 
 Embeddings of the train and val images stay in each run directory and are used again as long as the
 model is the same. Stop it with Ctrl-C: the same command goes on where the embedding pass stopped.
@@ -27,6 +28,7 @@ from mrl.data import build_data
 from mrl.errors import UserError
 from mrl.figures import figures_of, save
 from mrl.files import write_text
+from mrl.interop.raivn import import_checkpoint
 from mrl.models import load
 from mrl.recipes import read_config
 from mrl.results import Row, Source, provenance, read_rows, text_table, write_rows
@@ -185,11 +187,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--runs", nargs="+", metavar="RUN", help="run directories that train.py has filled")
     what.add_argument("--redraw", metavar="RESULTS.jsonl", help="draw the figures of these rows; no model is touched")
+    what.add_argument(
+        "--checkpoint", metavar="FILE.pt", help="weights of the paper's authors; takes --data.root and its like too"
+    )
     parser.add_argument("--out", metavar="DIR", help="where results go; default: eval/ beside the first run")
     parser.add_argument("--superclasses", metavar="TSV", help="a table with the columns class and superclass")
     parser.add_argument("--batch_size", type=int, default=256, help="images at a time on each process; default: 256")
     parser.add_argument("--force", action="store_true", help="embed anew, e.g. because image files were replaced")
-    args = parser.parse_args(argv)
+    args, settings = parser.parse_known_args(argv)
+    if settings and not args.checkpoint:
+        parser.error(f"unrecognized arguments: {' '.join(settings)}")
+    args.settings = settings
     if args.batch_size < 1:
         raise UserError(f"--batch_size is {args.batch_size}; allowed: 1 or more")
     return args
@@ -201,6 +209,9 @@ def main(argv: list[str] | None = None) -> int:
         with distributed.failing_together():
             args = parse(argv)
             process = distributed.start()
+            if args.checkpoint:
+                args.runs = [str(import_checkpoint([args.checkpoint, *args.settings], write=process.is_main))]
+                distributed.barrier()
             if args.runs:
                 evaluate(args, process)
             elif process.is_main:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -116,21 +118,33 @@ def _load_weights_file(backbone: nn.Module, path: Path) -> None:
     classifier = backbone.pretrained_cfg.get("classifier") or "fc"  # type: ignore[union-attr,operator]
     own = tuple(f"{name}." for name in ([classifier] if isinstance(classifier, str) else classifier))
     expected = backbone.state_dict()
-    missing = sorted(set(expected) - set(state))
-    extra = sorted(key for key in set(state) - set(expected) if not key.startswith(own))
-    wrong = sorted(key for key in set(state) & set(expected) if state[key].shape != expected[key].shape)
+    state = {key: value for key, value in state.items() if key in expected or not key.startswith(own)}
+    check_fits(state, expected, f"model.init: {path} does not fit the backbone")
+    backbone.load_state_dict(state)
+
+
+def check_fits(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], failure: str) -> None:
+    """Nothing, if ``state`` has the names and shapes of ``expected``, all of them and no others.
+
+    Raises:
+        UserError: It has not; the message begins with ``failure``.
+    """
+    missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
+    wrong = sorted(key for key in expected.keys() & state.keys() if state[key].shape != expected[key].shape)
     for what, keys in (("lacks", missing), ("has the unknown", extra), ("has other shapes for", wrong)):
         if keys:
-            raise UserError(
-                f"model.init: {path} does not fit the backbone: it {what} {len(keys)} entries, e.g. {keys[:3]}"
-            )
-    backbone.load_state_dict({key: state[key] for key in expected})
+            raise UserError(f"{failure}: it {what} {len(keys)} entries, e.g. {keys[:3]}")
 
 
-def _load_run(backbone: nn.Module, run: Path) -> None:
+def _load_run(backbone: nn.Module, run: Path, changes: dict[str, Any]) -> None:
     path = run / "model.safetensors"
-    if not path.exists():
-        raise UserError(f"model.init: {run} holds no model.safetensors, so it is not a finished run directory")
+    for file in (path, run / "model.json"):
+        if not file.exists():
+            raise UserError(f"model.init: {run} holds no {file.name}, so it is not a finished run directory")
+    theirs = json.loads((run / "model.json").read_text())
+    for key, value in changes.items():
+        if theirs.get(key) != value:  # their parameters have the same names, and would compute something else
+            raise UserError(f"model.init: the run {run} has model.{key} {theirs.get(key)}, not {value}; give the same")
     marker = "backbone."
     state = {key[len(marker) :]: value for key, value in load_file(path).items() if key.startswith(marker)}
     try:
@@ -161,5 +175,5 @@ def build_backbone(
     if blurpool:
         add_blurpool(backbone)
     if source is not None and source.is_dir():
-        _load_run(backbone, source)
+        _load_run(backbone, source, {"stem_stride": stem_stride, "blurpool": blurpool})
     return backbone

@@ -129,6 +129,9 @@ def build_model(
 def freeze(model: MatryoshkaClassifier, trainable: str | Sequence[str]) -> None:
     """Leave gradients to the head and ``trainable`` only: "all", "head", or names of backbone modules.
 
+    A BatchNorm's statistics move if its own weights train: beside a trainable ``layer4.2.conv3`` the frozen
+    ``layer4.2.bn3`` keeps those that it was trained with.
+
     Raises:
         UserError: The backbone has no module of such a name.
     """

@@ -210,7 +210,11 @@ def test_a_backbone_can_start_from_another_run(tmp_path):
     backbone = build_backbone("resnet10t", init=str(tmp_path), stem_stride=1)
     assert all(torch.equal(value, backbone.state_dict()[key]) for key, value in model.backbone.state_dict().items())
     with pytest.raises(UserError, match="another backbone"):
-        build_backbone("resnet14t", init=str(tmp_path))
+        build_backbone("resnet14t", init=str(tmp_path), stem_stride=1)
+    with pytest.raises(UserError, match=r"model\.blurpool False, not True"):
+        build_backbone("resnet10t", init=str(tmp_path), stem_stride=1, blurpool=True)
+    with pytest.raises(UserError, match=r"model\.stem_stride 1, not 2"):
+        build_backbone("resnet10t", init=str(tmp_path), stem_stride=2)
     with pytest.raises(UserError, match="neither scratch"):
         build_backbone("resnet10t", init=str(tmp_path / "nowhere"))
 

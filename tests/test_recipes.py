@@ -1,15 +1,26 @@
+import copy
 import dataclasses
+import functools
+import importlib.util
+import json
+import re
+import subprocess
 
 import pytest
 import torch
 
+import eval as eval_script
 import mrl
+import train
+from mrl.backbones import build_backbone
 from mrl.config import Config
 from mrl.errors import UserError
+from mrl.losses import check_weights
+from mrl.models import build_model, save_model
 from mrl.recipes import RECIPES, parse_command_line, read_config, to_yaml
 from mrl.training.augmentation import make_augmentation
 from mrl.training.optimizer import build_optimizer
-from train import make_model
+from train import describe, make_model
 
 FIELDS = """
 run: name dir seed resume
@@ -24,6 +35,7 @@ wandb: mode project entity
 """
 
 
+@functools.cache
 def parse(*words):
     return parse_command_line(list(words), "")
 
@@ -50,30 +62,107 @@ def test_every_field_is_explained_in_help(capsys):
             assert len(text.split("(type:")[0].split()) > 3, field.name
 
 
+@functools.cache
+def backbone(settings):
+    return build_backbone(*json.loads(settings))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The run directory of a ResNet-50 with BlurPool that stands in for one trained before."""
+    config = parse("--config", "resnet50_ff.yaml")
+    model = build_model(build_backbone("resnet50", blurpool=True), 1000, config.head.nesting_list)
+    directory = tmp_path_factory.mktemp("runs") / "trained"
+    directory.mkdir()
+    save_model(model, describe(config, model, [str(number) for number in range(1000)]), directory)
+    return directory
+
+
+@pytest.fixture
+def step_once(monkeypatch, trained):
+    """Build the model of a config and take one step of two small images: what it trains moves, what not does not."""
+    # Each backbone is built once and copied; the weights of others are stood in for.
+    monkeypatch.setattr(train, "build_backbone", lambda *args: copy.deepcopy(backbone(json.dumps(args))))
+
+    def step(config):
+        num_classes = config.data.num_classes or 1000
+        changes = {}
+        if "vit" in config.model.backbone:  # its image size is fixed when it is built: make it small
+            changes["kwargs"] = config.model.kwargs | {"img_size": 32}
+        if config.model.init != "scratch":
+            changes["init"] = "scratch" if config.model.init == "pretrained" else str(trained)
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, **changes))
+        model = make_model(config, num_classes)
+        optim = config.optim
+        optimizer = build_optimizer(model, optim.name, optim.lr, optim.momentum, optim.weight_decay, optim.layer_decay)
+        images, labels = torch.randn(2, 3, 32, 32), torch.tensor([0, 1])
+        images, targets = make_augmentation(config.data, 2, num_classes, torch.device("cpu"))(images, labels)
+        before = [p.detach().clone() for p in model.parameters()]
+        logits = model(images)
+        assert logits.shape == (len(model.head.nesting_list), 2, num_classes)
+        losses = mrl.nested_cross_entropy(logits, targets, config.train.label_smoothing)
+        (losses * torch.tensor(check_weights(config.head.weights, model.head.nesting_list))).sum().backward()
+        optimizer.step()
+        assert all(p.isfinite().all() for p in model.parameters())
+        moved = [not torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True)]
+        trains = [p.requires_grad for p in model.parameters()]
+        assert not any(m for m, t in zip(moved, trains, strict=True) if not t)
+        assert sum(moved) > 0.6 * sum(trains)  # not all: residual branches begin with a scale of 0
+        return model
+
+    return step
+
+
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_recipe_loads_builds_and_steps_once(path):
+def test_every_recipe_loads_builds_and_steps_once(path, step_once):
     config = parse("--config", path.name, "--data.root", "anywhere")
     assert config.run.name == path.stem
     assert path.read_text().startswith("# ")
-    num_classes = config.data.num_classes or 1000
-    if "vit" in config.model.backbone:  # its image size is fixed when it is built: make it small
-        small = config.model.kwargs | {"img_size": 32}
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, kwargs=small))
-    if config.model.init == "pretrained":  # would be downloaded
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, init="scratch"))
-    model = make_model(config, num_classes)
-    optim = config.optim
-    optimizer = build_optimizer(model, optim.name, optim.lr, optim.momentum, optim.weight_decay, optim.layer_decay)
-    images, labels = torch.randn(2, 3, 32, 32), torch.tensor([0, 1])
-    images, targets = make_augmentation(config.data, 2, num_classes, torch.device("cpu"))(images, labels)
-    before = [p.clone() for p in model.parameters()]
-    logits = model(images)
-    assert logits.shape == (len(model.head.nesting_list), 2, num_classes)
-    mrl.nested_cross_entropy(logits, targets, config.train.label_smoothing).sum().backward()
-    optimizer.step()
-    assert all(p.isfinite().all() for p in model.parameters())
-    moved = [not torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True)]
-    assert sum(moved) > 0.6 * len(moved)  # not all: residual branches begin with a scale of 0
+    step_once(config)
+
+
+def commands(document):
+    """The words of every python and torchrun command in a document's code blocks, as a shell reads them."""
+    blocks = re.findall(r"^```\n(.*?)^```", (RECIPES.parent / document).read_text(), re.MULTILINE | re.DOTALL)
+    show = 'python() { printf \'%s\\037\' "$@"; echo; }; torchrun() { python "$@"; }; set -e\n'
+    done = subprocess.run(["bash", "-c", show + "\n".join(blocks)], capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    return [line.split("\037")[:-1] for line in done.stdout.splitlines()]
+
+
+def name_of(words):
+    return words[words.index("--run.name" if "--run.name" in words else "--config") + 1].removesuffix(".yaml")
+
+
+DOCUMENTED = [words[words.index("train.py") + 1 :] for words in commands("docs/REPRODUCING.md") if "train.py" in words]
+
+
+@pytest.mark.parametrize("words", DOCUMENTED, ids=name_of)
+def test_every_documented_command_builds_and_steps_once(words, step_once):
+    step_once(parse(*words))
+
+
+def test_the_documented_commands_are_the_papers_ablations():
+    configs = [parse(*words) for words in DOCUMENTED]
+    assert len({config.run.name for config in configs}) == len(configs), "one would refuse the directory of another"
+    lists = [config.head.nesting_list for config in configs]
+    doubling = [8, 16, 32, 64, 128, 256, 512, 1024, 2048]
+    assert all([dim] in lists for dim in doubling), "FF at each size"
+    assert [4, *doubling] in lists and [6, *doubling] in lists
+    assert [8, *range(212, 2048, 204), 2048] in lists, "uniform"
+    weights = [config.head.weights for config in configs if config.head.weights]
+    assert weights == [[2] + [1] * 8, [2, 1.5] + [1] * 7]
+    trainable = [config.model.trainable for config in configs if config.model.init == "runs/resnet50_ff"]
+    assert trainable == ["head", ["layer4.2.conv3"], ["layer4.2.conv2", "layer4.2.conv3"], ["layer4.2"], "all"]
+
+
+def test_the_other_documented_commands_are_understood():
+    for words in commands("docs/REPRODUCING.md"):
+        if words[0] == "-m":
+            assert importlib.util.find_spec(words[1])
+        else:
+            assert words[0] == "eval.py" or "train.py" in words
+            assert words[0] != "eval.py" or eval_script.parse(words[1:])
 
 
 def test_the_imagenet_resnet_recipes_are_the_papers():

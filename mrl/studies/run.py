@@ -64,7 +64,8 @@ def _by_size(run: EmbeddedRun, method: str, truncated: Sequence[int], device: to
     val, train, dims = run.val, run.train, run.head.nesting_list
     classifiers = [run.head.weight_and_bias(g) for g in range(len(dims))]
     rows = classification(val.vectors, val.labels, classifiers, run.source, method, device=device)
-    by_method: dict[str, Sequence[int]] = {method: sorted({*dims, *interpolated_dims(dims)})}
+    doubling = default_nesting_list(val.vectors.shape[1]) if len(dims) > 1 else ()  # table 29: whatever was trained
+    by_method: dict[str, Sequence[int]] = {method: sorted({*dims, *doubling, *interpolated_dims(dims)})}
     if truncated:
         cut = truncations(*classifiers[0], truncated)
         rows += classification(val.vectors, val.labels, cut, run.source, "FF truncated", device=device)
