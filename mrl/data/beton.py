@@ -112,7 +112,10 @@ class Beton:
                 f"{path} has {num_bytes:,} bytes, not the {description.num_bytes:,} that {path.name}.json says: "
                 f"it is cut short or another file; {_write_anew(path)}"
             )
-        reader = ffcv.reader.Reader(str(path))
+        try:
+            reader = ffcv.reader.Reader(str(path))
+        except Exception as error:  # of many kinds on bad data
+            raise UserError(f"{path} is damaged ({error!r}); {_write_anew(path)}") from error
         held = [(name, type(field).__name__) for name, field in reader.handlers.items()]
         if held != [("image", "RGBImageField"), ("label", "IntField")]:
             raise UserError(f"{path} holds {held}, not an image and a label; {_write_anew(path)}")
@@ -124,12 +127,16 @@ class Beton:
                 f"({len(labels):,} images in all, expected {sum(description.counts):,}); {_write_anew(path)}"
             )
         table = reader.alloc_table[np.argsort(reader.alloc_table["sample_id"])]
-        if not np.array_equal(table["ptr"], images["data_ptr"]) or (table["ptr"] + table["size"] > num_bytes).any():
+        is_jpeg = images["mode"] == 0
+        num_pixels = images["height"].astype(np.int64) * images["width"]
+        fits = np.array_equal(table["ptr"], images["data_ptr"]) and (table["ptr"] + table["size"] <= num_bytes).all()
+        if not fits or (~is_jpeg & (table["size"] != 3 * num_pixels)).any():
             raise UserError(f"{path} is damaged: its table of contents does not fit its images; {_write_anew(path)}")
         self.labels = torch.from_numpy(labels)
         self.starts, self.sizes = table["ptr"].astype(np.int64), table["size"].astype(np.int64)
         self.heights, self.widths = images["height"].astype(np.int64), images["width"].astype(np.int64)
-        self.is_jpeg = images["mode"] == 0
+        self.is_jpeg = is_jpeg
+        self._max_pixels = int(num_pixels.max(initial=0))
         self._content = np.memmap(path, np.uint8, mode="r").view(np.ndarray)
 
     def stored(self, row: int) -> np.ndarray:
@@ -137,8 +144,12 @@ class Beton:
         start = self.starts[row]
         return self._content[start : start + self.sizes[row]]
 
-    def decode(self, row: int) -> np.ndarray:
-        """An image, ``(H, W, 3)`` uint8; not to be written to.
+    def scratch(self) -> np.ndarray:
+        """Room for the pixels of any image; uint8."""
+        return np.empty(3 * self._max_pixels, dtype=np.uint8)
+
+    def decode(self, row: int, scratch: np.ndarray) -> np.ndarray:
+        """An image, ``(H, W, 3)`` uint8, to be read before ``scratch`` is used again.
 
         Raises:
             UserError: Its JPEG cannot be decoded.
@@ -146,7 +157,7 @@ class Beton:
         height, width = int(self.heights[row]), int(self.widths[row])
         if not self.is_jpeg[row]:
             return self.stored(row).reshape(height, width, 3)
-        pixels = np.empty((height, width, 3), dtype=np.uint8)
+        pixels = scratch[: 3 * height * width].reshape(height, width, 3)
         if self._imdecode(self.stored(row), pixels, height, width, height, width) != 0:
             raise UserError(f"image {row} in {self.path} cannot be decoded; {_write_anew(self.path)}")
         return pixels

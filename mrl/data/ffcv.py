@@ -46,6 +46,9 @@ class FFCVImages:
         self._device = device
         self._pool = pool
         self._resize_crop = import_ffcv().libffcv.resize_crop
+        import cv2  # which FFCV needs
+
+        self._cv2 = cv2
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -75,13 +78,13 @@ class FFCVImages:
 
         return self._batches(rows, self._transform.eval_px, places, self._centre)
 
-    def _crop(self, row: int, box: np.ndarray, into: np.ndarray) -> None:
+    def _crop(self, pixels: np.ndarray, box: np.ndarray, into: np.ndarray) -> None:
         top, left, height, width = box.tolist()
-        self._resize_crop(self._beton.decode(row), top, top + height, left, left + width, into)
+        self._resize_crop(pixels, top, top + height, left, left + width, into)
 
-    def _centre(self, row: int, box: np.ndarray, into: np.ndarray) -> None:
-        pixels = np.require(self._beton.decode(row), requirements="W")  # torch warns of what it cannot write to
-        image = torch.from_numpy(pixels).permute(2, 0, 1)
+    def _centre(self, pixels: np.ndarray, box: np.ndarray, into: np.ndarray) -> None:
+        writable = np.require(pixels, requirements="W")  # torch warns of what it cannot write to
+        image = torch.from_numpy(writable).permute(2, 0, 1)
         centre = resize_and_centre_crop(image, self._transform.eval_resize_px, self._transform.eval_px)
         into[:] = centre.permute(1, 2, 0).numpy()
 
@@ -90,7 +93,7 @@ class FFCVImages:
         rows: Sequence[np.ndarray],
         side: int,
         places: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]],
-        load: Callable[[int, np.ndarray, np.ndarray], None],
+        cut: Callable[[np.ndarray, np.ndarray, np.ndarray], None],
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches in turn, while the threads work on the next ones.
 
@@ -98,44 +101,36 @@ class FFCVImages:
             rows: Rows of each batch.
             side: Side of the images in pixels.
             places: Boxes ``(B, 4)`` or ``(B, 0)`` and ``(B,)`` bool, whether to mirror, for the rows of a batch.
-            load: Puts the image of a row, cut to its box, into an array ``(side, side, 3)`` uint8.
+            cut: Puts an image ``(H, W, 3)`` uint8, cut to its box, into one of ``(side, side, 3)``.
         """
 
-        def load_some(some_rows: np.ndarray, boxes: np.ndarray, into: np.ndarray) -> None:
-            for row, box, image in zip(some_rows.tolist(), boxes, into, strict=True):
-                load(row, box, image)
+        def load(rows: np.ndarray, boxes: np.ndarray, flipped: np.ndarray, into: np.ndarray) -> None:
+            scratch = self._beton.scratch()
+            for row, box, mirror, image in zip(rows.tolist(), boxes, flipped, into, strict=True):
+                cut(self._beton.decode(row, scratch), box, image)
+                if mirror:
+                    self._cv2.flip(image, 1, image)
 
         waiting = deque(map(np.asarray, rows))
-        started: deque[tuple[np.ndarray, np.ndarray, Tensor, list[Future[None]]]] = deque()
+        started: deque[tuple[np.ndarray, Tensor, list[Future[None]]]] = deque()
         try:
             while waiting or started:
                 while waiting and len(started) <= BATCHES_AHEAD:
                     batch_rows = waiting.popleft()
                     shape = len(batch_rows), side, side, 3
                     images = torch.empty(shape, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
-                    boxes, flipped = places(batch_rows)
-                    parts = [slice(start, start + IMAGES_PER_TASK) for start in range(0, shape[0], IMAGES_PER_TASK)]
-                    tasks = [
-                        self._pool.submit(load_some, batch_rows[part], boxes[part], images.numpy()[part])
-                        for part in parts
-                    ]
-                    started.append((batch_rows, flipped, images, tasks))
-                batch_rows, flipped, images, tasks = started[0]
+                    whole = batch_rows, *places(batch_rows), images.numpy()
+                    starts = range(0, len(batch_rows), IMAGES_PER_TASK)
+                    parts = [[array[start : start + IMAGES_PER_TASK] for array in whole] for start in starts]
+                    started.append((batch_rows, images, [self._pool.submit(load, *part) for part in parts]))
+                batch_rows, images, tasks = started[0]
                 for task in tasks:
                     task.result()
                 started.popleft()
-                yield self._finish(images, flipped), self._labels_of(batch_rows)
+                on_device = images.to(self._device, non_blocking=True).permute(0, 3, 1, 2)
+                labels = self.labels[torch.from_numpy(batch_rows)].to(self._device, non_blocking=True)
+                yield normalise(on_device, self._transform.mean, self._transform.std), labels
         finally:  # the last batch is out, an image could not be decoded, or nobody wants the rest
             for *_, tasks in started:
                 for task in tasks:
                     task.cancel()
-
-    def _finish(self, images: Tensor, flipped: np.ndarray) -> Tensor:
-        on_device = images.to(self._device, non_blocking=True).permute(0, 3, 1, 2)
-        if flipped.any():
-            mirror = torch.from_numpy(flipped).to(self._device, non_blocking=True)[:, None, None, None]
-            on_device = torch.where(mirror, on_device.flip(3), on_device)
-        return normalise(on_device, self._transform.mean, self._transform.std)
-
-    def _labels_of(self, rows: np.ndarray) -> Tensor:
-        return self.labels[torch.from_numpy(rows)].to(self._device, non_blocking=True)

@@ -118,7 +118,8 @@ def encode(path: str, settings: Settings, as_jpeg: bool) -> tuple[np.ndarray, np
     try:
         field.encode(entry, pixels, allocate)
     except Exception as error:  # OpenCV's, e.g. of an image 3000 wide and 2 high, which would shrink to nothing
-        raise UserError(f"{path} cannot be stored at --max_px {settings.max_px}: {error}") from error
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} cannot be stored at --max_px {settings.max_px}: {reason}") from error
     return entry[0], content[0]
 
 
@@ -176,10 +177,11 @@ def _write_file(path: Path, encoded: Iterator[Any], labels: np.ndarray, settings
 def _read_back(path: Path, description: Description, images: ImageList, settings: Settings) -> None:
     """Nothing, if the file holds every label, and a sample of its images as they are encoded again now."""
     beton = Beton(path, description)
+    scratch = beton.scratch()
     if not np.array_equal(beton.labels, images.labels):
         raise UserError(f"{path} was written with other labels than it was given; is the disk sound?")
     for row in np.unique(np.linspace(0, len(images.paths) - 1, NUM_READ_BACK).astype(int)).tolist():
-        beton.decode(row)
+        beton.decode(row, scratch)
         if not np.array_equal(beton.stored(row), encode(images.paths[row], settings, settings.is_jpeg(row))[1]):
             raise UserError(f"{images.paths[row]} was written as other bytes than it should; is the disk sound?")
 
