@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(C
 DEMO := digits_mrl digits_mrl_e digits_ff
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check clean-demo
+.PHONY: help demo test check ffcv clean-demo
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -20,6 +20,12 @@ $(VENV)/ready: requirements.txt
 $(VENV)/ready-dev: requirements-dev.txt $(VENV)/ready
 	$(PIP) -r requirements-dev.txt
 	touch $@
+
+$(VENV)/ready-ffcv: requirements-ffcv.txt $(VENV)/ready
+	$(PIP) -r requirements-ffcv.txt
+	touch $@
+
+ffcv: $(VENV)/ready-ffcv ## install FFCV, for data.backend ffcv; system packages first, see requirements-ffcv.txt
 
 demo: $(VENV)/ready ## install, train five models on handwritten digits, evaluate them, draw the paper's figure (CPU, minutes)
 	for name in $(DEMO); do $(BIN)/python train.py --config $$name.yaml --run.resume auto || exit; done

@@ -1,10 +1,11 @@
-"""How fast images arrive: the memory backend, and the folder backend beside what a user would take instead.
+"""How fast images arrive: the memory backend, and the others beside what a user would take instead.
 
     python -m benchmarks.loaders                                     # memory backend at 64 px
-    python -m benchmarks.loaders --images DIR --num_images 1600      # and the folder backend on photographs in DIR
+    python -m benchmarks.loaders --images DIR --num_images 1600      # and the others on photographs in DIR
 
-The folder backend is measured beside torchvision's default: ImageFolder (PIL), v2 transforms on PIL
-images, a DataLoader with the same workers. Every photograph in DIR is linked as often as it takes to
+The folder and ffcv backends are measured beside torchvision's default: ImageFolder (PIL), v2 transforms on PIL
+images, a DataLoader with the same workers; and beside FFCV's own Loader on the same file. FFCV files hold half of the
+images as JPEG as in the paper, or all, or none. Every photograph in DIR is linked as often as it takes to
 make up --num_images. Prints one JSON line a contender. The contenders take turns within each repeat,
 so that a machine that slows down slows all of them; speeds are medians, ratios medians of the ratios
 of each repeat. Leave the machine idle; "load" says whether it was. Processor time per image, of all
@@ -19,9 +20,11 @@ import os
 import platform
 import resource
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -35,14 +38,19 @@ from torchvision.transforms import v2
 
 from mrl.config import DataConfig
 from mrl.data import FolderImages, cores_per_process
-from mrl.data.crops import Transform
+from mrl.data.beton import Beton, import_ffcv
+from mrl.data.crops import Transform, normalise
+from mrl.data.ffcv import FFCVImages
 from mrl.data.listing import list_images
 from mrl.data.memory import MemoryImages
 from mrl.data.order import train_rows
+from mrl.data.write_ffcv import Settings, write
+from mrl.errors import UserError
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 Epoch = Callable[[int], Batches]
 DEFAULTS = DataConfig()
+JPEG_SHARES = {"50% JPEG": 0.5, "JPEG": 1.0, "raw": 0.0}
 
 
 def transform_for(px: int) -> Transform:
@@ -84,6 +92,45 @@ def torchvision_epoch(root: Path, px: int, batch_size: int, num_workers: int, de
         pin_memory=device.type == "cuda",
     )
     return lambda epoch: ((images.to(device), labels.to(device)) for images, labels in loader)
+
+
+def write_betons(root: Path) -> dict[str, Beton]:
+    """FFCV files of the photographs below ``root/train``, one for each of `JPEG_SHARES`."""
+    images = list_images(root, "train")
+    betons = {}
+    for name, share in JPEG_SHARES.items():
+        path = root / f"{share}.beton"
+        betons[name] = Beton(path, write(images, "train", path, Settings(jpeg_share=share), cores_per_process()))
+    return betons
+
+
+def ffcv_epoch(beton: Beton, px: int, batch_size: int, num_workers: int, device: torch.device) -> Epoch:
+    """Batches by this package's ffcv backend."""
+    images = FFCVImages(beton, transform_for(px), device, ThreadPoolExecutor(num_workers))
+    return lambda epoch: images.train_batches(train_rows(len(images), batch_size, 0, epoch), epoch, px)
+
+
+def ffcv_loader_epoch(beton: Beton, px: int, batch_size: int, num_workers: int, device: torch.device) -> Epoch:
+    """Batches by FFCV's own Loader, normalised in torch as ours are (its own needs cupy on a GPU)."""
+    from ffcv.fields.decoders import IntDecoder, RandomResizedCropRGBImageDecoder
+    from ffcv.loader import Loader, OrderOption
+    from ffcv.transforms import RandomHorizontalFlip, Squeeze, ToDevice, ToTensor, ToTorchImage
+
+    crop = RandomResizedCropRGBImageDecoder((px, px), DEFAULTS.crop_scale, DEFAULTS.crop_ratio)
+    num_threads = torch.get_num_threads()
+    loader = Loader(
+        str(beton.path),
+        batch_size,
+        num_workers,
+        order=OrderOption.RANDOM,
+        drop_last=True,
+        pipelines={
+            "image": [crop, RandomHorizontalFlip(), ToTensor(), ToDevice(device), ToTorchImage()],
+            "label": [IntDecoder(), ToTensor(), Squeeze(), ToDevice(device)],
+        },
+    )
+    torch.set_num_threads(num_threads)  # FFCV sets it
+    return lambda epoch: ((normalise(images, DEFAULTS.mean, DEFAULTS.std), labels) for images, labels in loader)
 
 
 def link_photographs(source: Path, root: Path, num_images: int) -> None:
@@ -145,11 +192,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=Path, help="folder of photographs (JPEG); without it only the memory backend")
     parser.add_argument("--num_images", type=int, default=1600, help="photographs per epoch, by repetition")
-    parser.add_argument("--px", type=int, default=224, help="folder backend: side of a crop in pixels")
+    parser.add_argument(
+        "--px", type=int, nargs="+", default=[160, 224], help="side of a crop of a photograph in pixels"
+    )
     parser.add_argument("--memory_px", type=int, default=64, help="memory backend: side of images and crops in pixels")
-    parser.add_argument("--batch_size", type=int, default=128, help="folder backend: images per batch")
+    parser.add_argument("--batch_size", type=int, default=128, help="photographs per batch")
     parser.add_argument("--memory_batch_size", type=int, default=256, help="memory backend: images per batch")
-    parser.add_argument("--num_workers", type=int, default=cores_per_process(), help="decoding processes")
+    parser.add_argument("--num_workers", type=int, default=cores_per_process(), help="decoding processes or threads")
     parser.add_argument("--repeats", type=int, default=5, help="counted repeats")
     args = parser.parse_args()
 
@@ -170,14 +219,24 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         link_photographs(args.images, Path(folder), args.num_images)
-        settings = (Path(folder), args.px, args.batch_size, args.num_workers, device)
-        epochs = {
-            "torchvision ImageFolder (PIL)": torchvision_epoch(*settings),
-            "folder backend": folder_epoch(*settings),
-        }
-        measured = measure(epochs, args.repeats, device)
-    shape = {"px": args.px, "batch_size": args.batch_size, "workers": args.num_workers}
-    report(measured, "torchvision ImageFolder (PIL)", **shape, load=round(os.getloadavg()[0], 1), **about)
+        try:
+            import_ffcv()
+            betons = write_betons(Path(folder))
+        except UserError as error:
+            print(f"without FFCV: {error}", file=sys.stderr)
+            betons = {}
+        for px in args.px:
+            settings = (px, args.batch_size, args.num_workers, device)
+            epochs = {
+                "torchvision ImageFolder (PIL)": torchvision_epoch(Path(folder), *settings),
+                "folder backend": folder_epoch(Path(folder), *settings),
+            }
+            epochs |= {f"ffcv backend, {name}": ffcv_epoch(beton, *settings) for name, beton in betons.items()}
+            if betons:
+                epochs["FFCV's Loader, 50% JPEG"] = ffcv_loader_epoch(betons["50% JPEG"], *settings)
+            measured = measure(epochs, args.repeats, device)
+            shape = {"px": px, "batch_size": args.batch_size, "workers": args.num_workers}
+            report(measured, "torchvision ImageFolder (PIL)", **shape, load=round(os.getloadavg()[0], 1), **about)
 
 
 if __name__ == "__main__":

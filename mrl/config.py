@@ -49,17 +49,20 @@ class DataConfig:
     """imagenet, tiny_imagenet, folder: a folder with train/<class>/ and val/<class>/. digits: scikit-learn's
     handwritten digits, no files needed."""
     root: str | None = None
-    """Folder that holds train/ and val/. Not used by digits."""
-    backend: Literal["auto", "memory", "folder"] = "auto"
+    """Folder that holds train/ and val/, or train.beton and val.beton. Not used by digits."""
+    backend: Literal["auto", "memory", "folder", "ffcv"] = "auto"
     """memory: every image decoded once, kept on the device at data.eval_resize_px square. folder: decoded in
-    worker processes as needed. auto: memory for digits and tiny_imagenet, else folder."""
+    worker processes as needed. ffcv: train.beton and val.beton (python -m mrl.data.write_ffcv), decoded in threads.
+    auto: memory for digits and tiny_imagenet, else ffcv if those files are there and FFCV is installed, else
+    folder."""
     num_classes: int | None = None
     """Number of classes to expect; a different number in the data is an error. Default: take what is there."""
     batch_size: int = 1024
     """Images per optimizer step, over all processes together (global). Divisible by processes x
     train.accumulation_steps."""
     num_workers: int | None = None
-    """Decoding processes per training process (folder backend). Default: the CPU cores this process may use."""
+    """Decoding processes (folder backend) or threads (ffcv) per training process. Default: the CPU cores this
+    process may use."""
     train_px: int | list[tuple[int, int]] = field(default_factory=lambda: [(0, 160), (32, 192)])
     """Side of a training image in pixels: one number, or pairs of first epoch and pixels, e.g. [[0, 160], [32, 192]]
     for 160 px at first and 192 px from epoch 32 on."""

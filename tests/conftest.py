@@ -1,3 +1,4 @@
+import importlib.util
 import os
 from pathlib import Path
 
@@ -11,6 +12,7 @@ def pytest_collection_modifyitems(items):
     shared = Path(os.environ.get("MRL_SHARED_DATA", REPOSITORY.parent / "shared" / "data"))
     missing = {
         "gpu": None if torch.cuda.is_available() else "needs a CUDA device",
+        "ffcv": None if importlib.util.find_spec("ffcv") else "needs FFCV: make ffcv",
         "shared": None if shared.is_dir() else f"needs real images in {shared} (or $MRL_SHARED_DATA)",
     }
     for item in items:

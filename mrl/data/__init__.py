@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import torch
 
 from mrl.config import DataConfig
+from mrl.data.beton import Beton, import_ffcv, read_description
 from mrl.data.crops import Transform
 from mrl.data.digits import DIGIT_CLASSES, load_digits
+from mrl.data.ffcv import FFCVImages
 from mrl.data.folder import FolderImages
 from mrl.data.imagenet import list_imagenet
 from mrl.data.listing import ImageList, list_images, shown
@@ -21,7 +25,7 @@ from mrl.data.memory import MemoryImages, check_fits, decode_images
 from mrl.errors import UserError
 from mrl.training import distributed
 
-Images = MemoryImages | FolderImages
+Images = MemoryImages | FolderImages | FFCVImages
 
 
 def build_data(
@@ -37,7 +41,7 @@ def build_data(
         UserError: Files are missing, an image cannot be read, the classes are not as expected, or
             the backend cannot hold them.
     """
-    backend, reason = choose_backend(data)
+    backend, reason = choose_backend(data, splits)
     if data.rand_augment is not None and backend != "folder":
         raise UserError(
             f"data.rand_augment works on single images in worker processes, which the {backend} backend ({reason}) "
@@ -55,18 +59,24 @@ def build_data(
         data.rand_augment,
     )
     images: dict[str, Images]
+    num_ignored = 0
+    num_workers = cores_per_process() if data.num_workers is None else data.num_workers
     if data.name == "digits":
         digits = load_digits(data.eval_resize_px)
         check_classes({split: DIGIT_CLASSES for split in splits}, data.num_classes)
         images = {split: MemoryImages(*digits[split], DIGIT_CLASSES, transform, device) for split in splits}
-        num_ignored = 0
+    elif backend == "ffcv":
+        betons = open_betons(data, splits)
+        check_classes({split: beton.classes for split, beton in betons.items()}, data.num_classes)
+        pool = ThreadPoolExecutor(max(1, num_workers), thread_name_prefix="decode")
+        images = {split: FFCVImages(beton, transform, device, pool) for split, beton in betons.items()}
+        reason += f", {max(1, num_workers)} threads"
     else:
         lists = list_splits(data, splits, is_main)
         check_classes({split: found.classes for split, found in lists.items()}, data.num_classes)
         if backend == "memory":
             images = read_into_memory(lists, transform, device, is_main)
         else:
-            num_workers = cores_per_process() if data.num_workers is None else data.num_workers
             images = {s: FolderImages(*found[:3], transform, device, num_workers) for s, found in lists.items()}
             reason += f", {num_workers} worker processes"
         num_ignored = sum(found.num_ignored for found in lists.values())
@@ -75,19 +85,46 @@ def build_data(
     return images
 
 
-def choose_backend(data: DataConfig) -> tuple[str, str]:
-    """The backend to use, and why.
+def choose_backend(data: DataConfig, splits: Sequence[str]) -> tuple[str, str]:
+    """The backend to use for ``splits``, and why.
 
     Raises:
         UserError: The data cannot be had that way.
     """
-    if data.name == "digits" and data.backend == "folder":
-        raise UserError("data.backend is 'folder', but digits has no image files; allowed: auto, memory")
+    if data.name == "digits" and data.backend in ("folder", "ffcv"):
+        raise UserError(f"data.backend is {data.backend!r}, but digits has no image files; allowed: auto, memory")
     if data.backend != "auto":
         return data.backend, "as data.backend says"
     if data.name in ("digits", "tiny_imagenet"):
         return "memory", "auto: small set"
-    return "folder", "auto: set of any size"
+    names = [f"{split}.beton" for split in splits]
+    if data.root is None or not all((Path(data.root) / name).is_file() for name in names):
+        return "folder", "auto: set of any size"
+    try:
+        import_ffcv()
+    except UserError:
+        if not all((Path(data.root) / split).is_dir() for split in splits):
+            raise
+        return "folder", f"auto: FFCV cannot be imported, so {' and '.join(names)} cannot be read"
+    return "ffcv", f"auto: {' and '.join(names)} found"
+
+
+def open_betons(data: DataConfig, splits: Sequence[str]) -> dict[str, Beton]:
+    """The FFCV file of each split.
+
+    Raises:
+        UserError: The root is not given, a file is missing, or it is not what it should be.
+    """
+    if data.root is None:
+        raise UserError(f"data.root is not given; data.backend ffcv needs the folder that holds {splits[0]}.beton")
+    betons = {}
+    for split in splits:
+        path = Path(data.root) / f"{split}.beton"
+        if not path.is_file():
+            command = f"python -m mrl.data.write_ffcv --root {data.root} --split {split}"
+            raise UserError(f"{path} is missing; write it with {command}, or use data.backend folder")
+        betons[split] = Beton(path, read_description(path))
+    return betons
 
 
 def list_splits(data: DataConfig, splits: Sequence[str], is_main: bool = True) -> dict[str, ImageList]:
