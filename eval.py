@@ -39,7 +39,7 @@ from mrl.retrieval.embeddings import (
     file_sha256,
     open_embeddings,
 )
-from mrl.studies.hierarchy import read_superclasses
+from mrl.studies.class_table import read_class_table
 from mrl.studies.run import EmbeddedRun, run_studies
 from mrl.training import distributed
 from mrl.training.distributed import Process
@@ -57,7 +57,7 @@ def evaluate(args: argparse.Namespace, process: Process) -> None:
     embedded = embed_runs(names, args.batch_size, args.force, process)
     if not process.is_main:
         return
-    table = read_superclasses(args.superclasses) if args.superclasses else None
+    table = read_class_table(args.superclasses, "superclass") if args.superclasses else None
     rows = [row for run in embedded for row in run_studies(run, process.device, table)]
     out.mkdir(parents=True, exist_ok=True)
     write_rows(rows, out / "results.jsonl")
