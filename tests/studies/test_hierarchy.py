@@ -217,32 +217,3 @@ def test_imagenet_gets_the_papers_superclasses_and_no_other_data_do():
     assert (superclasses.superclass_of >= 0).sum() == 467
     assert default_superclasses(wnids[1:]) is None
     assert default_superclasses(CLASSES) is None
-
-
-@pytest.mark.shared
-def test_the_papers_superclasses_follow_from_wordnet():
-    """The procedure of the paper's source, written anew: go down from the largest groups until there are 30."""
-    folder = SHARED / "imagenet-meta"
-    parent, order = {}, {}
-    for line in (folder / "wordnet_is_a.txt").read_text().splitlines():
-        above, below = line.split()
-        parent[below] = above  # of several parents the last counts
-        for node in (above, below):
-            order.setdefault(node, len(order))
-    classes, below = sorted(synsets("imagenet_v2")), {node: set() for node in order}
-    nodes_below = {node: set() for node in order}
-    for wnid in classes:
-        path = [wnid]
-        while path[-1] in parent:
-            path.append(parent[path[-1]])
-            below[path[-1]].add(wnid)
-            nodes_below[path[-1]].update(path[:-1])
-    chosen = []
-    for node in sorted(below, key=lambda node: (-len(below[node]), -len(nodes_below[node]), order[node])):
-        if len(chosen) == 30:
-            break
-        if node in nodes_below["n00001740"]:
-            chosen = [other for other in chosen if node not in nodes_below[other]] + [node]
-    groups = {frozenset(below[node]) for node in chosen}
-    table = default_superclasses(classes)
-    assert groups == {frozenset(c for c in table if table[c] == name) for name in table.values()}
