@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ class EmbeddedRun:
         train: Embeddings of the training images, the database of retrieval.
         val: Embeddings of the validation images.
         val_flip: Those of the mirrored validation images, where the run was trained with mirrored images.
+        further: Those of other images; see `mrl.studies.further`.
     """
 
     source: Source
@@ -42,6 +43,7 @@ class EmbeddedRun:
     train: EmbeddingSet
     val: EmbeddingSet
     val_flip: EmbeddingSet | None
+    further: Mapping[str, EmbeddingSet] = field(default_factory=dict)
 
 
 def run_studies(run: EmbeddedRun, device: torch.device, superclasses: Mapping[str, str] | None = None) -> list[Row]:
