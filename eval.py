@@ -26,7 +26,6 @@ from mrl.results import Row, provenance, read_rows, text_table, write_rows
 from mrl.studies.cascade import headlines
 from mrl.studies.class_table import read_class_table
 from mrl.studies.embed_runs import embed_runs
-from mrl.studies.few_shot import SHOTS
 from mrl.studies.further import FurtherImages, further_studies, read_folder
 from mrl.studies.run import run_studies
 from mrl.training import distributed
@@ -36,7 +35,7 @@ SHOWN = {
     "classification": ("top_1", "top_5"),
     "retrieval": ("top_1", "map@10"),
     "robustness": ("top_1",),
-    "few_shot": tuple(f"top_1_{n}_shot" for n in SHOTS),
+    "few_shot": ("top_1_1_shot", "top_1_5_shot"),
 }
 
 

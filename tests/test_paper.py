@@ -39,7 +39,7 @@ def test_a_point_of_the_cascade_has_its_expected_dim_and_a_cell_seen_nowhere_is_
     assert found["MRL cascade", 128] == (76.29, 37.19)
     assert found["FF", 512] == (76.3, 512)
     assert ("MRL cascade", 2048) not in found
-    assert 2048 not in values("table_1", method="SVD")
+    assert 2048 not in values("table_1", method="FF low-rank classifier")
 
 
 def test_costs_of_adaptive_retrieval_follow_from_its_sizes():

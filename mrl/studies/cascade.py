@@ -134,7 +134,7 @@ def dims_saved(rows: Sequence[Row], method: str, tolerance: float = 0.0) -> dict
 def headlines(rows: Sequence[Row]) -> list[str]:
     """A sentence a cascade on the largest of `dims_saved`, for people to read; none without fixed-feature models."""
     found = []
-    for method in dict.fromkeys(row.method for row in rows if row.study == STUDY and row.method != "FF"):
+    for method in sorted({row.method for row in rows if row.study == STUDY and row.method != "FF"}):
         saved = {dim: ratio for dim, ratio in dims_saved(rows, method).items() if ratio is not None}
         if saved:
             dim = max(saved, key=lambda dim: saved[dim])
