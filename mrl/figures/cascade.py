@@ -124,6 +124,7 @@ def first_correct_histogram(rows: Sequence[Row]) -> Figure:
             axes.hlines(100 * row.value, middle - 0.45, middle + 0.45, "black", "dashed", label=label, linewidth=1)
     axes.set_xticks(range(len(columns)), [*map(str, dims), "none"])
     axes.set_xlabel("smallest prefix that is right (dims)")
+    axes.set_ylim(bottom=0)
     axes.set_ylabel("images (%)")
     axes.grid(True, axis="y", color="0.9", linewidth=0.7)
     axes.set_axisbelow(True)

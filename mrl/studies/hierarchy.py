@@ -13,6 +13,7 @@ from mrl.errors import UserError
 from mrl.paper import paper_superclasses
 from mrl.results import Row, Source
 from mrl.studies.classification import classification
+from mrl.studies.finite import refuse_array_not_finite
 from mrl.studies.logits import Classifier
 from mrl.studies.oracle import check_predictions
 from mrl.studies.robustness import restrict, synsets
@@ -128,6 +129,7 @@ def within_superclasses(
     Raises:
         UserError: As `classification`.
     """
+    refuse_array_not_finite(vectors)  # below, rows are those of a superclass
     rows: list[Row] = []
     for i, name in enumerate(superclasses.names):
         members = np.flatnonzero(superclasses.superclass_of == i)
