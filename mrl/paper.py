@@ -1,4 +1,7 @@
-"""The paper's own numbers as rows, to be drawn beside ours. The facts, each with its source, stand in paper.yaml."""
+"""The paper's own numbers as rows, to be drawn beside ours, and its superclasses.
+
+The facts, each with its source, stand in paper.yaml and superclasses.yaml.
+"""
 
 from __future__ import annotations
 
@@ -35,6 +38,13 @@ def paper_rows(dataset: str, *tables: str) -> list[Row]:
     if dataset != DATASET:
         return []
     return [row for name in tables or facts for row in _rows(facts[name])]
+
+
+def paper_superclasses() -> dict[str, str]:
+    """``{WordNet id: superclass}`` of the 467 ImageNet classes that belong to the paper's 30 superclasses."""
+    text = (resources.files("mrl") / "superclasses.yaml").read_text(encoding="utf-8")
+    facts: dict[str, str] = yaml.safe_load(text)
+    return {wnid: superclass for superclass, wnids in facts.items() for wnid in wnids.split()}
 
 
 def _rows(table: dict[str, Any]) -> Iterator[Row]:

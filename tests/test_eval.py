@@ -19,6 +19,7 @@ from mrl.data import build_data
 from mrl.models import MatryoshkaClassifier, ModelInfo, build_model, load, save_model
 from mrl.recipes import to_yaml
 from mrl.results import read_rows, write_rows
+from mrl.studies import embed_runs
 
 REPOSITORY = Path(script.__file__).parent
 CPU = torch.device("cpu")
@@ -62,7 +63,7 @@ def no_images(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("images were read again")
 
-    monkeypatch.setattr(script, "build_data", refuse)
+    monkeypatch.setattr(embed_runs, "build_data", refuse)
 
 
 def untimed(path):
@@ -141,7 +142,7 @@ def test_redraw_needs_the_rows_alone(runs, tmp_path, no_images, capsys):
 def test_a_changed_model_is_embedded_anew_and_force_does_so_for_an_unchanged_one(runs, monkeypatch):
     splits_read = []
     monkeypatch.setattr(
-        script, "build_data", lambda *args, splits: splits_read.append(splits) or build_data(*args, splits=splits)
+        embed_runs, "build_data", lambda *args, splits: splits_read.append(splits) or build_data(*args, splits=splits)
     )
     shutil.copy(runs / "ff" / "embeddings" / "val" / "vectors.npy", runs / "old.npy")
     other = make_run(runs / "other", (32,), seed=2)
@@ -157,7 +158,9 @@ def test_a_changed_model_is_embedded_anew_and_force_does_so_for_an_unchanged_one
 
 def test_runs_with_the_same_data_read_the_images_once(runs, monkeypatch):
     reads = []
-    monkeypatch.setattr(script, "build_data", lambda *args, **kwargs: reads.append(1) or build_data(*args, **kwargs))
+    monkeypatch.setattr(
+        embed_runs, "build_data", lambda *args, **kwargs: reads.append(1) or build_data(*args, **kwargs)
+    )
     assert script.main(["--runs", str(runs / "mrl"), str(runs / "ff"), "--force"]) == 0
     assert len(reads) == 1
 
@@ -270,5 +273,5 @@ def test_runs_on_different_data_get_a_figure_each(finished, tmp_path, capsys):
 
 def test_a_folder_of_images_is_called_by_its_own_name():
     data = dataclasses.replace(DATA, name="folder", root="/somewhere/flowers")
-    assert script.dataset_name(Config(data=data)) == "flowers"
-    assert script.dataset_name(Config(data=DATA)) == "digits"
+    assert embed_runs.dataset_name(Config(data=data)) == "flowers"
+    assert embed_runs.dataset_name(Config(data=DATA)) == "digits"

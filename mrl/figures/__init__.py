@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 from matplotlib.figure import Figure
 
-from mrl.figures.accuracy import accuracy_by_dim
+from mrl.figures.accuracy import accuracy_by_dim, few_shot_by_dim, robustness_by_dim
 from mrl.figures.cascade import cascade_by_expected_dim, first_correct_histogram
 from mrl.figures.hierarchy import (
     accuracy_within_superclasses,
@@ -26,6 +26,8 @@ FIGURES: dict[str, Draw] = {
     "first_correct": first_correct_histogram,
     "superclasses": superclass_accuracy_by_dim,
     "within_superclasses": accuracy_within_superclasses,
+    "robustness": robustness_by_dim,
+    "few_shot": few_shot_by_dim,
     "classes": class_accuracy_against_full_width,
 }
 
@@ -43,12 +45,16 @@ def figures_of(rows: Sequence[Row]) -> dict[str, Figure]:
 
 
 def _adaptive(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Rows of adaptive retrieval by method, and by run where a method has several models of one seed."""
+    """Rows of adaptive retrieval by method, and by run where a method's models differ in more than their seed."""
     rows = [row for row in rows if row.study in ("adaptive_retrieval", "funnel_retrieval")]
+    models: dict[str, dict[str, tuple[int, set[int | None]]]] = {}
+    for row in rows:
+        models.setdefault(row.method, {}).setdefault(row.run, (row.seed, set()))[1].add(row.rerank_dim)
     groups: dict[str, list[Row]] = {}
     for row in rows:
-        same_seed = {other.run for other in rows if (other.method, other.seed) == (row.method, row.seed)}
-        groups.setdefault(row.run if len(same_seed) > 1 else row.method, []).append(row)
+        seeds, sizes = zip(*models[row.method].values(), strict=True)
+        alike = len(set(seeds)) == len(seeds) and all(of_run == sizes[0] for of_run in sizes)
+        groups.setdefault(row.method if alike else row.run, []).append(row)
     return {name.lower().replace("-", "_").replace("/", "_"): group for name, group in groups.items()}
 
 
@@ -60,10 +66,12 @@ __all__ = [
     "baselines_by_dim",
     "cascade_by_expected_dim",
     "class_accuracy_against_full_width",
+    "few_shot_by_dim",
     "figures_of",
     "first_correct_histogram",
     "interpolation",
     "retrieval_by_dim",
+    "robustness_by_dim",
     "save",
     "superclass_accuracy_by_dim",
 ]

@@ -8,17 +8,21 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from mrl.figures.style import (
+    PAPER,
     add_legend,
     counts,
     dataset_of,
     dim_axis,
     draw_line,
+    draw_paper,
     line_labels,
     line_styles,
     metric_label,
     seeds_note,
+    title,
     values_by_dim,
 )
+from mrl.paper import paper_rows
 from mrl.results import METHODS, Row
 
 NESTED = ("MRL", "MRL-E")
@@ -62,6 +66,8 @@ def is_trained(row: Row, trained: Mapping[tuple[str, str], set[int]]) -> bool:
 def panels_by_dim(rows: Sequence[Row], panels: Mapping[tuple[str, str], str], *, filled: bool = False) -> Figure:
     """A panel of lines by size for each ``(study, metric)`` of ``panels`` that has rows, under its title.
 
+    On ImageNet the paper's values of the same methods are dashed.
+
     Raises:
         UserError: There is nothing to draw, or the rows are of several datasets.
     """
@@ -78,12 +84,25 @@ def panels_by_dim(rows: Sequence[Row], panels: Mapping[tuple[str, str], str], *,
         for label in [label for label in styles if label in lines]:
             fill = {"markerfacecolor": styles[label]["color"]} if filled else {}
             draw_line(axes, lines[label], label, styles[label] | fill)
+        for method, points in _published(rows[0].dataset, study, metric).items():
+            ours = [label for (of, _), label in labels.items() if of == method and label in lines]
+            if ours:
+                draw_paper(axes, points, method, styles[ours[0]])
         dim_axis(axes, sorted({row.dim for row in of_panel if row.dim is not None}))
         axes.set_title(panels[study, metric], fontsize=10)
         axes.set_ylabel(metric_label(metric))
-    figure.suptitle(f"{rows[0].dataset}: {counts(rows)} validation images{seeds_note(rows, labels)}", fontsize=11)
-    add_legend(figure, list(styles))
+    title(figure, f"{rows[0].dataset}: {counts(rows)} images{seeds_note(rows, labels)}")
+    add_legend(figure, [*styles, *(PAPER.format(method) for method, _ in labels)])
     return figure
+
+
+def _published(dataset: str, study: str, metric: str) -> dict[str, list[tuple[float, float]]]:
+    """``{method: [(dim, percent)]}`` of the paper; empty unless ``dataset`` is the paper's."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for row in paper_rows(dataset):
+        if (row.study, row.metric) == (study, metric) and row.dim is not None:
+            found.setdefault(row.method, []).append((row.dim, 100 * row.value))
+    return found
 
 
 def check_one_dataset(rows: Sequence[Row], metrics: Sequence[str]) -> None:
@@ -93,3 +112,21 @@ def check_one_dataset(rows: Sequence[Row], metrics: Sequence[str]) -> None:
         UserError: They are not.
     """
     dataset_of(rows, f"metric {' or '.join(map(repr, metrics))}")
+
+
+def robustness_by_dim(rows: Sequence[Row]) -> Figure:
+    """Accuracy on further images of the trained classes against embedding size (table 17 of the paper).
+
+    Raises:
+        UserError: There is nothing to draw, or the rows are of several datasets.
+    """
+    return panels_by_dim(rows, {("robustness", "top_1"): "images of other origin, trained classes"})
+
+
+def few_shot_by_dim(rows: Sequence[Row]) -> Figure:
+    """Accuracy of the nearest class mean against embedding size (table 15 of the paper), a panel for 1, 5 and 9 shots.
+
+    Raises:
+        UserError: There is nothing to draw, or the rows are of several datasets.
+    """
+    return panels_by_dim(rows, {("few_shot", f"top_1_{n}_shot"): f"nearest class mean, {n}-shot" for n in (1, 5, 9)})

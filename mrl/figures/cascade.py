@@ -13,16 +13,20 @@ from matplotlib.figure import Figure
 from mrl.figures.style import (
     METHOD_STYLES,
     METRIC_LABELS,
-    OTHER_STYLES,
+    PAPER,
     Style,
     add_legend,
     counts,
     dataset_of,
     dim_axis,
+    draw_paper,
+    line_labels,
+    line_styles,
+    seeds_note,
     title,
 )
 from mrl.paper import paper_rows
-from mrl.results import Row, method_order
+from mrl.results import Row
 
 Point = tuple[float, float]
 CASCADE_STYLES: dict[str, Style] = {
@@ -39,7 +43,6 @@ CASCADE_LABELS = {
     "MRL-E cascade, joint": "MRL-E cascade, thresholds joint",
     "FF": "FF (one model per size)",
 }
-PAPER = "{} (paper)"
 HATCHES = ("", "///", "...", "xxx")
 
 
@@ -47,8 +50,8 @@ def cascade_by_expected_dim(rows: Sequence[Row]) -> Figure:
     """Accuracy of adaptive classification against expected dim (figure 6 of the paper), fixed-feature models beside it.
 
     A point per cap, the largest size allowed, which is written below the points of the first cascade.
-    Bars are one standard deviation over the random draws of the fitting images, along both axes. Where
-    a method was trained several times, points and bars are means. On ImageNet the paper's points are dashed.
+    Bars are one standard deviation along both axes: over models of several seeds where there are such, else over the
+    random draws of the fitting images. On ImageNet the paper's points are dashed.
 
     Args:
         rows: Of one dataset, from `mrl.studies.cascade`.
@@ -61,32 +64,32 @@ def cascade_by_expected_dim(rows: Sequence[Row]) -> Figure:
     figure = Figure(figsize=(6.4, 4.8), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    methods = sorted({row.method for row in rows}, key=_cascade_order)
-    styles = _styles(methods)
-    for method in methods:
-        _draw_cascade(axes, [row for row in rows if row.method == method], method, styles[method])
-    numbered = next((method for method in methods if method.endswith(" cascade")), methods[0])
-    _number(axes, _mean_points([row for row in rows if row.method == numbered], "top_1"), styles[numbered]["color"])
+    accuracies = [row for row in rows if row.metric == "top_1"]
+    labels = line_labels(accuracies, CASCADE_LABELS, _cascade_order)
+    styles = line_styles(labels, CASCADE_STYLES)
+    for label, style in styles.items():
+        _draw_cascade(axes, [row for row in rows if labels[row.method, row.run] == label], label, style)
+    numbered = next((labels[key] for key in labels if key[0].endswith(" cascade")), next(iter(styles)))
+    of_numbered = [row for row in accuracies if labels[row.method, row.run] == numbered]
+    _number(axes, _mean_points(of_numbered, "top_1"), styles[numbered]["color"])
     published = paper_rows(dataset, "figure_6")
     for method in dict.fromkeys(row.method for row in published):
         points = _mean_points([row for row in published if row.method == method], "top_1")
-        look = {"color": styles.get(method, METHOD_STYLES["FF"])["color"], "marker": "", "linewidth": 1, "zorder": 1}
-        label = PAPER.format(CASCADE_LABELS[method])
-        axes.plot(*_columns(points), linestyle=(0, (6, 3)), label=label, **look)
+        draw_paper(axes, zip(*_columns(points), strict=True), method, CASCADE_STYLES[method])
     dim_axis(axes, sorted({row.dim for row in rows if row.dim is not None}))
     axes.set_xlabel("expected dim (mean size that decides an image; dims)")
     axes.set_ylabel(METRIC_LABELS["top_1"])
-    draws = "mean and standard deviation over random draws of the fitting images"
-    title(figure, f"{dataset}: {counts(rows)} validation images not fitted on; {draws}")
-    labels = [CASCADE_LABELS.get(method, method) for method in methods]
-    add_legend(figure, labels + [PAPER.format(CASCADE_LABELS[m]) for m in CASCADE_LABELS], entry_inches=3.2)
+    note = seeds_note(accuracies, labels) or "; mean and standard deviation over random draws of the fitting images"
+    title(figure, f"{dataset}: {counts(rows)} validation images not fitted on{note}")
+    add_legend(figure, [*styles, *map(PAPER.format, CASCADE_LABELS)], entry_inches=3.2)
     return figure
 
 
 def first_correct_histogram(rows: Sequence[Row]) -> Figure:
     """The share of images by the smallest prefix that is right, and of those that none is (table 22 of the paper).
 
-    Bars per method, means over its runs, each with its value in percent. On ImageNet the paper's values are dashed.
+    Bars per method, each with its value in percent; where it was trained with several seeds their mean, with one
+    standard deviation. On ImageNet the paper's values are dashed.
 
     Args:
         rows: Of one dataset, from `mrl.studies.oracle`.
@@ -97,19 +100,23 @@ def first_correct_histogram(rows: Sequence[Row]) -> Figure:
     rows = [row for row in rows if row.study == "oracle" and row.metric in ("first_correct", "never_correct")]
     dataset = dataset_of(rows, "the oracle study")
     dims = sorted({row.dim for row in rows if row.dim is not None})
-    methods = sorted({row.method for row in rows}, key=method_order)
-    width = 0.8 / len(methods)
-    figure = Figure(figsize=(max(5.6, 1.0 + 0.75 * (len(dims) + 1) * len(methods) ** 0.5), 4.2), layout="constrained")
+    labels = line_labels(rows)
+    styles = line_styles(labels)
+    width = 0.8 / len(styles)
+    figure = Figure(figsize=(max(5.6, 1.0 + 0.75 * (len(dims) + 1) * len(styles) ** 0.5), 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     columns = [*dims, None]
-    for i, method in enumerate(methods):
-        shares = [_mean([row.value for row in rows if (row.method, row.dim) == (method, dim)]) for dim in columns]
-        places = [column + (i - (len(methods) - 1) / 2) * width for column in range(len(columns))]
-        color = METHOD_STYLES.get(method, OTHER_STYLES[i])["color"]
-        look: dict[str, Any] = {"facecolor": color, "edgecolor": "white", "hatch": HATCHES[i % len(HATCHES)]}
-        bars = axes.bar(places, [100 * share for share in shares], width, label=method, **look)
-        axes.bar_label(bars, fmt="%.1f", fontsize=7, padding=1)
+    for i, (label, style) in enumerate(styles.items()):
+        of_label = [row for row in rows if labels[row.method, row.run] == label]
+        shares = [[100 * row.value for row in of_label if row.dim == dim] for dim in columns]
+        places = [column + (i - (len(styles) - 1) / 2) * width for column in range(len(columns))]
+        look: dict[str, Any] = {"facecolor": style["color"], "edgecolor": "white", "hatch": HATCHES[i % len(HATCHES)]}
+        if max(map(len, shares)) > 1:
+            look |= {"yerr": [_spread(of_dim) for of_dim in shares], "error_kw": {"elinewidth": 1, "capsize": 2}}
+        bars = axes.bar(places, [_mean(of_dim) for of_dim in shares], width, label=label, **look)
+        behind = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # the paper's line may run there
+        axes.bar_label(bars, fmt="%.1f", fontsize=7, padding=2, bbox=behind, zorder=4)
     for row in paper_rows(dataset, "table_22", "table_22_never"):
         if row.dim in columns:
             middle = columns.index(row.dim)
@@ -117,31 +124,28 @@ def first_correct_histogram(rows: Sequence[Row]) -> Figure:
             axes.hlines(100 * row.value, middle - 0.45, middle + 0.45, "black", "dashed", label=label, linewidth=1)
     axes.set_xticks(range(len(columns)), [*map(str, dims), "none"])
     axes.set_xlabel("smallest prefix that is right (dims)")
+    axes.set_ylim(bottom=0)
     axes.set_ylabel("images (%)")
     axes.grid(True, axis="y", color="0.9", linewidth=0.7)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    title(figure, f"{dataset}: {counts(rows)} validation images")
-    add_legend(figure, [*methods, *map(PAPER.format, methods)])
+    note = seeds_note([row for row in rows if row.metric == "first_correct"], labels)
+    title(figure, f"{dataset}: {counts(rows)} validation images{note}")
+    add_legend(figure, [*styles, *(PAPER.format(method) for method, _ in labels)])
     return figure
 
 
-def _draw_cascade(axes: Axes, rows: Sequence[Row], method: str, style: Style) -> None:
-    """One method's points with their spread."""
-    points, spreads = _mean_points(rows, "top_1"), _mean_points(rows, "top_1_std")
-    dims, accuracies = _columns(points)
+def _draw_cascade(axes: Axes, rows: Sequence[Row], label: str, style: Style) -> None:
+    """One line's points with their spread: that of the seeds, or of the draws where there is one."""
+    points, of_draws = _mean_points(rows, "top_1"), _mean_points(rows, "top_1_std")
+    bars = {cap: of_draws.get(cap, (0.0, 0.0)) for cap in points}
+    if len({row.run for row in rows}) > 1:
+        for cap in points:
+            same = [row for row in rows if (row.metric, row.dim) == ("top_1", cap)]
+            bars[cap] = (_spread([row.expected_dim or 0.0 for row in same]), _spread([row.value for row in same]))
+    (dims, accuracies), (across, along) = _columns(points), _columns(bars)
     look: dict[str, Any] = {"linewidth": 1.6, "markersize": 5, "markerfacecolor": "white", **style}
-    bars = _columns({cap: spreads.get(cap, (0.0, 0.0)) for cap in points})
-    axes.errorbar(
-        dims,
-        accuracies,
-        yerr=bars[1],
-        xerr=bars[0],
-        capsize=2,
-        elinewidth=0.8,
-        label=CASCADE_LABELS.get(method, method),
-        **look,
-    )
+    axes.errorbar(dims, accuracies, yerr=along, xerr=across, capsize=2, elinewidth=0.8, label=label, **look)
 
 
 def _number(axes: Axes, points: dict[int, Point], color: str) -> None:
@@ -175,11 +179,10 @@ def _mean(values: Sequence[float]) -> float:
     return statistics.mean(values) if values else 0.0
 
 
+def _spread(values: Sequence[float]) -> float:
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
 def _cascade_order(method: str) -> tuple[int, str]:
     known = list(CASCADE_STYLES)
     return (known.index(method) if method in known else len(known), method)
-
-
-def _styles(methods: Sequence[str]) -> dict[str, Style]:
-    others = [method for method in methods if method not in CASCADE_STYLES]
-    return CASCADE_STYLES | {method: OTHER_STYLES[i % len(OTHER_STYLES)] for i, method in enumerate(others)}

@@ -13,14 +13,14 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from mrl.figures.style import (
-    METHOD_LABELS,
     METHOD_STYLES,
-    OTHER_STYLES,
+    PAPER,
     add_legend,
     counts,
     dataset_of,
     dim_axis,
     draw_line,
+    draw_paper,
     line_labels,
     line_styles,
     seeds_note,
@@ -34,8 +34,7 @@ PANELS = {
     "superclass_top_1": "images of classes that have a superclass",
     "superclass_top_1_with_reject": "all images; one more class for the rest",
 }
-IN, OF_CLASS = "top_1 in ", "top_1 of class "
-PAPER = "{} (paper)"
+WITHIN, OF_CLASS = "top_1 within ", "top_1 of class "
 COLUMNS = 5
 SMALL = {"markersize": 4, "linewidth": 1.2}
 
@@ -64,10 +63,8 @@ def superclass_accuracy_by_dim(rows: Sequence[Row]) -> Figure:
     all_axes = figure.subplots(1, len(of_panels), squeeze=False)[0]
     for axes, (metric, of_panel) in zip(all_axes, of_panels.items(), strict=True):
         _draw_lines(axes, of_panel, labels, styles)
-        points = {row.dim: 100 * row.value for row in published if row.metric == metric}
-        if points:
-            look: dict[str, Any] = {"color": METHOD_STYLES["MRL"]["color"], "linewidth": 1, "zorder": 1}
-            axes.plot(list(points), list(points.values()), dashes=(6, 3), label=PAPER.format("MRL"), **look)
+        points = [(row.dim, 100 * row.value) for row in published if row.metric == metric and row.dim is not None]
+        draw_paper(axes, points, "MRL", METHOD_STYLES["MRL"])
         dim_axis(axes, sorted({row.dim for row in of_panel if row.dim is not None}))
         axes.set_title(PANELS[metric], fontsize=10)
         axes.set_ylabel("superclass top-1 accuracy (%)")
@@ -78,7 +75,7 @@ def superclass_accuracy_by_dim(rows: Sequence[Row]) -> Figure:
 
 
 def accuracy_within_superclasses(rows: Sequence[Row]) -> Figure:
-    """Class accuracy of the images of each superclass against embedding size (figure 11), a panel per superclass.
+    """Accuracy of telling apart the classes of each superclass, by embedding size (figure 11), a panel per superclass.
 
     The superclasses that gain most from the smallest to the largest size come first.
 
@@ -88,7 +85,7 @@ def accuracy_within_superclasses(rows: Sequence[Row]) -> Figure:
     Raises:
         UserError: There is nothing to draw, or the rows are of several datasets.
     """
-    rows = [row for row in rows if row.study == "hierarchy" and row.metric.startswith(IN)]
+    rows = [row for row in rows if row.study == "hierarchy" and row.metric.startswith(WITHIN)]
     dataset = dataset_of(rows, "accuracy within superclasses")
     by_name: dict[str, list[Row]] = {}
     for row in rows:
@@ -104,7 +101,7 @@ def accuracy_within_superclasses(rows: Sequence[Row]) -> Figure:
     grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
     for axes, name in zip(grid.flat, names, strict=False):
         _draw_lines(axes, by_name[name], labels, styles)
-        axes.set_title(f"{name.removeprefix(IN).replace('_', ' ')} (n = {counts(by_name[name])})", fontsize=8)
+        axes.set_title(f"{name.removeprefix(WITHIN).replace('_', ' ')} (n = {counts(by_name[name])})", fontsize=8)
     for axes in grid.flat[len(names) :]:
         axes.set_visible(False)
     dims = sorted({row.dim for row in rows if row.dim is not None})
@@ -114,7 +111,7 @@ def accuracy_within_superclasses(rows: Sequence[Row]) -> Figure:
         axes.set_ylabel("top-1 (%)" if i % columns == 0 else "", fontsize=8)
         axes.tick_params(labelsize=7, labelbottom=i + columns >= len(names))
     note = seeds_note(by_name[names[0]], labels)
-    title(figure, f"{dataset}: class accuracy of the images of each superclass, by what {first} gains with size{note}")
+    title(figure, f"{dataset}: classes told apart within each superclass, by what {first} gains with size{note}")
     add_legend(figure, list(styles))
     return figure
 
@@ -133,15 +130,15 @@ def class_accuracy_against_full_width(rows: Sequence[Row]) -> Figure:
     """
     rows = [row for row in rows if row.study == "per_class" and row.metric.startswith(OF_CLASS)]
     dataset = dataset_of(rows, "single classes")
-    methods = sorted({row.method for row in rows}, key=method_order)
-    figure = Figure(figsize=(4.6 * len(methods) + 0.4, 4.2), layout="constrained")
+    labels = line_labels(rows)
+    styles = line_styles(labels)
+    figure = Figure(figsize=(4.6 * len(styles) + 0.4, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
-    all_axes = figure.subplots(1, len(methods), sharey=True, squeeze=False)[0]
-    for i, (axes, method) in enumerate(zip(all_axes, methods, strict=True)):
-        classes, dims, accuracy = _class_accuracy([row for row in rows if row.method == method])
-        color = METHOD_STYLES.get(method, OTHER_STYLES[i % len(OTHER_STYLES)])["color"]
-        _draw_classes(axes, classes, dims, 100 * (accuracy - accuracy[:, -1:]), color)
-        axes.set_title(METHOD_LABELS.get(method, method), fontsize=10)
+    all_axes = figure.subplots(1, len(styles), sharey=True, squeeze=False)[0]
+    for i, (axes, label) in enumerate(zip(all_axes, styles, strict=True)):
+        classes, dims, accuracy = _class_accuracy([row for row in rows if labels[row.method, row.run] == label])
+        _draw_classes(axes, classes, dims, 100 * (accuracy - accuracy[:, -1:]), styles[label]["color"])
+        axes.set_title(label, fontsize=10)
         axes.set_ylabel("" if i else "class accuracy minus that at the largest size (points)", fontsize=9)
     limits = all_axes[0].get_ylim()
     for axes in all_axes:
@@ -149,7 +146,9 @@ def class_accuracy_against_full_width(rows: Sequence[Row]) -> Figure:
     all_axes[0].set_ylim(limits)  # differences go below 0
     num_classes = len({row.metric for row in rows})
     of = f"{num_classes:,} classes of {counts(rows)} validation images each"
-    title(figure, f"{dataset}: {of}; line: median, band: middle half")
+    num_seeds = max(len({row.seed for row in rows if labels[row.method, row.run] == label}) for label in styles)
+    means = f" (means of up to {num_seeds} seeds)" if num_seeds > 1 else ""
+    title(figure, f"{dataset}: {of}{means}; line: median, band: middle half")
     return figure
 
 

@@ -14,15 +14,20 @@ from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from mrl.errors import UserError
 from mrl.figures.accuracy import NESTED, check_one_dataset, is_trained, panels_by_dim, trained_dims
 from mrl.figures.style import (
+    PAPER,
+    NothingToDraw,
     add_legend,
     counts,
     dim_axis,
     draw_line,
+    draw_paper,
     line_labels,
     line_styles,
     metric_label,
+    title,
     values_by_dim,
 )
+from mrl.paper import paper_rows
 from mrl.results import METHODS, Row
 
 BASELINE_PANELS = {
@@ -82,7 +87,7 @@ def interpolation(rows: Sequence[Row], metric: str = "top_1") -> Figure:
     rows = [row for row in rows if (row.study, row.metric) == ("retrieval", metric) and row.method in (*NESTED, "FF")]
     for row in rows:
         if row.method in NESTED and (row.method, row.run) not in trained:
-            raise UserError(f"run {row.run} has no classification rows, which tell the sizes that it was trained at")
+            raise NothingToDraw(f"run {row.run} has no classification rows, which tell the sizes it was trained at")
     at_trained = [row for row in rows if is_trained(row, trained)]
     figure = panels_by_dim(at_trained, {("retrieval", metric): "at trained sizes and between them"}, filled=True)
     [axes] = figure.axes
@@ -97,7 +102,7 @@ def interpolation(rows: Sequence[Row], metric: str = "top_1") -> Figure:
         axes.plot([], [], "o", color="0.3", markerfacecolor=fill, label=kind)
     for legend in list(figure.legends):
         legend.remove()
-    add_legend(figure, [*styles, *kinds])
+    add_legend(figure, [*styles, *kinds, *(PAPER.format(method) for method, _ in labels)])
     return figure
 
 
@@ -131,17 +136,23 @@ def adaptive_retrieval(rows: Sequence[Row]) -> Figure:
     FigureCanvasAgg(figure)
     grid = figure.subplots(len(shown), len(columns), squeeze=False, sharex="col", sharey="row")
     series = _series(rows)
+    published = [row for row in paper_rows(rows[0].dataset, "table_11") if row.method == methods[0]]
     for all_axes, metric in zip(grid, shown, strict=True):
         for axes, column in zip(all_axes, columns, strict=True):
             _draw_series(axes, series, [row for row in rows if row.metric == metric], column)
+        _draw_paper(all_axes[0], series, [row for row in published if row.metric == metric])
         all_axes[0].set_ylabel(metric_label(metric))
     for axes, column in zip(grid[-1], columns, strict=True):
         axes.set_xlabel(COST_LABELS[column])
     seeds = "" if len(models) == 1 else f"; mean and standard deviation of {len(models)} seeds"
     names = f"{methods[0]} ({rows[0].run})" if len(models) == 1 else methods[0]
-    figure.suptitle(f"{rows[0].dataset}, {names}: {counts(rows)} queries{seeds}", fontsize=11)
-    add_legend(figure, list(series), entry_inches=3.4)
+    title(figure, f"{rows[0].dataset}, {names}: {counts(rows)} queries{seeds}")
+    add_legend(figure, [*series, *(PAPER.format(_short(label)) for label in series)], entry_inches=3.4)
     return figure
+
+
+def _short(label: str) -> str:
+    return label.partition(" (")[0]
 
 
 def _point(row: Row) -> Point:
@@ -176,6 +187,17 @@ def _series(rows: Sequence[Row]) -> dict[str, tuple[list[Point], dict[str, Any]]
     return {label: of_label for label, of_label in series.items() if of_label[0]}
 
 
+def _draw_paper(axes: Axes, series: dict[str, tuple[list[Point], dict[str, Any]]], published: Sequence[Row]) -> None:
+    """The paper's values of the same configurations against multiply-adds."""
+    by_point = {_point(row): row for row in published}
+    for label, (points, style) in series.items():
+        same = [by_point[point] for point in points if point in by_point]
+        if style.get("linestyle") != "none":
+            draw_paper(
+                axes, [(row.cost, 100 * row.value) for row in same if row.cost is not None], _short(label), style
+            )
+
+
 def _draw_series(
     axes: Axes, series: dict[str, tuple[list[Point], dict[str, Any]]], rows: Sequence[Row], column: str
 ) -> None:
@@ -189,7 +211,9 @@ def _draw_series(
         look: dict[str, Any] = {"linewidth": 1.3, "markersize": 5, "markerfacecolor": "white", **style, "label": label}
         if label == "funnel":
             look |= {"markerfacecolor": style["color"], "zorder": 4}
-        if max(map(len, drawn)) == 1:
+        if costs != sorted(costs):
+            look["linestyle"] = "none"  # times of small searches may not rise with the size
+        if max(map(len, drawn)) == 1 or style["marker"] == ".":  # grey points are too many for bars
             axes.plot(costs, values, **look)
         else:
             spread = [100 * statistics.stdev(row.value for row in same) if len(same) > 1 else 0.0 for same in drawn]
@@ -198,7 +222,7 @@ def _draw_series(
             # Times of small sizes lie too close for numbers.
             numbered = slice(None) if column == "cost" else slice(None, None, max(1, len(points) - 1))
             for point, cost, value in list(zip(points, costs, values, strict=True))[numbered]:
-                place: Any = {"xytext": (0, -11), "textcoords": "offset points", "ha": "center", "fontsize": 7}
+                place: Any = {"xytext": (5, -9), "textcoords": "offset points", "ha": "left", "fontsize": 7}
                 axes.annotate(str(point[1]), (cost, value), **place)
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

@@ -7,7 +7,7 @@ import math
 import statistics
 import textwrap
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,7 @@ OTHER_STYLES: list[Style] = [
         strict=True,
     )
 ]
+PAPER = "{} (paper)"
 MAX_TICKS = 12
 
 
@@ -57,6 +58,8 @@ class NothingToDraw(UserError):
 
 def metric_label(metric: str) -> str:
     """The axis label of a metric, with its unit: "mAP@10 (%)" for "map@10"."""
+    if metric.endswith("_shot"):
+        return METRIC_LABELS["top_1"]
     name, at, k = metric.partition("@")
     return METRIC_LABELS.get(metric, f"{METRIC_NAMES.get(name, name)}{at}{k} (%)")
 
@@ -67,7 +70,7 @@ def add_legend(figure: Figure, labels: Sequence[str], entry_inches: float = 2.2)
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             entries.setdefault(label, handle)
-    shown = [label for label in labels if label in entries]
+    shown = [label for label in dict.fromkeys(labels) if label in entries]
     figure.legend(
         [entries[label] for label in shown],
         shown,
@@ -80,8 +83,17 @@ def add_legend(figure: Figure, labels: Sequence[str], entry_inches: float = 2.2)
 
 
 def title(figure: Figure, text: str) -> None:
-    """Write ``text`` over all panels, on as many lines as the figure's width makes necessary."""
-    figure.suptitle(textwrap.fill(text, round(11 * figure.get_figwidth())), fontsize=11)
+    """Write ``text`` over all panels, on as many lines as the figure's width makes necessary, broken at "; " first."""
+    width = round(11 * figure.get_figwidth())
+    parts = [text] if len(text) <= width else text.replace("; ", ";\n").split("\n")
+    figure.suptitle("\n".join(textwrap.fill(part, width) for part in parts), fontsize=11)
+
+
+def draw_paper(axes: Axes, points: Iterable[tuple[float, float]], label: str, style: Style) -> None:
+    """The paper's values as a thin dashed line in the colour of ours, under all others; nothing if there are none."""
+    if in_order := sorted(points):
+        look: dict[str, Any] = {"color": style["color"], "linewidth": 1, "dashes": (6, 3), "zorder": 1}
+        axes.plot(*zip(*in_order, strict=True), label=PAPER.format(label), **look)
 
 
 def save(figure: Figure, path_stem: str | Path) -> list[Path]:
@@ -93,30 +105,49 @@ def save(figure: Figure, path_stem: str | Path) -> list[Path]:
     return paths
 
 
-def line_labels(rows: Sequence[Row]) -> dict[tuple[str, str], str]:
-    """``{(method, run): label of its line}``: the method, and the run too where several models share its points."""
+def line_labels(
+    rows: Sequence[Row],
+    names: Mapping[str, str] = METHOD_LABELS,
+    order: Callable[[str], tuple[int, str]] = method_order,
+) -> dict[tuple[str, str], str]:
+    """``{(method, run): label of its line}``: the method, and the run too where several models are not one line.
+
+    Models of one method that differ in their seed alone are: the line is their mean. Two of one seed and size are
+    not, nor are nested ones of different sizes.
+
+    Args:
+        rows: All that are to be drawn.
+        names: What methods are called, where not as they are.
+        order: Sort key of methods.
+    """
     points = Counter((row.method, row.study, row.metric, row.dim, row.seed) for row in rows)
-    shared = {point[0] for point, count in points.items() if count > 1}
+    apart = {point[0] for point, count in points.items() if count > 1}
+    sizes: dict[str, dict[str, set[int | None]]] = {}
+    for row in rows:
+        sizes.setdefault(row.method, {}).setdefault(row.run, set()).add(row.dim)
+    for method, of_runs in sizes.items():
+        if not method.startswith("FF") and len(set(map(frozenset, of_runs.values()))) > 1:
+            apart.add(method)
     labels = {}
-    for row in sorted(rows, key=lambda row: (*method_order(row.method), row.run)):
-        name = METHOD_LABELS.get(row.method, row.method)
-        labels[row.method, row.run] = f"{name}: {row.run}" if row.method in shared else name
+    for method, run in sorted({(row.method, row.run) for row in rows}, key=lambda key: (*order(key[0]), key[1])):
+        name = names.get(method, method)
+        labels[method, run] = f"{name}: {run}" if method in apart else name
     return labels
 
 
-def line_styles(labels: dict[tuple[str, str], str]) -> dict[str, Style]:
-    """``{label: style}`` in the order of the legend; a method has the same style in every figure."""
+def line_styles(labels: Mapping[tuple[str, str], str], styles: Mapping[str, Style] = METHOD_STYLES) -> dict[str, Style]:
+    """``{label: style}`` in the order of the legend; a method has the same of ``styles`` in every figure."""
     spare = itertools.cycle(OTHER_STYLES)
-    styles: dict[str, Style] = {}
+    found: dict[str, Style] = {}
     used: set[str] = set()
     for (method, _), label in labels.items():
-        if label not in styles:
-            styles[label] = METHOD_STYLES[method] if method in METHOD_STYLES.keys() - used else next(spare)
+        if label not in found:
+            found[label] = styles[method] if method in styles.keys() - used else next(spare)
             used.add(method)
-    return styles
+    return found
 
 
-def values_by_dim(rows: Sequence[Row], labels: dict[tuple[str, str], str]) -> dict[str, Line]:
+def values_by_dim(rows: Sequence[Row], labels: Mapping[tuple[str, str], str]) -> dict[str, Line]:
     """``{label: {dim: one value per seed}}`` of one study."""
     lines: dict[str, Line] = {}
     for row in rows:
@@ -168,7 +199,7 @@ def counts(rows: Sequence[Row]) -> str:
     return " to ".join(f"{n:,}" for n in sorted({min(row.n for row in rows), max(row.n for row in rows)}))
 
 
-def seeds_note(rows: Sequence[Row], labels: dict[tuple[str, str], str]) -> str:
+def seeds_note(rows: Sequence[Row], labels: Mapping[tuple[str, str], str]) -> str:
     """What the error bars are, for the title; nothing where there are none."""
     seeds = set(Counter((row.study, row.metric, labels[row.method, row.run], row.dim) for row in rows).values())
     if seeds == {1}:

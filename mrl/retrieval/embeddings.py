@@ -29,13 +29,25 @@ _MISSING, _FILLED, _NOT_FINITE = 0, 1, 2
 
 @dataclass(frozen=True)
 class EmbeddingMetadata:
-    """What embeddings are of. Where it is equal they are the same and are used again."""
+    """What embeddings are of. Where it is equal they are the same and are used again.
+
+    Attributes:
+        checkpoint_sha256: Of the model's weights.
+        dataset: Name of the data.
+        split: train, val, or the name of other images.
+        resize_px: Shorter side of an image after resizing.
+        crop_px: Side of its centre crop.
+        normalisation: What is taken from the pixels and what they are divided by, as text.
+        flip: Whether the images are mirrored.
+        classes_sha256: Of the names of the classes, and of the files' where the data have no other name to go by.
+    """
 
     checkpoint_sha256: str
     dataset: str
     split: str
     resize_px: int
     crop_px: int
+    normalisation: str
     flip: bool
     classes_sha256: str
 

@@ -17,6 +17,7 @@ from mrl.errors import UserError
 from mrl.progress import progress
 from mrl.results import Row, Source
 from mrl.studies.classification import Classifier, classification, truncations
+from mrl.studies.finite import refuse_not_finite
 from mrl.studies.linear_probe import fit_linear_probe
 from mrl.studies.retrieval import retrieval, thin
 
@@ -148,14 +149,15 @@ def moments(vectors: np.ndarray, device: torch.device | str = "cpu") -> tuple[Te
     """Mean ``(D,)`` and covariance ``(D, D)`` of ``vectors`` ``(N, D)`` in float64, read in blocks.
 
     Raises:
-        UserError: A vector holds NaN or infinity.
+        UserError: A vector holds NaN or infinity; the message names its row.
     """
     width = vectors.shape[1]
     mean = torch.zeros(width, dtype=torch.float64, device=device)
+    first_row = 0
     for block in _blocks(vectors, device, "principal directions: mean"):
+        refuse_not_finite(block, first_row, "database")
+        first_row += len(block)
         mean += block.double().sum(dim=0) / len(vectors)
-    if not mean.isfinite().all():
-        raise UserError("the database holds NaN or infinity, so it has no principal directions")
     covariance = torch.zeros(width, width, dtype=torch.float64, device=device)
     for block in _blocks(vectors, device, "principal directions: covariance"):
         centred = block - mean.float()

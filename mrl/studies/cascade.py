@@ -131,6 +131,20 @@ def dims_saved(rows: Sequence[Row], method: str, tolerance: float = 0.0) -> dict
     return ratios
 
 
+def headlines(rows: Sequence[Row]) -> list[str]:
+    """A sentence a cascade on the largest of `dims_saved`, for people to read; none without fixed-feature models."""
+    found = []
+    for method in sorted({row.method for row in rows if row.study == STUDY and row.method != "FF"}):
+        saved = {dim: ratio for dim, ratio in dims_saved(rows, method).items() if ratio is not None}
+        if saved:
+            dim = max(saved, key=lambda dim: saved[dim])
+            found.append(
+                f"{method} ({rows[0].dataset}): the accuracy of FF-{dim} from {dim / saved[dim]:.1f} dims on average, "
+                f"{saved[dim]:.1f} times fewer"
+            )
+    return found
+
+
 def spread(values: Sequence[float]) -> float:
     """The sample standard deviation; 0 of a single value."""
     return statistics.stdev(values) if len(values) > 1 else 0.0

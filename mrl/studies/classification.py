@@ -13,6 +13,7 @@ from mrl.errors import UserError
 from mrl.nesting import prefix
 from mrl.progress import progress
 from mrl.results import Row, Source
+from mrl.studies.finite import refuse_not_finite
 
 STUDY = "classification"
 Classifier = tuple[Tensor, Tensor]
@@ -51,17 +52,20 @@ def classification(
         batch_rows: Embeddings in memory at a time.
 
     Raises:
-        UserError: There are no embeddings, a label is not one of the classes, or a classifier
-            holds NaN or infinity.
+        UserError: There are no embeddings, a label is not one of the classes, or an embedding (the message names
+            its row) or a classifier holds NaN or infinity.
     """
     classifiers = [(weight.detach().to(device), bias.detach().to(device)) for weight, bias in classifiers]
     num_classes = _check(vectors, labels, classifiers, source.run)
     ranks_wanted = {"top_1": 1, "top_5": 5} if num_classes > 5 else {"top_1": 1}
     counts = torch.zeros(len(classifiers), len(ranks_wanted), dtype=torch.int64, device=device)
+    largest = max(weight.shape[1] for weight, _ in classifiers)
     with progress(total=len(vectors), desc=f"{source.run}: {STUDY}", unit="image") as bar:
         for start in range(0, len(vectors), batch_rows):
             rows = np.array(vectors[start : start + batch_rows], dtype=np.float32)
             z = torch.from_numpy(rows).to(device)
+            # With NaN no class would score above the right one: every prediction would count.
+            refuse_not_finite(z[:, :largest], start)
             truth = torch.from_numpy(np.array(labels[start : start + batch_rows], dtype=np.int64)).to(device)
             for g, (weight, bias) in enumerate(classifiers):
                 ranks = true_ranks(F.linear(prefix(z, weight.shape[1]), weight, bias), truth)
@@ -92,7 +96,6 @@ def _check(vectors: np.ndarray, labels: np.ndarray, classifiers: Sequence[Classi
             f"{run}: labels go from {low} to {high}, but the classifier knows classes 0 to {num_classes - 1}"
         )
     for weight, bias in classifiers:
-        # With NaN no class would score above the right one: every prediction would count.
         if not (weight.isfinite().all() and bias.isfinite().all()):
             raise UserError(f"{run}: the classifier of {weight.shape[1]} dims holds NaN or infinity")
     return num_classes

@@ -14,6 +14,7 @@ from mrl.nesting import unit_prefix
 from mrl.progress import progress
 from mrl.results import Row, Source
 from mrl.studies.cascade import spread
+from mrl.studies.finite import refuse_array_not_finite
 
 STUDY = "few_shot"
 SHOTS = (1, 3, 5, 7, 9)
@@ -108,8 +109,5 @@ def _check(
             f"class {classes[counts.argmin()]} has {counts.min()} images, so {max(shots)} supports leave none to "
             f"classify; allowed: up to {counts.min() - 1} shots"
         )
-    for start in range(0, len(vectors), 4096):
-        finite = np.isfinite(vectors[start : start + 4096]).all(axis=1)
-        if not finite.all():
-            raise UserError(f"row {start + int(finite.argmin())} of the embeddings holds NaN or infinity")
+    refuse_array_not_finite(vectors)
     return classes, index

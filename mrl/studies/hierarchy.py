@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from mrl.errors import UserError
+from mrl.paper import paper_superclasses
 from mrl.results import Row, Source
+from mrl.studies.classification import classification
+from mrl.studies.finite import refuse_array_not_finite
+from mrl.studies.logits import Classifier
 from mrl.studies.oracle import check_predictions
+from mrl.studies.robustness import restrict, synsets
 
 STUDY, CLASS_STUDY = "hierarchy", "per_class"
 OUTSIDE = -1
-IN, OF_CLASS = "top_1 in ", "top_1 of class "
+IN, WITHIN, OF_CLASS = "top_1 in ", "top_1 within ", "top_1 of class "
 # The first two and "no clear trend" are the paper's appendix J with the rest of what can happen named too.
 TRENDS = ("monotone", "rise then dip", "dip then rise", "falling", "no clear trend")
 
@@ -32,30 +37,9 @@ class Hierarchy(NamedTuple):
     names: tuple[str, ...]
 
 
-def read_superclasses(path: str | Path) -> dict[str, str]:
-    """``{class: superclass}`` of a tab-separated table whose first line names its columns.
-
-    The first column is the class as its folder is called; another is called "superclass".
-
-    Raises:
-        UserError: The file is missing, lacks the column, or a class has none or two superclasses.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path} does not exist; give a table of classes and superclasses")
-    with path.open(encoding="utf-8", newline="") as file:
-        header, *lines = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)) or [[]]
-    if "superclass" not in header[1:]:
-        raise UserError(f"{path} has the columns {header}; needed are the class first and one called superclass")
-    column = header.index("superclass")
-    table: dict[str, str] = {}
-    for number, line in enumerate(lines, 2):
-        if not line:
-            continue
-        superclass = line[column].strip() if len(line) > column else ""
-        if not superclass or table.setdefault(line[0], superclass) != superclass:
-            raise UserError(f"{path}, line {number}: {line[0]!r} needs one superclass, and the same wherever it stands")
-    return table
+def default_superclasses(classes: Sequence[str]) -> dict[str, str] | None:
+    """The paper's 30 superclasses where ``classes`` are the WordNet ids of ImageNet's 1,000; else None."""
+    return paper_superclasses() if set(classes) == set(synsets("imagenet_v2")) else None
 
 
 def build_hierarchy(classes: Sequence[str], table: Mapping[str, str]) -> Hierarchy:
@@ -90,7 +74,7 @@ def hierarchy(
       prediction outside the table is wrong.
     - "superclass_top_1_with_reject": all images; the classes outside are one more superclass (the paper's 31st).
       Left out where no class is outside, for it would be the same.
-    - "top_1 in <superclass>": the class itself is right, of the images of this superclass (figure 11).
+    - "top_1 in <superclass>": the class itself is right, of the images of this superclass.
     - "superclass_top_1 in <superclass>": the superclass is right, of the same images.
 
     Args:
@@ -116,6 +100,46 @@ def hierarchy(
     rows = _rows(predicted == truth, dims, groups, source, method)
     within = {f"{IN}{name}": truth == i for i, name in enumerate(superclasses.names)}
     return rows + _rows(predictions == labels, dims, within, source, method)
+
+
+def within_superclasses(
+    vectors: np.ndarray,
+    labels: np.ndarray,
+    classifiers: Sequence[Classifier],
+    superclasses: Hierarchy,
+    source: Source,
+    method: str,
+    *,
+    device: torch.device | str = "cpu",
+) -> list[Row]:
+    """Rows "top_1 within <superclass>" at each size: its images, told apart among its classes alone (figure 11).
+
+    So the superclass is given, and logits of other classes do not count. Superclasses of one class have no rows,
+    for there is nothing to tell apart.
+
+    Args:
+        vectors: Embeddings ``(N, D)``, raw.
+        labels: ``(N,)`` int64.
+        classifiers: Weight ``(C, dim)`` and bias ``(C,)`` of each size.
+        superclasses: See `build_hierarchy`.
+        source: What the rows are of.
+        method: The rows' method.
+        device: Where to compute.
+
+    Raises:
+        UserError: As `classification`.
+    """
+    refuse_array_not_finite(vectors)  # below, rows are those of a superclass
+    rows: list[Row] = []
+    for i, name in enumerate(superclasses.names):
+        members = np.flatnonzero(superclasses.superclass_of == i)
+        images = np.flatnonzero(superclasses.superclass_of[labels] == i)
+        if len(members) > 1 and len(images):
+            own = np.searchsorted(members, labels[images])
+            restricted = restrict(classifiers, members)
+            found = classification(vectors[images], own, restricted, source, method, device=device)
+            rows += [replace(row, study=STUDY, metric=f"{WITHIN}{name}") for row in found if row.metric == "top_1"]
+    return rows
 
 
 def per_class(

@@ -10,6 +10,7 @@ from torch import Tensor
 from mrl.errors import UserError
 from mrl.progress import progress
 from mrl.studies.classification import Classifier
+from mrl.studies.finite import refuse_not_finite
 from mrl.studies.retrieval import check_labels
 
 BATCH_ROWS = 8192
@@ -41,15 +42,14 @@ def fit_linear_probe(
 
     Raises:
         UserError: A label is not one of the classes, the labels do not fit the embeddings, or one of
-            these holds NaN or infinity.
+            these holds NaN or infinity; the message names its row.
     """
     check_labels(vectors, labels, "training images")
     if labels.min() < 0 or labels.max() >= num_classes:
         raise UserError(f"labels go from {labels.min()} to {labels.max()}; the classes are 0 to {num_classes - 1}")
     z = torch.from_numpy(np.array(vectors, dtype=np.float32)).to(device)
+    refuse_not_finite(z, name="training images' embeddings")
     mean, deviation = z.double().mean(dim=0).float(), z.double().std(dim=0, correction=0).float()
-    if not (mean.isfinite() & deviation.isfinite()).all():
-        raise UserError("the embeddings of the training images hold NaN or infinity, so nothing can be fit on them")
     deviation[deviation == 0] = 1
     z = z.sub_(mean).div_(deviation)
     truth = torch.from_numpy(np.array(labels, dtype=np.int64)).to(device)

@@ -108,7 +108,11 @@ def robustness(
     Raises:
         UserError: As `classification`.
     """
-    rows = torch.from_numpy(trained)
-    restricted = [(weight[rows.to(weight.device)], bias[rows.to(bias.device)]) for weight, bias in classifiers]
-    found = classification(vectors, labels, restricted, source, method, device=device)
+    found = classification(vectors, labels, restrict(classifiers, trained), source, method, device=device)
     return [dataclasses.replace(row, study=STUDY) for row in found]
+
+
+def restrict(classifiers: Sequence[Classifier], classes: np.ndarray) -> list[Classifier]:
+    """Weight ``(F, dim)`` and bias ``(F,)`` of each size for F of the classes, in the order of ``classes`` ``(F,)``."""
+    rows = torch.from_numpy(classes)
+    return [(weight[rows.to(weight.device)], bias[rows.to(bias.device)]) for weight, bias in classifiers]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from mrl.studies.adaptive_retrieval import adaptive_retrieval
 from mrl.studies.baselines import classification_baselines, retrieval_baselines
 from mrl.studies.cascade import cascade, fixed_feature
 from mrl.studies.classification import classification, truncations
-from mrl.studies.hierarchy import build_hierarchy, hierarchy, per_class
+from mrl.studies.hierarchy import build_hierarchy, default_superclasses, hierarchy, per_class, within_superclasses
 from mrl.studies.logits import predict
 from mrl.studies.oracle import oracle
 from mrl.studies.retrieval import interpolated_dims, retrieval
@@ -34,6 +34,7 @@ class EmbeddedRun:
         train: Embeddings of the training images, the database of retrieval.
         val: Embeddings of the validation images.
         val_flip: Those of the mirrored validation images, where the run was trained with mirrored images.
+        further: Those of other images; see `mrl.studies.further`.
     """
 
     source: Source
@@ -42,10 +43,14 @@ class EmbeddedRun:
     train: EmbeddingSet
     val: EmbeddingSet
     val_flip: EmbeddingSet | None
+    further: Mapping[str, EmbeddingSet] = field(default_factory=dict)
 
 
 def run_studies(run: EmbeddedRun, device: torch.device, superclasses: Mapping[str, str] | None = None) -> list[Row]:
-    """The rows of every study; ``superclasses`` is a ``{class: superclass}`` table for the hierarchy study."""
+    """The rows of every study.
+
+    ``superclasses`` is a ``{class: superclass}`` table for the hierarchy study, on ImageNet the paper's unless given.
+    """
     dims, width = run.head.nesting_list, run.val.vectors.shape[1]
     method = method_name(dims, run.head.tied)
     truncated = default_nesting_list(width) if dims == (width,) else ()
@@ -92,9 +97,10 @@ def _predictions(
     else:
         rows = fixed_feature(correct[0], dims[0], source)
     rows += per_class(single.classes, labels, dims, run.classes, run.source, method)
-    if superclasses:
+    if superclasses := superclasses or default_superclasses(run.classes):
         table = build_hierarchy(run.classes, superclasses)
         rows += hierarchy(single.classes, labels, dims, table, run.source, method)
+        rows += within_superclasses(run.val.vectors, labels, classifiers, table, run.source, method, device=device)
     return rows
 
 

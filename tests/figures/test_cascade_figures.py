@@ -58,9 +58,9 @@ def test_the_papers_points_are_dashed_on_imagenet_and_nowhere_else():
     for dataset in ("digits", "tiny_imagenet", "imagenet_v2"):
         assert not any("paper" in label for label in drawn(cascade_by_expected_dim(rows_of(dataset)).axes[0]))
     [axes] = cascade_by_expected_dim(rows_of("imagenet")).axes
-    dims, accuracies = drawn(axes)["MRL cascade, thresholds pairwise (paper)"]
+    dims, accuracies = drawn(axes)["MRL cascade (paper)"]
     assert (dims[3], accuracies[3]) == pytest.approx((37.19, 76.29))
-    [line] = [line for line in axes.lines if line.get_label() == "MRL cascade, thresholds pairwise (paper)"]
+    [line] = [line for line in axes.lines if line.get_label() == "MRL cascade (paper)"]
     assert line.is_dashed()
 
 

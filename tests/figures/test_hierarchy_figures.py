@@ -53,21 +53,21 @@ def test_seeds_are_counted_once_however_many_metrics_there_are():
 
 
 def test_a_panel_per_superclass_the_one_that_gains_most_first():
-    rows = rows_of("MRL", {"top_1 in dog": (0.8, 0.8, 0.85), "top_1 in a_b": (0.5, 0.6, 0.9)})
-    rows += rows_of("FF", {"top_1 in dog": (0.1, 0.8, 0.9), "top_1 in a_b": (0.5, 0.6, 0.6)})
+    rows = rows_of("MRL", {"top_1 within dog": (0.8, 0.8, 0.85), "top_1 within a_b": (0.5, 0.6, 0.9)})
+    rows += rows_of("FF", {"top_1 within dog": (0.1, 0.8, 0.9), "top_1 within a_b": (0.5, 0.6, 0.6)})
     panels = [axes for axes in accuracy_within_superclasses(rows).axes if axes.get_visible()]
     assert [axes.get_title() for axes in panels] == ["a b (n = 50)", "dog (n = 50)"]
     np.testing.assert_allclose(drawn(panels[0])["MRL"][1], [50, 60, 90])
 
 
 def test_superclass_accuracy_of_a_superclass_is_not_mixed_in():
-    rows = rows_of("MRL", {"top_1 in dog": (0.8, 0.8, 0.85), "superclass_top_1 in dog": (0.9, 0.9, 0.9)})
+    rows = rows_of("MRL", {"top_1 within dog": (0.8, 0.8, 0.85), "superclass_top_1 in dog": (0.9, 0.9, 0.9)})
     [axes] = accuracy_within_superclasses(rows).axes
     np.testing.assert_allclose(drawn(axes)["MRL"][1], [80, 80, 85])
 
 
 def test_seven_superclasses_fill_two_lines_and_hide_what_is_left():
-    rows = rows_of("MRL", {f"top_1 in s{i}": (0.1 * i, 0.5, 0.9) for i in range(7)})
+    rows = rows_of("MRL", {f"top_1 within s{i}": (0.1 * i, 0.5, 0.9) for i in range(7)})
     all_axes = accuracy_within_superclasses(rows).axes
     assert (len(all_axes), sum(axes.get_visible() for axes in all_axes)) == (10, 7)
 

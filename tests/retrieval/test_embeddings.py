@@ -12,7 +12,7 @@ from mrl.training import distributed
 from mrl.training.distributed import Process
 
 ALONE = Process(0, 1, torch.device("cpu"))
-METADATA = EmbeddingMetadata("0123", "digits", "val", 32, 28, False, "4567")
+METADATA = EmbeddingMetadata("0123", "digits", "val", 32, 28, "mean 0, std 1", False, "4567")
 WIDTH = 3
 
 

@@ -4,10 +4,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from mrl.errors import UserError
+from mrl.heads import NestedLinear
 from mrl.results import Source
-from mrl.studies.hierarchy import build_hierarchy, hierarchy, per_class, read_superclasses, trend
+from mrl.studies.class_table import read_class_table
+from mrl.studies.hierarchy import (
+    build_hierarchy,
+    default_superclasses,
+    hierarchy,
+    per_class,
+    trend,
+    within_superclasses,
+)
+from mrl.studies.robustness import synsets
 
 SOURCE = Source("animals", "some_run", 3, 32, 28, False)
 SHARED = Path(os.environ.get("MRL_SHARED_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
@@ -142,17 +153,17 @@ def test_per_class_equals_a_loop():
 def test_a_table_that_cannot_be_read_is_refused(tmp_path, content, said):
     (tmp_path / "table.tsv").write_text(content)
     with pytest.raises(UserError, match=said):
-        read_superclasses(tmp_path / "table.tsv")
+        read_class_table(tmp_path / "table.tsv", "superclass")
 
 
 def test_a_table_may_have_more_columns_and_empty_lines(tmp_path):
     (tmp_path / "table.tsv").write_text('id\tname\tsuperclass\nn1\ta "cat\tanimal\n\nn2\toak\tplant\n')
-    assert read_superclasses(tmp_path / "table.tsv") == {"n1": "animal", "n2": "plant"}
+    assert read_class_table(tmp_path / "table.tsv", "superclass") == {"n1": "animal", "n2": "plant"}
 
 
 def test_a_missing_table_and_one_of_other_classes_are_refused(tmp_path):
     with pytest.raises(UserError, match="none.tsv does not exist"):
-        read_superclasses(tmp_path / "none.tsv")
+        read_class_table(tmp_path / "none.tsv", "superclass")
     with pytest.raises(UserError, match="none of the 5 classes"):
         build_hierarchy(CLASSES, {"bus": "vehicle"})
     with pytest.raises(UserError, match="none of the 2 images"):
@@ -163,9 +174,46 @@ def test_a_missing_table_and_one_of_other_classes_are_refused(tmp_path):
 @pytest.mark.shared
 def test_the_table_of_tiny_imagenet_holds_all_its_classes():
     folder = SHARED / "tiny-imagenet-200"
-    table = read_superclasses(folder / "superclasses.tsv")
+    table = read_class_table(folder / "superclasses.tsv", "superclass")
     classes = (folder / "wnids.txt").read_text().split()
     superclasses = build_hierarchy(classes, table)
     assert (len(superclasses.names), superclasses.superclass_of.min()) == (20, 0)
     with (folder / "superclasses.tsv").open() as file:
         assert {line["wnid"]: line["superclass"] for line in csv.DictReader(file, delimiter="\t")} == table
+
+
+def test_within_a_superclass_only_its_own_classes_compete():
+    superclasses = build_hierarchy(CLASSES, TABLE)
+    head = NestedLinear([4, 8], 5)
+    classifiers = [head.weight_and_bias(g) for g in range(2)]
+    rng = np.random.default_rng(0)
+    vectors, labels = rng.standard_normal((80, 8)).astype(np.float32), rng.integers(5, size=80)
+    rows = within_superclasses(vectors, labels, classifiers, superclasses, SOURCE, "MRL")
+    with torch.no_grad():
+        logits = head(torch.from_numpy(vectors)).numpy()
+    for name, members in {"animal": [0, 1], "plant": [2, 4]}.items():
+        for g, dim in enumerate((4, 8)):
+            right = [
+                max(members, key=lambda c: of_image[c]) == label
+                for of_image, label in zip(logits[g], labels, strict=True)
+                if label in members
+            ]
+            [row] = [row for row in rows if (row.metric, row.dim) == (f"top_1 within {name}", dim)]
+            assert (row.study, row.value, row.n) == ("hierarchy", pytest.approx(np.mean(right)), len(right))
+
+
+def test_a_superclass_of_one_class_or_without_images_has_nothing_to_tell_apart():
+    head, labels = NestedLinear([8], 5), np.array([0, 1, 3])
+    classifiers = [head.weight_and_bias(0)]
+    table = build_hierarchy(CLASSES, TABLE | {"rock": "mineral"})
+    rows = within_superclasses(np.ones((3, 8), np.float32), labels, classifiers, table, SOURCE, "FF")
+    assert {row.metric for row in rows} == {"top_1 within animal"}
+
+
+def test_imagenet_gets_the_papers_superclasses_and_no_other_data_do():
+    wnids = sorted(synsets("imagenet_v2"))
+    superclasses = build_hierarchy(wnids, default_superclasses(wnids))
+    assert len(superclasses.names) == 30
+    assert (superclasses.superclass_of >= 0).sum() == 467
+    assert default_superclasses(wnids[1:]) is None
+    assert default_superclasses(CLASSES) is None
