@@ -2,8 +2,9 @@
 
 from mrl.errors import UserError
 from mrl.heads import NestedLinear
+from mrl.interop import load
 from mrl.losses import MatryoshkaLoss, nested_cross_entropy
-from mrl.models import MatryoshkaClassifier, load
+from mrl.models import MatryoshkaClassifier
 from mrl.nesting import prefix, unit_prefix
 from mrl.retrieval.rerank import funnel_search, rerank
 from mrl.retrieval.search import exact_search

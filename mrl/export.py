@@ -1,0 +1,61 @@
+"""Export a trained model to where people already work.
+
+python -m mrl.export hub --run runs/digits_mrl --out exports/digits_mrl --license mit
+python -m mrl.export hub --run runs/digits_mrl --out exports/digits_mrl --license mit --push OWNER/NAME
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from mrl.errors import UserError
+from mrl.interop import hub
+
+
+def _hub(args: argparse.Namespace) -> None:
+    folder = hub.export_folder(args.run, args.out, args.license, args.results)
+    print(f'{folder}: load it with mrl.load("{folder}")')
+    if args.push:
+        print(f"pushed: {hub.push_to_hub(folder, args.push, args.private)}")
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line, checked."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mrl.export",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    targets = parser.add_subparsers(dest="target", required=True, metavar="TARGET")
+
+    def add(name: str, help: str, out: str) -> argparse.ArgumentParser:
+        target = targets.add_parser(name, help=help, description=help, allow_abbrev=False)
+        target.add_argument("--run", required=True, metavar="RUN", help="a run directory that train.py has filled")
+        target.add_argument("--out", required=True, metavar=out, help="where the export goes")
+        return target
+
+    to_hub = add("hub", "weights, description and model card, as the Hugging Face Hub takes them", "DIR")
+    to_hub.add_argument("--license", required=True, help="of the weights, as the Hub spells it: mit, cc-by-nc-4.0, ...")
+    to_hub.add_argument("--results", metavar="JSONL", help="rows of eval.py; default: the run's last validation")
+    to_hub.add_argument("--push", metavar="OWNER/NAME", help="upload to this repository; needs a login (hf auth login)")
+    to_hub.add_argument("--private", action="store_true", help="if --push makes the repository, make it private")
+    to_hub.set_defaults(export=_hub)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Export from a command line; returns the exit status."""
+    try:
+        args = parse(argv)
+        args.export(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
