@@ -165,7 +165,10 @@ def load(run: str | Path) -> MatryoshkaClassifier:
         if not (directory / name).is_file():
             raise UserError(f"{directory} has no {name}, so it is not a finished run directory")
     try:
-        content = dict(json.loads((directory / "model.json").read_text()))
+        read = dict(json.loads((directory / "model.json").read_text()))
+        content: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in read.items()
+        }
         version = content.get("format_version")
         # Before anything else, because another format has other keys.
         info = ModelInfo(**content) if version == FORMAT_VERSION else None

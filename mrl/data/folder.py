@@ -65,7 +65,7 @@ def list_images(root: str | Path, split: str) -> ImageList:
     counts: list[int] = []
     num_ignored = 0
     for name in classes:
-        files = list(_files_below(folder / name))
+        files = list(files_below(folder / name))
         found = [path for path in files if path.lower().endswith(IMAGE_EXTENSIONS)]
         if not found:
             raise UserError(f"class folder {folder / name} holds no images; allowed: {' '.join(IMAGE_EXTENSIONS)}")
@@ -82,7 +82,8 @@ def shown(names: Sequence[str]) -> str:
     return (", ".join(names[:MAX_SHOWN]) or "nothing") + more
 
 
-def _files_below(folder: Path) -> Iterator[str]:
+def files_below(folder: Path) -> Iterator[str]:
+    """Files at any depth, by path; hidden files and folders do not count."""
     for directory, subfolders, files in os.walk(folder, followlinks=True):
         subfolders[:] = sorted(name for name in subfolders if name[0] != ".")
         yield from (os.path.join(directory, name) for name in sorted(files) if name[0] != ".")

@@ -88,7 +88,7 @@ vectors = model.encode(images, dim={example_dim})  # (B, {example_dim}), length 
 **Normalisation.** Take the first `dim` numbers of the raw embedding, *then* scale them to length 1; compare by inner
 product. A prefix of a vector that was normalised before is not normalised: scale it again after every cut.
 
-**Images.** Shorter side resized to {info.resize_px} px, centre {info.crop_px} x {info.crop_px} px, RGB scaled to 0 to 1,
+**Images.** Shorter side resized to {info.resize_px} px, centre {info.crop_px} x {info.crop_px} px, RGB from 0 to 1,
 then minus {_numbers(info.mean)} and divided by {_numbers(info.std)}.
 
 ## Training

@@ -13,12 +13,12 @@ from mrl.results import Source, write_rows
 
 
 @pytest.fixture(scope="module")
-def folder(run, tmp_path_factory):
-    return hub.export_folder(run, tmp_path_factory.mktemp("exports") / "small", license="mit")
+def folder(saved_run, tmp_path_factory):
+    return hub.export_folder(saved_run, tmp_path_factory.mktemp("exports") / "small", license="mit")
 
 
-def test_an_exported_folder_gives_the_run_s_embeddings(run, folder, pictures):
-    model, original = mrl.load(folder), mrl.load(run)
+def test_an_exported_folder_gives_the_run_s_embeddings(saved_run, folder, pictures):
+    model, original = mrl.load(folder), mrl.load(saved_run)
     images = torch.stack([model.preprocess(image) for image in pictures.images])
     for dim in original.head.nesting_list:
         assert torch.equal(model.encode(images, dim), original.encode(images, dim))
@@ -54,31 +54,31 @@ def test_the_card_has_sizes_accuracies_shares_licence_and_normalisation(folder):
         assert text in card.text
 
 
-def test_the_card_can_take_its_numbers_from_the_rows_of_an_evaluation(run, tmp_path):
+def test_the_card_can_take_its_numbers_from_the_rows_of_an_evaluation(saved_run, tmp_path):
     source = Source("pets", "small", 0, 36, 32, False)
     rows = [source.row("classification", "MRL", "top_1", v, 5, dim=dim) for dim, v in [(8, 0.25), (96, 1.0)]]
     rows += [source.row("retrieval", "MRL", "map@10", v, 5, dim=dim) for dim, v in [(8, 0.125), (12, 0.5)]]
     write_rows(rows, tmp_path / "results.jsonl")
-    text = (hub.export_folder(run, tmp_path / "out", "mit", tmp_path / "results.jsonl") / "README.md").read_text()
+    text = (hub.export_folder(saved_run, tmp_path / "out", "mit", tmp_path / "results.jsonl") / "README.md").read_text()
     assert "| dims | bytes | top-1 | of full | mAP@10 |" in text
     assert "| 8 | 32 | 25.00 | 25.0% | 12.50 |" in text and "| 12 " not in text
     write_rows([Source("pets", "other", 0, 36, 32, False).row("oracle", "MRL", "top_1", 1, 5)], tmp_path / "o.jsonl")
     with pytest.raises(UserError, match=r"no top-1 of the run 'small'; its runs are \['other'\]"):
-        hub.export_folder(run, tmp_path / "out", "mit", tmp_path / "o.jsonl")
+        hub.export_folder(saved_run, tmp_path / "out", "mit", tmp_path / "o.jsonl")
 
 
-def test_a_folder_with_other_things_is_not_written_into_and_an_earlier_export_is_replaced(run, folder, tmp_path):
+def test_a_folder_with_other_things_is_not_written_into_and_an_earlier_export_is_replaced(saved_run, folder, tmp_path):
     (tmp_path / "README.md").write_text("mine")
-    for taken in (tmp_path, run):
+    for taken in (tmp_path, saved_run):
         with pytest.raises(UserError, match="not of an earlier export"):
-            hub.export_folder(run, taken, "mit")
+            hub.export_folder(saved_run, taken, "mit")
     assert (tmp_path / "README.md").read_text() == "mine"
-    hub.export_folder(run, folder, "cc-by-4.0")
+    hub.export_folder(saved_run, folder, "cc-by-4.0")
     assert "license: cc-by-4.0" in (folder / "README.md").read_text()
 
 
-def test_a_folder_of_another_version_is_refused_by_its_version_not_its_keys(run, tmp_path):
-    folder = hub.export_folder(run, tmp_path / "out", "mit")
+def test_a_folder_of_another_version_is_refused_by_its_version_not_its_keys(saved_run, tmp_path):
+    folder = hub.export_folder(saved_run, tmp_path / "out", "mit")
     content = json.loads((folder / "model.json").read_text())
     (folder / "model.json").write_text(json.dumps(content | {"format_version": 7, "pooling": "gem"}))
     with pytest.raises(UserError, match="saved in format 7; this version reads format 1"):
@@ -91,9 +91,9 @@ def test_what_is_neither_a_folder_nor_an_id_is_named(source):
         mrl.load(source)
 
 
-def test_the_command_prints_an_error_and_returns_2_or_writes_the_folder(run, tmp_path, capsys):
+def test_the_command_prints_an_error_and_returns_2_or_writes_the_folder(saved_run, tmp_path, capsys):
     words = ["hub", "--license", "mit", "--out", str(tmp_path / "out"), "--run"]
     assert export.main([*words, str(tmp_path)]) == 2
     assert f"error: {tmp_path / 'config.yaml'} does not exist" in capsys.readouterr().err
-    assert export.main([*words, str(run)]) == 0
+    assert export.main([*words, str(saved_run)]) == 0
     assert list(mrl.load(tmp_path / "out").info.classes) == ["cat", "dog", "eel"]
