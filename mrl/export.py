@@ -2,6 +2,7 @@
 
 python -m mrl.export hub --run runs/digits_mrl --out exports/digits_mrl --license mit
 python -m mrl.export hub --run runs/digits_mrl --out exports/digits_mrl --license mit --push OWNER/NAME
+    python -m mrl.export timm --run runs/digits_mrl --out exports/backbone.safetensors
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from mrl.errors import UserError
-from mrl.interop import hub
+from mrl.interop import hub, timm
 
 
 def _hub(args: argparse.Namespace) -> None:
@@ -19,6 +20,10 @@ def _hub(args: argparse.Namespace) -> None:
     print(f'{folder}: load it with mrl.load("{folder}")')
     if args.push:
         print(f"pushed: {hub.push_to_hub(folder, args.push, args.private)}")
+
+
+def _timm(args: argparse.Namespace) -> None:
+    print(f"load it with {timm.export_backbone(args.run, args.out)}")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -43,6 +48,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     to_hub.add_argument("--push", metavar="OWNER/NAME", help="upload to this repository; needs a login (hf auth login)")
     to_hub.add_argument("--private", action="store_true", help="if --push makes the repository, make it private")
     to_hub.set_defaults(export=_hub)
+
+    to_timm = add("timm", "the backbone as a weights file of timm's own model", "FILE.safetensors")
+    to_timm.set_defaults(export=_timm)
     return parser.parse_args(argv)
 
 
