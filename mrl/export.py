@@ -3,6 +3,7 @@
 python -m mrl.export hub --run runs/digits_mrl --out exports/digits_mrl --license mit
 python -m mrl.export hub --run runs/digits_mrl --out exports/digits_mrl --license mit --push OWNER/NAME
     python -m mrl.export timm --run runs/digits_mrl --out exports/backbone.safetensors
+    python -m mrl.export sentence_transformers --run runs/digits_mrl --out exports/digits_st
 """
 
 from __future__ import annotations
@@ -24,6 +25,12 @@ def _hub(args: argparse.Namespace) -> None:
 
 def _timm(args: argparse.Namespace) -> None:
     print(f"load it with {timm.export_backbone(args.run, args.out)}")
+
+
+def _sentence_transformers(args: argparse.Namespace) -> None:
+    from mrl.interop.sentence_transformers import export_sentence_transformer  # a second until imported, or not there
+
+    print(f"load it with {export_sentence_transformer(args.run, args.out, args.dim)}")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -51,6 +58,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
     to_timm = add("timm", "the backbone as a weights file of timm's own model", "FILE.safetensors")
     to_timm.set_defaults(export=_timm)
+
+    to_st = add("sentence_transformers", "a folder that SentenceTransformer loads and feeds images to", "DIR")
+    to_st.add_argument("--dim", type=int, help="fix the size: unit vectors of it; default: left to truncate_dim")
+    to_st.set_defaults(export=_sentence_transformers)
     return parser.parse_args(argv)
 
 

@@ -11,6 +11,8 @@ from mrl.interop.card import model_card
 from mrl.models import MatryoshkaClassifier, load, save_model
 
 FILES = ("model.safetensors", "model.json")
+# What the Hub may get: the card, and what `mrl.interop.sentence_transformers` adds.
+PUSHED = (*FILES, "README.md", "modules.json", "matryoshka.json", "config_sentence_transformers.json")
 
 
 def export_folder(run: str | Path, out: str | Path, license: str, results: str | Path | None = None) -> Path:
@@ -63,7 +65,7 @@ def push_to_hub(folder: str | Path, repo_id: str, private: bool = False) -> str:
     try:
         api = HfApi()
         address = api.create_repo(repo_id, private=private, exist_ok=True)
-        api.upload_folder(repo_id=repo_id, folder_path=folder, allow_patterns=[*FILES, "README.md"])
+        api.upload_folder(repo_id=repo_id, folder_path=folder, allow_patterns=list(PUSHED))
     except Exception as error:  # the Hub's client raises errors of many kinds
         raise UserError(
             f"{folder} could not be pushed to {repo_id!r} ({error}); log in with 'hf auth login' and try again"
