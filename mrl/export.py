@@ -4,6 +4,7 @@ python -m mrl.export hub --run runs/digits_mrl --out exports/digits_mrl --licens
 python -m mrl.export hub --run runs/digits_mrl --out exports/digits_mrl --license mit --push OWNER/NAME
     python -m mrl.export timm --run runs/digits_mrl --out exports/backbone.safetensors
     python -m mrl.export sentence_transformers --run runs/digits_mrl --out exports/digits_st
+    python -m mrl.export onnx --run runs/digits_mrl --out exports/digits_64.onnx --dim 64
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import sys
 from collections.abc import Sequence
 
 from mrl.errors import UserError
-from mrl.interop import hub, timm
+from mrl.interop import hub, onnx, timm
 
 
 def _hub(args: argparse.Namespace) -> None:
@@ -31,6 +32,11 @@ def _sentence_transformers(args: argparse.Namespace) -> None:
     from mrl.interop.sentence_transformers import export_sentence_transformer  # a second until imported, or not there
 
     print(f"load it with {export_sentence_transformer(args.run, args.out, args.dim)}")
+
+
+def _onnx(args: argparse.Namespace) -> None:
+    dim, px = onnx.export_onnx(args.run, args.out, args.dim)
+    print(f"{args.out}: images (B, 3, {px}, {px}) -> embedding (B, {dim}), length 1")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -62,6 +68,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     to_st = add("sentence_transformers", "a folder that SentenceTransformer loads and feeds images to", "DIR")
     to_st.add_argument("--dim", type=int, help="fix the size: unit vectors of it; default: left to truncate_dim")
     to_st.set_defaults(export=_sentence_transformers)
+
+    to_onnx = add("onnx", "an ONNX file: normalised images in, unit embeddings out", "FILE.onnx")
+    to_onnx.add_argument("--dim", type=int, help="prefix size; default: the full width")
+    to_onnx.set_defaults(export=_onnx)
     return parser.parse_args(argv)
 
 

@@ -85,6 +85,7 @@ class MatryoshkaImages(InputModule):
         cache_folder: str | None = None,
         revision: str | None = None,
         local_files_only: bool = False,
+        init_defaults: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> MatryoshkaImages:
         """The module in a folder or Hub repository; the library says where to look."""
