@@ -168,14 +168,18 @@ def load(run: str | Path) -> MatryoshkaClassifier:
         if not (directory / name).is_file():
             raise UserError(f"{directory} has no {name}, so it is not a finished run directory")
     try:
-        info = ModelInfo(**json.loads((directory / "model.json").read_text()))
+        read = dict(json.loads((directory / "model.json").read_text()))
+        content: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in read.items()
+        }
+        version = content.get("format_version")
+        # Before anything else, because another format has other keys.
+        info = ModelInfo(**content) if version == FORMAT_VERSION else None
         state = load_file(directory / "model.safetensors")
     except (TypeError, ValueError, SafetensorError) as error:
         raise UserError(f"{directory} cannot be read as a saved model: {error}") from error
-    if info.format_version != FORMAT_VERSION:
-        raise UserError(
-            f"{directory} was saved in format {info.format_version}; this version reads format {FORMAT_VERSION}"
-        )
+    if info is None:
+        raise UserError(f"{directory} was saved in format {version}; this version reads format {FORMAT_VERSION}")
     backbone = build_backbone(info.backbone, "scratch", info.stem_stride, info.blurpool, info.kwargs)
     model = build_model(backbone, len(info.classes), info.nesting_list, info.tied)
     try:

@@ -1,9 +1,19 @@
 import importlib.util
+import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+
+from mrl.backbones import build_backbone
+from mrl.config import Config, DataConfig, HeadConfig, ModelConfig, RunConfig
+from mrl.files import write_text
+from mrl.models import ModelInfo, build_model, save_model
+from mrl.recipes import to_yaml
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -32,3 +42,68 @@ def _own_cache(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+TOP_1 = {8: 0.5, 16: 0.6, 32: 0.7, 96: 0.8}
+
+
+@pytest.fixture(scope="session")
+def make_saved_run(tmp_path_factory):
+    """A run directory as train.py leaves it, of a small ResNet: random weights, BatchNorms that saw data."""
+
+    def make(name="small", backbone="test_resnet", stem_stride=4, blurpool=False, kwargs=None):
+        torch.manual_seed(0)
+        run = tmp_path_factory.mktemp("runs") / name
+        run.mkdir()
+        network = build_backbone(backbone, "scratch", stem_stride, blurpool, kwargs)
+        dims = (8, 16, 32, network.head_hidden_size)
+        model = build_model(network, 3, dims)
+        with torch.no_grad():
+            for parameter in network.parameters():
+                if (
+                    parameter.ndim == 1
+                ):  # timm starts branches at 0 or nearly: a network without them would embed the same
+                    parameter.uniform_(0.5, 1.5)
+            model.train()(torch.randn(16, 3, 32, 32))
+        settings = {"num_classes": 3, "eval_resize_px": 36, "eval_px": 32}
+        config = Config(
+            run=RunConfig(name=name),
+            data=DataConfig(name="folder", root="pets", **settings),
+            model=ModelConfig(backbone=backbone, stem_stride=stem_stride, blurpool=blurpool, kwargs=kwargs or {}),
+            head=HeadConfig(nesting_list=list(dims)),
+        )
+        data = config.data
+        names = ("cat", "dog", "eel")
+        px = (data.eval_resize_px, data.eval_px)
+        about = (backbone, kwargs or {}, stem_stride, blurpool, dims, False, names, *px, data.mean, data.std)
+        save_model(model, ModelInfo(*about), run)
+        write_text(run / "config.yaml", to_yaml(config))
+        lines = [{"step": 5, "loss/8": 1.0}, {"step": 9, "epoch": 1, **{f"top_1/{dim}": 0.1 for dim in dims}}]
+        lines += [{"step": 10, "epoch": 2, **{f"top_1/{dim}": value for dim, value in TOP_1.items()}}, {"step": 11}]
+        write_text(run / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+        return run
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def saved_run(make_saved_run):
+    return make_saved_run()
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    """Seven smooth pictures of several shapes and modes, as files and as PIL images."""
+    folder = tmp_path_factory.mktemp("pictures")
+    generator = np.random.default_rng(0)
+    paths, images = [], []
+    for number, size in enumerate([(40, 40), (60, 40), (36, 50), (80, 80), (40, 41), (33, 70), (64, 64)]):
+        coarse = Image.fromarray(generator.integers(0, 256, (5, 5, 3), dtype=np.uint8))
+        image = coarse.resize(size, Image.Resampling.BICUBIC)
+        path = folder / ("deep/er" if number % 2 else "") / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image = image.convert("L") if number == 3 else image
+        image.save(path)
+        paths.append(path)
+        images.append(image)
+    return SimpleNamespace(folder=folder, paths=paths, images=images)

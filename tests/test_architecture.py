@@ -14,10 +14,20 @@ FLOORS = [
     ("config", "backbones", "models"),
     ("data", "training", "retrieval", "results", "paper", "recipes"),
     ("studies", "figures", "interop"),
-    ("train", "eval"),
+    ("train", "eval", "export", "embed", "search"),
 ]
 FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names}
-AT_USE_ONLY = {"ffcv", "faiss", "wandb", "onnx", "sentence_transformers", "sklearn"}
+AT_USE_ONLY = {
+    "ffcv",
+    "faiss",
+    "wandb",
+    "onnx",
+    "onnxruntime",
+    "sentence_transformers",
+    "qdrant_client",
+    "pymilvus",
+    "sklearn",
+}
 
 
 def imports(path: Path, top_level_only: bool = False) -> set[str]:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torchvision.io import write_png
 
-from mrl.data.folder import ImageList
+from mrl.data.listing import ImageList
 from mrl.errors import UserError
 from mrl.heads import NestedLinear
 from mrl.results import Source

@@ -11,7 +11,7 @@ from mrl.studies.run import EmbeddedRun, run_studies
 def embeddings(split, num_images):
     generator = np.random.default_rng(num_images)
     vectors = generator.normal(size=(num_images, 32)).astype(np.float32)
-    metadata = EmbeddingMetadata("model", "digits", split, 8, 8, False, "classes")
+    metadata = EmbeddingMetadata("model", "digits", split, 8, 8, "mean 0, std 1", False, "classes")
     return EmbeddingSet(vectors, np.arange(num_images) % 3, metadata)
 
 

@@ -1,0 +1,99 @@
+import json
+
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub import ModelCard
+
+import mrl
+from mrl import export
+from mrl.errors import UserError
+from mrl.interop import hub
+from mrl.results import Source, write_rows
+
+
+@pytest.fixture(scope="module")
+def folder(saved_run, tmp_path_factory):
+    return hub.export_folder(saved_run, tmp_path_factory.mktemp("exports") / "small", license="mit")
+
+
+def test_an_exported_folder_gives_the_run_s_embeddings(saved_run, folder, pictures):
+    model, original = mrl.load(folder), mrl.load(saved_run)
+    images = torch.stack([model.preprocess(image) for image in pictures.images])
+    for dim in original.head.nesting_list:
+        assert torch.equal(model.encode(images, dim), original.encode(images, dim))
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "model.json", "model.safetensors"]
+
+
+def test_a_hub_id_gives_the_same_model_as_the_folder(folder, tmp_path, monkeypatch):
+    commit = "0123456789abcdef" * 2 + "01234567"
+    repository = tmp_path / "models--someone--small"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    (repository / "snapshots").mkdir()
+    (repository / "snapshots" / commit).symlink_to(folder)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    loaded, local = mrl.load("someone/small").state_dict(), mrl.load(folder).state_dict()
+    assert all(torch.equal(loaded[key], value) for key, value in local.items())
+    with pytest.raises(UserError, match="someone/other is no folder here, and could not be had from the Hub"):
+        mrl.load("someone/other")
+    with pytest.raises(UserError, match="could not be pushed to 'someone/small'.*hf auth login"):
+        hub.push_to_hub(folder, "someone/small")
+
+
+def test_the_card_has_sizes_accuracies_shares_licence_and_normalisation(folder):
+    card = ModelCard.load(folder / "README.md")
+    card_results = {result.metric_name: result.metric_value for result in card.data.eval_results}
+    assert card_results == {f"top-1 at {dim} dims": v for dim, v in {8: 0.5, 16: 0.6, 32: 0.7, 96: 0.8}.items()}
+    assert card.data.license == "mit" and "matryoshka" in card.data.tags
+    # Half of the images right, of 80 percent at full width: 62.5 percent of it.
+    assert "| 8 | 32 | 50.00 | 62.5% |" in card.text
+    assert "| 96 | 384 | 80.00 | 100.0% |" in card.text
+    for text in ("pets, 3 classes (cat, dog, eel, ...)", "*then* scale them", "36 px", "(0.485, 0.456, 0.406)"):
+        assert text in card.text
+
+
+def test_the_card_can_take_its_numbers_from_the_rows_of_an_evaluation(saved_run, tmp_path):
+    source = Source("pets", "small", 0, 36, 32, False)
+    rows = [source.row("classification", "MRL", "top_1", v, 5, dim=dim) for dim, v in [(8, 0.25), (96, 1.0)]]
+    rows += [source.row("retrieval", "MRL", "map@10", v, 5, dim=dim) for dim, v in [(8, 0.125), (12, 0.5)]]
+    write_rows(rows, tmp_path / "results.jsonl")
+    text = (hub.export_folder(saved_run, tmp_path / "out", "mit", tmp_path / "results.jsonl") / "README.md").read_text()
+    assert "| dims | bytes | top-1 | of full | mAP@10 |" in text
+    assert "| 8 | 32 | 25.00 | 25.0% | 12.50 |" in text and "| 12 " not in text
+    write_rows([Source("pets", "other", 0, 36, 32, False).row("oracle", "MRL", "top_1", 1, 5)], tmp_path / "o.jsonl")
+    with pytest.raises(UserError, match=r"no top-1 of the run 'small'; its runs are \['other'\]"):
+        hub.export_folder(saved_run, tmp_path / "out", "mit", tmp_path / "o.jsonl")
+
+
+def test_a_folder_with_other_things_is_not_written_into_and_an_earlier_export_is_replaced(saved_run, folder, tmp_path):
+    (tmp_path / "README.md").write_text("mine")
+    for taken in (tmp_path, saved_run):
+        with pytest.raises(UserError, match="not of an earlier export"):
+            hub.export_folder(saved_run, taken, "mit")
+    assert (tmp_path / "README.md").read_text() == "mine"
+    hub.export_folder(saved_run, folder, "cc-by-4.0")
+    assert "license: cc-by-4.0" in (folder / "README.md").read_text()
+
+
+def test_a_folder_of_another_version_is_refused_by_its_version_not_its_keys(saved_run, tmp_path):
+    folder = hub.export_folder(saved_run, tmp_path / "out", "mit")
+    content = json.loads((folder / "model.json").read_text())
+    (folder / "model.json").write_text(json.dumps(content | {"format_version": 7, "pooling": "gem"}))
+    with pytest.raises(UserError, match="saved in format 7; this version reads format 1"):
+        mrl.load(folder)
+
+
+@pytest.mark.parametrize("source", ["no/such/folder", "nothing", "a b/c"])
+def test_what_is_neither_a_folder_nor_an_id_is_named(source):
+    with pytest.raises(UserError, match=f"'{source}' is neither an existing folder nor a Hub id"):
+        mrl.load(source)
+
+
+def test_the_command_prints_an_error_and_returns_2_or_writes_the_folder(saved_run, tmp_path, capsys):
+    words = ["hub", "--license", "mit", "--out", str(tmp_path / "out"), "--run"]
+    assert export.main([*words, str(tmp_path)]) == 2
+    assert f"error: {tmp_path / 'config.yaml'} does not exist" in capsys.readouterr().err
+    assert export.main([*words, str(saved_run)]) == 0
+    assert list(mrl.load(tmp_path / "out").info.classes) == ["cat", "dog", "eel"]

@@ -1,0 +1,139 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+import mrl
+from mrl import embed, search
+from mrl.data.folder import FolderImages
+from mrl.retrieval.vector_file import open_vectors
+
+
+def embed_words(run, pictures, out, *more):
+    words = ["--run", run, "--images", pictures.folder, "--out", out, "--num_workers", 0, "--batch_size", 2, *more]
+    return [str(word) for word in words]
+
+
+@pytest.fixture(scope="module")
+def vectors(saved_run, pictures, tmp_path_factory):
+    path = tmp_path_factory.mktemp("vectors") / "v.npy"
+    assert embed.main(embed_words(saved_run, pictures, path)) == 0
+    return path
+
+
+def search_words(vectors, pictures, *more):
+    words = ["--vectors", vectors, "--image", pictures.paths[2], "--out", vectors.with_name("drawn"), *more]
+    return [str(word) for word in words]
+
+
+@pytest.mark.parametrize("dim", [16, 96])
+def test_the_file_holds_what_encode_gives_for_every_image_of_the_folder(dim, saved_run, pictures, tmp_path):
+    assert embed.main(embed_words(saved_run, pictures, tmp_path / "v.npy", "--dim", dim)) == 0
+    found = open_vectors(tmp_path / "v.npy")
+    assert sorted(found.ids) == sorted(str(path.relative_to(pictures.folder)) for path in pictures.paths)
+    assert (tmp_path / "v.ids.txt").read_text().splitlines() == found.ids
+    model = mrl.load(saved_run)
+    of_id = dict(zip(pictures.paths, pictures.images, strict=True))
+    images = torch.stack([model.preprocess(of_id[pictures.folder / name]) for name in found.ids])
+    assert np.allclose(found.vectors, model.encode(images, dim).numpy(), atol=1e-5)
+    assert not (tmp_path / "v.npy.unfinished").exists()
+
+
+def test_a_killed_pass_goes_on_where_it_stopped(saved_run, pictures, vectors, tmp_path, monkeypatch):
+    whole = FolderImages.eval_batches
+    seen = []
+
+    def killed_after_two_batches(self, rows, flip=False):
+        for number, batch in enumerate(whole(self, rows, flip)):
+            if number == 2:
+                raise KeyboardInterrupt
+            yield batch
+
+    def counted(self, rows, flip=False):
+        seen.extend(int(row) for some in rows for row in some)
+        return whole(self, rows, flip)
+
+    words = embed_words(saved_run, pictures, tmp_path / "v.npy")
+    monkeypatch.setattr(FolderImages, "eval_batches", killed_after_two_batches)
+    assert embed.main(words) == 130
+    assert not (tmp_path / "v.npy").exists()
+    monkeypatch.setattr(FolderImages, "eval_batches", counted)
+    assert embed.main(words) == 0
+    assert sorted(seen) == [4, 5, 6]  # two batches of two were there already
+    assert np.array_equal(np.load(tmp_path / "v.npy"), np.load(vectors))
+    assert embed.main(words) == 0 and len(seen) == 3  # nothing is left to do
+
+
+def test_vectors_of_another_size_are_replaced_but_a_foreign_file_is_not(saved_run, pictures, tmp_path, capsys):
+    np.save(tmp_path / "mine.npy", np.zeros(3))
+    assert embed.main(embed_words(saved_run, pictures, tmp_path / "mine.npy")) == 2
+    assert "mine.npy exists and was not written by this tool" in capsys.readouterr().err
+    for dim in (8, 16):
+        assert embed.main(embed_words(saved_run, pictures, tmp_path / "v.npy", "--dim", dim)) == 0
+    assert open_vectors(tmp_path / "v.npy").vectors.shape == (7, 16)
+
+
+def test_sizes_that_were_not_trained_warn_and_larger_ones_are_refused(saved_run, pictures, tmp_path, capsys):
+    with pytest.warns(UserWarning, match=r"12 dims were not trained; trained are \[8, 16, 32, 96\]"):
+        assert embed.main(embed_words(saved_run, pictures, tmp_path / "v.npy", "--dim", 12)) == 0
+    assert embed.main(embed_words(saved_run, pictures, tmp_path / "w.npy", "--dim", 97)) == 2
+    assert "allowed are 1 to 96" in capsys.readouterr().err
+    assert embed.main(embed_words(saved_run, pictures, tmp_path / "w.npy", "--dim", 0)) == 2
+    assert not list(tmp_path.glob("w.*"))
+
+
+def test_an_image_that_is_none_is_named(saved_run, pictures, tmp_path, capsys):
+    folder = shutil.copytree(pictures.folder, tmp_path / "images")
+    (folder / "letter.jpg").write_text("Dear reader")
+    assert embed.main([*embed_words(saved_run, pictures, tmp_path / "v.npy"), "--images", str(folder)]) == 2
+    assert f"{folder / 'letter.jpg'} cannot be read as an image" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    for wrong, message in (("nowhere", "is not a folder"), ("empty", "holds no images")):
+        words = [*embed_words(saved_run, pictures, tmp_path / "v.npy"), "--images", str(tmp_path / wrong)]
+        assert embed.main(words) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_search_prints_and_draws_the_neighbours_of_every_size(saved_run, pictures, vectors, capsys):
+    assert search.main(search_words(vectors, pictures, "--k", 3)) == 0
+    printed = capsys.readouterr().out
+    model, stored = mrl.load(saved_run), open_vectors(vectors)
+    query = model.preprocess(pictures.images[2])[None]
+    for dim in (8, 16, 32, 96):
+        cosines = mrl.unit_prefix(torch.tensor(np.array(stored.vectors)), dim) @ model.encode(query, dim)[0]
+        scores, order = cosines.topk(3)
+        lines = [f"{rank + 1:>4}  {scores[rank]:.4f}  {stored.ids[order[rank]]}" for rank in range(3)]
+        assert "\n".join([f"{pictures.paths[2]} at {dim} dims", *lines]) in printed
+        assert lines[0].split() == ["1", "1.0000", "2.png"]  # the query itself
+    for suffix in (".png", ".pdf"):
+        assert vectors.with_name(f"drawn{suffix}").stat().st_size > 1000
+
+
+def test_a_shorter_file_is_searched_up_to_its_size(saved_run, pictures, tmp_path, capsys):
+    path = tmp_path / "v.npy"
+    assert embed.main(embed_words(saved_run, pictures, path, "--dim", 16)) == 0
+    assert search.main(search_words(path, pictures)) == 0
+    printed = capsys.readouterr().out
+    assert "at 8 dims" in printed and "at 16 dims" in printed and "at 32 dims" not in printed
+    assert search.main(search_words(path, pictures, "--dims", 8, 32)) == 2
+    assert "--dims asks for 32, but the vectors" in capsys.readouterr().err
+
+
+def test_search_refuses_vectors_that_do_not_fit(saved_run, make_saved_run, pictures, vectors, tmp_path, capsys):
+    def error_of(path, *more):
+        assert search.main(search_words(path, pictures, *more)) == 2
+        return capsys.readouterr().err
+
+    other = make_saved_run("other", stem_stride=2)
+    assert "made by other weights" in error_of(vectors, "--run", other)
+    assert "is not there; say with --run" in error_of(vectors, "--run", tmp_path / "gone")
+    assert "cannot be read as an image" in error_of(vectors, "--image", vectors)
+    assert "cannot be read as an image" in error_of(vectors, "--images", tmp_path)
+    np.save(tmp_path / "v.npy", np.zeros((7, 96), np.float32))
+    assert "cannot be read as vectors" in error_of(tmp_path / "v.npy")
+    content = json.loads(vectors.with_suffix(".json").read_text())
+    (tmp_path / "v.json").write_text(json.dumps(content))
+    (tmp_path / "v.ids.txt").write_text("a.png\n" * 7)
+    assert "are not of one pass" in error_of(tmp_path / "v.npy")
