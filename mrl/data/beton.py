@@ -87,6 +87,15 @@ class Beton:
         path: The file.
         description: What it should hold.
 
+    Attributes:
+        classes: Names of the classes.
+        labels: ``(N,)`` int64, positions in ``classes``.
+        heights: ``(N,)`` int64, of the images as they are stored, in pixels.
+        widths: ``(N,)`` int64, likewise.
+        is_jpeg: ``(N,)`` bool; False where raw pixels are stored.
+        starts: ``(N,)`` int64, where each image begins in the file, in bytes.
+        sizes: ``(N,)`` int64, its length there, in bytes.
+
     Raises:
         UserError: FFCV is not installed, or the file cannot be read, is cut short, of another version of
             the format, or holds something else.

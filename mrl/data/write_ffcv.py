@@ -79,9 +79,7 @@ def write(images: ImageList, split: str, out: Path, settings: Settings, num_thre
         UserError: ``out`` exists, FFCV is not installed, an image cannot be read, or writing failed; then
             nothing stands at ``out``.
     """
-    import_ffcv()
-    if out.exists():
-        raise UserError(f"{out} already exists; remove it, or give another --out")
+    check_out(out)
     unfinished = out.with_name(f".{out.name}.unfinished")  # one name, so that a killed run leaves no second one behind
     counts = images.labels.bincount(minlength=len(images.classes)).tolist()
     try:
@@ -99,6 +97,17 @@ def write(images: ImageList, split: str, out: Path, settings: Settings, num_thre
     finally:
         unfinished.unlink(missing_ok=True)
     return description
+
+
+def check_out(out: Path) -> None:
+    """Nothing, if ``out`` can be made.
+
+    Raises:
+        UserError: It exists, or FFCV is not installed.
+    """
+    import_ffcv()
+    if out.exists():
+        raise UserError(f"{out} already exists; remove it, or give another --out")
 
 
 def encode(path: str, settings: Settings, as_jpeg: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -212,6 +221,7 @@ def main(argv: list[str] | None = None) -> int:
         num_threads = cores_per_process() if args.num_threads is None else args.num_threads
         if num_threads < 1:
             raise UserError(f"--num_threads is {num_threads}; allowed: 1 or more")
+        check_out(out)  # before a million files are listed
         list_split = list_imagenet if args.name == "imagenet" else list_images
         written = write(list_split(args.root, args.split, True), args.split, out, settings, num_threads)
     except UserError as error:

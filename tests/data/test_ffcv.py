@@ -93,19 +93,16 @@ def test_training_crops_are_the_folders(both, px):
 @needs_ffcv
 def test_a_crop_is_resampled_by_averaging_areas(with_betons, transform):
     plain = dataclasses.replace(transform, crop_scale=(1, 1), crop_ratio=(1, 1), mean=(0, 0, 0), std=(1, 1, 1))
+    uncropped = dataclasses.replace(plain, eval_px=48, eval_resize_px=48)
     images = FFCVImages(opened(with_betons.root / "val.beton"), plain, CPU, ThreadPoolExecutor(1))
     whole, _ = stacked(images.train_batches([np.arange(5)], 0, 48))
     quarters, _ = stacked(images.train_batches([np.arange(5)], 0, 24))
     expected = whole.reshape(5, 3, 24, 2, 24, 2).mean(dim=(3, 5))
     assert (quarters - expected).abs().max() * 255 <= 0.51
     _, flipped = random_resized_crops(5, 0, np.arange(5), np.full(5, 48), np.full(5, 48), (1, 1), (1, 1), True)
-    straight, _ = stacked(with_betons_eval(images))
+    uncut = FFCVImages(opened(with_betons.root / "val.beton"), uncropped, CPU, ThreadPoolExecutor(1))
+    straight, _ = stacked(uncut.eval_batches([np.arange(5)]))
     assert torch.equal(whole, torch.where(torch.from_numpy(flipped)[:, None, None, None], straight.flip(3), straight))
-
-
-def with_betons_eval(images):
-    whole = dataclasses.replace(images._transform, eval_px=48, eval_resize_px=48)
-    return FFCVImages(images._beton, whole, CPU, ThreadPoolExecutor(1)).eval_batches([np.arange(5)])
 
 
 @needs_ffcv
@@ -150,7 +147,7 @@ def test_fault_17_every_validation_image_is_seen_once_by_any_number_of_processes
 
 
 @needs_ffcv
-def test_a_batch_is_put_together_from_the_work_of_several_threads(both, transform):
+def test_a_batch_is_put_together_from_the_work_of_several_threads(both):
     train = both["ffcv"]["train"]
     rows = np.arange(3 * IMAGES_PER_TASK + 1) % 7
     (many, labels), (few, _) = (next(train.train_batches([these], 0, 32)) for these in (rows, np.arange(7)))
@@ -263,7 +260,7 @@ def test_a_bad_file_is_refused_with_what_to_do(with_betons, spoil, message):
 
 
 @needs_ffcv
-def test_files_of_other_classes_are_refused(with_betons, image_folder):
+def test_files_of_other_classes_are_refused(with_betons):
     description = read_description(with_betons.root / "val.beton")
     renamed = dataclasses.replace(description, classes=["a", "z"])
     (with_betons.root / "val.beton.json").write_text(renamed.to_json())
@@ -275,7 +272,6 @@ def test_files_of_other_classes_are_refused(with_betons, image_folder):
 
 @needs_ffcv
 def test_auto_takes_the_files_that_are_there_and_says_so(with_betons, capsys):
-    with_betons.config()
     build_data(with_betons.config(num_workers=2), 0, CPU)
     build_data(with_betons.config(backend="folder"), 0, CPU)
     (with_betons.root / "val.beton").unlink()
