@@ -46,8 +46,9 @@ class DataConfig:
     """Images, their order and their augmentation."""
 
     name: Literal["imagenet", "tiny_imagenet", "digits", "folder"] = "imagenet"
-    """imagenet, tiny_imagenet, folder: a folder with train/<class>/ and val/<class>/. digits: scikit-learn's
-    handwritten digits, no files needed."""
+    """imagenet, tiny_imagenet, folder: a folder with train/<class>/ and val/<class>/. imagenet: Kaggle's layout too, or
+    val/ as one flat folder with its ground truth (docs/IMAGENET.md). digits: scikit-learn's handwritten digits, no
+    files needed."""
     root: str | None = None
     """Folder that holds train/ and val/, or train.beton and val.beton. Not used by digits."""
     backend: Literal["auto", "memory", "folder", "ffcv"] = "auto"

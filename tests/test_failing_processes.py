@@ -1,9 +1,13 @@
-"""Two processes under torchrun, one of which fails: both end, and what is shown is the error of that one."""
+"""Two processes, one of which fails: both end, and what is shown is the error of that one."""
 
 import json
+import multiprocessing
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -23,29 +27,21 @@ WORDS = [
     *("--model.backbone", "vit_tiny_patch16_224", "--model.kwargs", json.dumps(VIT), "--model.stem_stride", "4"),
     *("--data.batch_size", "4", "--optim.warmup_epochs", "0.5", "--train.precision", "fp32", "--data.num_workers", "1"),
 ]
-# train.py, with less patience, and with an accident on process 1 after the second step if asked.
+# train.py, with less patience.
 SCRIPT = """
-import os, signal, sys
+import os, sys
 sys.path.insert(0, os.getcwd())
 import train
 from mrl.training import distributed
-from mrl.training.tracking import Tracker
 
 distributed.SECONDS_TO_END = 1.5
-steps = iter(range(2))
-
-def advance(self):
-    if next(steps, None) is None and os.environ["RANK"] == "1" and os.environ["ACCIDENT"] == "kill":
-        os.kill(os.getpid(), signal.SIGKILL)
-
-Tracker.advance = advance
 sys.exit(train.main())
 """
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    root = tmp_path_factory.mktemp("images")
+@pytest.fixture
+def root(tmp_path):
+    root = tmp_path / "images"
     for split, count in (("train", 16), ("val", 2)):
         for name in ("cat", "dog"):
             (root / split / name).mkdir(parents=True)
@@ -54,45 +50,73 @@ def root(tmp_path_factory):
     return root
 
 
-def start_two(root, folder, accident=""):
-    (folder / "script.py").write_text(SCRIPT)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    words = ["--data.root", str(root), "--run.dir", str(folder), "--run.name", "a"]
-    return subprocess.run(
-        [*torchrun, str(folder / "script.py"), *WORDS, *words],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCIDENT": accident},
-        timeout=120,
-    )
-
-
-def assert_process_1_failed(result):
-    assert result.returncode != 0
-    assert "[rank0]: Traceback" not in result.stderr, "the one that lost the other keeps its traceback to itself"
-    root_cause = result.stderr.split("Root Cause")[1]
-    assert "rank      : 1" in root_cause and "rank      : 0" not in root_cause
-    return root_cause
-
-
 def test_an_image_that_only_one_process_reads_and_cannot_ends_both_with_that_error(root, tmp_path):
     [of_main, of_other] = (train_rows(32, 4, 0, 0, rank, 2) for rank in (0, 1))
     path = Path(list_images(root, "train").paths[of_other[3][0]])
     assert of_other[3][0] not in [row for rows in of_main for row in rows]
-    whole = path.read_bytes()
     path.write_bytes(b"no image")
-    try:
-        result = start_two(root, tmp_path)
-    finally:
-        path.write_bytes(whole)
+    (tmp_path / "script.py").write_text(SCRIPT)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    words = ["--data.root", str(root), "--run.dir", str(tmp_path), "--run.name", "a"]
+    result = subprocess.run(
+        [*torchrun, str(tmp_path / "script.py"), *WORDS, *words],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        timeout=120,
+    )
+    assert result.returncode != 0
     assert result.stderr.count(f"error: {path} cannot be read as an image") == 1
-    assert "[rank1]: Traceback" not in result.stderr
-    assert "exitcode  : 2" in assert_process_1_failed(result)
+    assert "[rank" not in result.stderr, "no traceback, neither of the one that failed nor of the one that lost it"
+    root_cause = result.stderr.split("Root Cause")[1]
+    assert "rank      : 1" in root_cause and "exitcode  : 2" in root_cause
 
 
-def test_a_process_that_is_killed_ends_the_other(root, tmp_path):
-    assert "Signal 9 (SIGKILL)" in assert_process_1_failed(start_two(root, tmp_path, accident="kill"))
+def meet_an_accident(rank, port, accident, told, log):
+    """What each of two processes does: both join, one fails and the other waits for it."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    distributed.SECONDS_TO_END = 0.1
+    distributed.start()
+    told.put((rank, distributed.agree(7), distributed.agree(rank)))
+    with distributed.one_first(), log.open("a") as file:
+        time.sleep(0.2 * (rank == 0))
+        file.write(f"{rank}")
+    distributed.barrier()
+    if rank == 1 and accident == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        with distributed.failing_together():
+            if rank == 1:
+                raise RuntimeError("something unforeseen")
+            for _ in range(100):
+                distributed.barrier()
+    except Exception as error:
+        told.put((rank, type(error), str(error)))
+
+
+@pytest.mark.parametrize("accident", ["kill", "error"])
+def test_who_waits_for_a_process_that_is_gone_ends_too(tmp_path, accident):
+    fork = multiprocessing.get_context("fork")
+    told = fork.Queue()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = (port, accident, told, tmp_path / "log")
+    processes = [fork.Process(target=meet_an_accident, args=(rank, *arguments)) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    found = [told.get(timeout=60) for _ in range(3 if accident == "kill" else 4)]
+    for process in processes:
+        process.join(timeout=60)
+    assert [process.exitcode for process in processes] == [0, -signal.SIGKILL if accident == "kill" else 0]
+    assert {(0, True, False), (1, True, False)} <= set(found), "they agree on 7, and not on their ranks"
+    assert (tmp_path / "log").read_text() == "01"
+    [(_, kind, message)] = [row for row in found if row[0] == 0 and row[1] is not True]
+    assert kind is distributed.ElsewhereError and "another process has ended" in message
+    if accident == "error":
+        assert (1, RuntimeError, "something unforeseen") in found
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ int64, both on the device. Which rows make it up is for `mrl.data.order` to say.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -128,16 +129,29 @@ def open_betons(data: DataConfig, splits: Sequence[str]) -> dict[str, Beton]:
 
 
 def list_splits(data: DataConfig, splits: Sequence[str], is_main: bool = True) -> dict[str, ImageList]:
-    """The image files of each split; the main process shows how far it is.
+    """The image files of each split; called on all processes, of which the main one shows how far it is.
 
     Raises:
-        UserError: The root is not given, or something below it is missing.
+        UserError: The root is not given, something below it is missing, or it is not the same for all processes.
     """
     if data.root is None:
         raise UserError(f"data.root is not given; data.name {data.name} needs the folder that holds train/ and val/")
     list_split = list_imagenet if data.name == "imagenet" else list_images
     with distributed.one_first():  # it lists and keeps the list, the others read that
-        return {split: list_split(data.root, split, is_main) for split in splits}
+        lists = {split: list_split(data.root, split, is_main) for split in splits}
+    if not distributed.agree(digest(data.root, lists)):
+        raise UserError(f"data.root {data.root} does not hold the same images on all machines; copy them there again")
+    return lists
+
+
+def digest(root: str, lists: dict[str, ImageList]) -> int:
+    """A number that is the same where the names of the files below ``root`` and their labels are; 0 to below 2^63."""
+    start = len(str(Path(root)))
+    found = hashlib.sha256()
+    for images in lists.values():
+        found.update(os.fsencode("\0".join(path[start:] for path in images.paths)))
+        found.update(images.labels.numpy().tobytes())
+    return int.from_bytes(found.digest()[:8], "big") >> 1
 
 
 def check_classes(classes: dict[str, Sequence[str]], num_classes: int | None) -> None:

@@ -131,6 +131,15 @@ def any_process(*flags: bool) -> list[bool]:
     return [bool(count) for count in sum_over_processes(torch.tensor([int(flag) for flag in flags])).tolist()]
 
 
+def agree(number: int) -> bool:
+    """Whether all processes give the same ``number`` (-2^63 < number < 2^63); the same answer on all."""
+    if not dist.is_initialized():
+        return True
+    ends = torch.tensor([number, -number])
+    dist.all_reduce(ends, op=dist.ReduceOp.MAX)
+    return bool(ends[0] == -ends[1])
+
+
 def same_buffers(module: nn.Module) -> None:
     """Give every process the main one's buffers (BatchNorm statistics), which differ while each sees its own images."""
     if dist.is_initialized():

@@ -1,4 +1,5 @@
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from mrl.data.digits import load_digits
 from mrl.data.folder import FolderImages
 from mrl.data.memory import MemoryImages, check_fits
 from mrl.errors import UserError
+from mrl.training import distributed
 
 CPU = torch.device("cpu")
 DIGITS = DataConfig(name="digits", eval_resize_px=32, eval_px=32)
@@ -110,6 +112,24 @@ def test_a_wrong_number_of_classes_is_refused(two_classes):
     with pytest.raises(UserError, match=r"data.num_classes is 2, but the train split has 10 classes"):
         build_data(DataConfig(name="digits", num_classes=2), 0, CPU)
     assert build_data(two_classes.config(num_classes=2), 0, CPU, is_main=False)
+
+
+def test_machines_with_other_images_are_refused(two_classes, tmp_path, monkeypatch):
+    def digests(root):
+        seen = []
+        with monkeypatch.context() as patch:
+            patch.setattr(distributed, "agree", lambda number: seen.append(number) or number in seen[:-1])
+            with pytest.raises(UserError, match=f"data.root {root} does not hold the same images on all machines"):
+                build_data(two_classes.config(root=str(root)), 0, CPU)
+            build_data(two_classes.config(root=f"{root}/"), 0, CPU)  # the same again
+        return seen[0]
+
+    here = digests(two_classes.root)
+    copy = tmp_path / "another" / "place"
+    shutil.copytree(two_classes.root, copy)
+    assert digests(copy) == here
+    (copy / "val" / "a" / "0.png").rename(copy / "val" / "b" / "9.png")
+    assert digests(copy) != here
 
 
 def test_splits_with_other_classes_are_refused_and_named(image_folder):

@@ -1,4 +1,6 @@
+import contextlib
 import json
+import multiprocessing
 import os
 import shutil
 import time
@@ -130,6 +132,27 @@ def test_a_cache_that_cannot_be_written_costs_nothing_but_a_line(root, cache, ca
     assert len(list_images(root, "train", show_progress=True).paths) == 3
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith(f"the list of {root / 'train'} is not kept for the next start")
+
+
+def list_and_spoil(root):
+    """The file names that twenty listings give, between which the cache is removed or cut short."""
+    found = set()
+    for turn in range(20):
+        found.add(tuple(listed(root)[0]))
+        with contextlib.suppress(FileNotFoundError):
+            if turn % 2:
+                cache_path(root / "train").unlink()
+            else:
+                os.truncate(cache_path(root / "train"), 20)
+    return found
+
+
+def test_many_processes_may_list_at_once(root, cache):
+    with multiprocessing.get_context("fork").Pool(4) as pool:
+        found = pool.map(list_and_spoil, [root] * 4, chunksize=1)
+    assert set.union(*found) == {("a/1.jpg", "a/deep/deeper/2.jpg", "b/3.jpg")}
+    list_images(root, "train")
+    assert [path.name for path in cache.iterdir()] == [cache_path(root / "train").name], "nothing half-written is left"
 
 
 def test_names_of_any_bytes_are_kept(root):
