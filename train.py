@@ -22,7 +22,7 @@ from torch import nn
 
 from mrl.backbones import build_backbone
 from mrl.config import Config
-from mrl.data import Images, build_data
+from mrl.data import Images, build_data, check_rand_augment
 from mrl.data.order import eval_rows, train_rows
 from mrl.errors import UserError
 from mrl.losses import check_weights, nested_cross_entropy
@@ -44,7 +44,7 @@ from mrl.training.distributed import Process
 from mrl.training.optimizer import build_optimizer, set_lr
 from mrl.training.profiling import StepProfiler
 from mrl.training.schedules import lr_at, px_at
-from mrl.training.stopping import memory_advice, stop_signals
+from mrl.training.stopping import gpu_memory_advice, stop_signals
 from mrl.training.sums import FiniteCheck, PrefixSums
 from mrl.training.tracking import Tracker
 
@@ -63,6 +63,7 @@ def train(config: Config, process: Process) -> int:
         raise UserError(f"{directory} is not the same folder on all machines; run.dir must be one that they share")
 
     images = build_data(config.data, seed, device, process.is_main)
+    check_rand_augment(config.data, images["train"])
     num_images, classes = len(images["train"]), images["train"].classes
     data_seen = {"num_images": num_images, "classes": classes}
     accumulation_steps, batch_size = config.train.accumulation_steps, config.data.batch_size
@@ -258,10 +259,8 @@ def main(argv: list[str] | None = None) -> int:
         with distributed.failing_together():
             config = parse_command_line(argv, description=str(__doc__))
             process = distributed.start()
-            try:
+            with gpu_memory_advice(config, process.world_size):
                 return train(config, process)
-            except torch.cuda.OutOfMemoryError as error:
-                raise UserError(memory_advice(config, process.world_size, error)) from error
     except (UserError, OSError) as error:
         sys.stderr.write(f"\nerror: {error}\n")  # in one piece, and not behind a progress bar
         return 2

@@ -43,11 +43,6 @@ def build_data(
             the backend cannot hold them.
     """
     backend, reason = choose_backend(data, splits)
-    if data.rand_augment is not None and backend != "folder":
-        raise UserError(
-            f"data.rand_augment works on single images in worker processes, which the {backend} backend ({reason}) "
-            "has not; give --data.backend folder, or --data.rand_augment null"
-        )
     transform = Transform(
         seed,
         data.crop_scale,
@@ -84,6 +79,19 @@ def build_data(
     if is_main:
         print(describe(data.name, images, f"{backend} backend ({reason})", num_ignored), flush=True)
     return images
+
+
+def check_rand_augment(data: DataConfig, train_images: Images) -> None:
+    """Nothing, if the training images can be augmented as ``data`` says.
+
+    Raises:
+        UserError: RandAugment is asked for, but not of the folder backend.
+    """
+    if data.rand_augment is not None and not isinstance(train_images, FolderImages):
+        raise UserError(
+            f"data.rand_augment is {data.rand_augment!r}, but only the folder backend, with one image at a time in "
+            "worker processes, can do that; give --data.backend folder, or --data.rand_augment null"
+        )
 
 
 def choose_backend(data: DataConfig, splits: Sequence[str]) -> tuple[str, str]:

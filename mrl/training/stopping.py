@@ -7,7 +7,10 @@ import signal
 from collections.abc import Iterator
 from types import FrameType
 
+import torch
+
 from mrl.config import Config
+from mrl.errors import UserError
 
 
 @contextlib.contextmanager
@@ -28,12 +31,20 @@ def stop_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def memory_advice(config: Config, world_size: int, error: BaseException) -> str:
-    """One sentence on what to change after a GPU ran out of memory, with ``error`` as torch's word on it."""
-    data, steps = config.data, config.train.accumulation_steps
-    return (
-        f"a GPU ran out of memory ({str(error).split('. ')[0]}) on {data.batch_size // world_size // steps} images "
-        f"at a time; raise --train.accumulation_steps, now {steps}, which may change when a run goes on with "
-        f"--run.resume auto (a checkpoint that was saved is kept), or lower --data.batch_size, now {data.batch_size}, "
-        f"or --data.train_px, now {data.train_px}"
-    )
+@contextlib.contextmanager
+def gpu_memory_advice(config: Config, world_size: int) -> Iterator[None]:
+    """Within it a GPU that runs out of memory ends the run with a sentence on what to change.
+
+    Raises:
+        UserError: A GPU ran out of memory.
+    """
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        data, steps = config.data, config.train.accumulation_steps
+        raise UserError(
+            f"a GPU ran out of memory ({str(error).split('. ')[0]}) on {data.batch_size // world_size // steps} images "
+            f"at a time; raise --train.accumulation_steps, now {steps}, with which a run also goes on from its last "
+            f"checkpoint (--run.resume auto), or lower --data.batch_size, now {data.batch_size}, or --data.train_px, "
+            f"now {data.train_px}"
+        ) from error

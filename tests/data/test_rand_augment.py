@@ -8,7 +8,7 @@ from timm.data.auto_augment import rand_augment_transform
 from torchvision.transforms.v2 import functional
 
 from mrl.config import DataConfig
-from mrl.data import build_data
+from mrl.data import build_data, check_rand_augment
 from mrl.data.order import counter_hash
 from mrl.data.rand_augment import _posterize, rand_augment
 from mrl.errors import UserError
@@ -85,5 +85,8 @@ def test_evaluation_is_not_augmented(two_classes):
 
 
 def test_images_in_memory_are_refused_in_a_sentence(two_classes):
-    with pytest.raises(UserError, match=r"data\.rand_augment .*memory backend.*--data\.backend folder"):
-        build_data(two_classes.config(backend="memory", rand_augment="rand-m9"), 3, CPU, is_main=False)
+    config = two_classes.config(backend="memory", rand_augment="rand-m9")
+    images = build_data(config, 3, CPU, is_main=False)  # for evaluation they will do
+    with pytest.raises(UserError, match=r"data\.rand_augment is 'rand-m9', but .*--data\.backend folder"):
+        check_rand_augment(config, images["train"])
+    check_rand_augment(two_classes.config(backend="memory"), images["train"])

@@ -46,6 +46,15 @@ def test_going_on_with_other_settings_names_them(tmp_path):
         open_run(tmp_path / "a", "auto", CONFIG.replace("0.1", "0.2"))
 
 
+def test_how_a_run_is_computed_may_change_and_what_is_computed_may_not(tmp_path):
+    open_run(tmp_path / "a", "auto", CONFIG)
+    save_checkpoint(tmp_path / "a", {"step": 3})
+    free = "train: {profile_steps: 5, gradient_precision: bf16, accumulation_steps: 2}\n"
+    open_run(tmp_path / "a", "auto", CONFIG + free)
+    with pytest.raises(UserError, match=r"train\.sync_batchnorm was False, now True"):
+        open_run(tmp_path / "a", "auto", CONFIG + "train: {sync_batchnorm: true}\n")
+
+
 def test_a_run_from_before_a_setting_existed_goes_on_with_its_default(tmp_path):
     open_run(tmp_path / "a", "auto", CONFIG)
     save_checkpoint(tmp_path / "a", {"step": 3})
