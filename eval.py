@@ -95,7 +95,7 @@ def further_images(args: argparse.Namespace) -> FurtherImages:
         robustness=[read_folder("--robustness", text) for text in args.robustness],
         few_shot=[read_folder("--few_shot", text) for text in args.few_shot],
         retrieval=[[read_folder("--retrieval", text) for text in pair] for pair in args.retrieval],
-        renaming=read_class_table(args.renaming, "class") if args.renaming else {},
+        renaming=read_class_table(args.renaming, "trained_class") if args.renaming else {},
     )
 
 
@@ -143,7 +143,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="queries to find in the training images, or queries and a database; may be given several times",
     )
     parser.add_argument(
-        "--renaming", metavar="TSV", help="for class folders of other names: a table with the columns folder and class"
+        "--renaming",
+        metavar="TSV",
+        help="for class folders of other names: a table with the columns folder and trained_class",
     )
     parser.add_argument("--batch_size", type=int, default=256, help="images at a time on each process; default: 256")
     parser.add_argument("--force", action="store_true", help="embed anew, e.g. because image files were replaced")
@@ -151,6 +153,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if settings and not args.checkpoint:
         parser.error(f"unrecognized arguments: {' '.join(settings)}")
     args.settings = settings
+    for option in ("superclasses", "robustness", "few_shot", "retrieval", "renaming", "force"):
+        if args.redraw and getattr(args, option):
+            raise UserError(f"--{option} needs --runs; --redraw draws what the rows hold and computes none")
     if args.batch_size < 1:
         raise UserError(f"--batch_size is {args.batch_size}; allowed: 1 or more")
     return args

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torchvision.io import write_png
 
 import eval as script  # not `eval`, which is Python's own
 from mrl.backbones import build_backbone
@@ -258,6 +259,57 @@ def test_data_whose_classes_are_not_the_trained_ones_are_refused(runs, capsys):
     (runs / "ff" / "model.json").write_text(json.dumps(info))
     assert "ff was trained on 10 classes" in refused(capsys, "--runs", str(runs / "ff"))
     assert "classes differ" in refused(capsys, "--runs", str(runs / "mrl"), str(runs / "ff"))
+
+
+@pytest.fixture
+def scans(tmp_path):
+    """Digits from the validation images, a folder per class: 12 of each of 3, 7 and 8."""
+    images = build_data(DATA, 0, CPU, splits=("val",))["val"]
+    for digit in (3, 7, 8):
+        folder = tmp_path / "scans" / str(digit)
+        folder.mkdir(parents=True)
+        for row in np.flatnonzero(images.labels.numpy() == digit)[:12]:
+            write_png(images._images[row], str(folder / f"{row:04}.png"))
+    return tmp_path / "scans"
+
+
+def test_further_images_give_rows_of_their_own_data_set_and_are_embedded_once(runs, scans, capsys):
+    options = ["--robustness", str(scans), "--few_shot", str(scans), "--retrieval", str(scans)]
+    assert script.main(["--runs", str(runs / "ff"), *options]) == 0
+    [_, *others] = dict.fromkeys(row.dataset for row in read_rows(runs / "eval" / "results.jsonl"))
+    assert others == ["scans"]
+    rows = [row for row in read_rows(runs / "eval" / "results.jsonl") if row.dataset == "scans"]
+    assert {row.study for row in rows} == {"robustness", "few_shot", "retrieval"}
+    found = {(row.study, row.method, row.metric): row.value for row in rows if row.dim == 32}
+    labels = np.load(runs / "ff" / "embeddings" / "val" / "labels.npy")
+    images = np.concatenate([np.flatnonzero(labels == digit)[:12] for digit in (3, 7, 8)])
+    vectors = np.load(runs / "ff" / "embeddings" / "val" / "vectors.npy")[images]
+    with torch.no_grad():
+        logits = load(runs / "ff").head(torch.from_numpy(vectors))[0][:, [3, 7, 8]].numpy()
+    right = np.array([3, 7, 8])[logits.argmax(1)] == labels[images]
+    assert found["robustness", "FF", "top_1"] == pytest.approx(right.mean())
+    np.testing.assert_allclose(np.load(runs / "ff" / "embeddings" / "images_scans" / "vectors.npy"), vectors, atol=1e-4)
+    output = capsys.readouterr().out
+    for name in ("robustness_scans.png", "few_shot_scans.png", "map_by_dim_scans.png"):
+        assert f"figure: {runs / 'eval' / name}" in output
+
+
+def test_mistakes_about_further_images_are_one_sentence(runs, scans, tmp_path, capsys, no_images):
+    run = ["--runs", str(runs / "ff")]
+    assert "no data set is called 'imagenet-a'" in refused(capsys, *run, "--robustness", f"imagenet-a={scans}")
+    assert "imagenet_r has 200 class folders" in refused(capsys, *run, "--robustness", f"imagenet_r={scans}")
+    assert "is not a folder" in refused(capsys, *run, "--few_shot", str(tmp_path / "none"))
+    assert "queries and a database" in refused(capsys, *run, "--retrieval", *[str(scans)] * 3)
+    assert "trained_class" in refused(capsys, *run, "--renaming", str(tmp_path / "none.tsv"))
+    rows = str(runs / "eval" / "results.jsonl")
+    assert "--few_shot needs --runs" in refused(capsys, "--redraw", rows, "--few_shot", str(scans))
+
+
+def test_runs_of_different_nesting_lists_are_compared_and_not_averaged(runs, capsys):
+    other = make_run(runs / "uniform", (8, 24, 32), seed=1)
+    assert script.main(["--runs", str(runs / "mrl"), other, str(runs / "ff")]) == 0
+    names = [Path(line).name for line in capsys.readouterr().out.splitlines() if line.endswith(".png")]
+    assert {"adaptive_retrieval_mrl_digits.png", "adaptive_retrieval_uniform_digits.png"} <= set(names)
 
 
 def test_runs_on_different_data_get_a_figure_each(finished, tmp_path, capsys):

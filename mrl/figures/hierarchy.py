@@ -147,7 +147,7 @@ def class_accuracy_against_full_width(rows: Sequence[Row]) -> Figure:
     num_classes = len({row.metric for row in rows})
     of = f"{num_classes:,} classes of {counts(rows)} validation images each"
     num_seeds = max(len({row.seed for row in rows if labels[row.method, row.run] == label}) for label in styles)
-    means = f" (means of up to {num_seeds} seeds)" if num_seeds > 1 else ""
+    means = f"; means of up to {num_seeds} seeds" if num_seeds > 1 else ""
     title(figure, f"{dataset}: {of}{means}; line: median, band: middle half")
     return figure
 

@@ -120,7 +120,7 @@ def adaptive_retrieval(
     plans.sort(key=lambda plan: (plan[1], plan[2][0][1]))
     relevant = num_relevant(query_labels, database_labels)
     # Reads the whole database once, so that no search's time is that of the disk, and finds what is not finite.
-    exact_search(queries[:1], database, 1, [database.shape[1]], device=device)
+    exact_search(queries[:1], database, 1, [database.shape[1]], device=device, progress=True)
     rows = []
     with progress(total=len(plans), desc=f"{source.run}: {STUDY}", unit="configuration") as bar:
         # Plans that begin with the same search share it.

@@ -132,10 +132,10 @@ def dims_saved(rows: Sequence[Row], method: str, tolerance: float = 0.0) -> dict
 
 
 def headlines(rows: Sequence[Row]) -> list[str]:
-    """A sentence a cascade on the largest of `dims_saved`, for people to read; none without fixed-feature models."""
+    """A sentence a cascade on the largest of `dims_saved`, for people to read; none where no dims are saved."""
     found = []
     for method in sorted({row.method for row in rows if row.study == STUDY and row.method != "FF"}):
-        saved = {dim: ratio for dim, ratio in dims_saved(rows, method).items() if ratio is not None}
+        saved = {dim: ratio for dim, ratio in dims_saved(rows, method).items() if ratio is not None and ratio > 1}
         if saved:
             dim = max(saved, key=lambda dim: saved[dim])
             found.append(

@@ -69,8 +69,13 @@ class FurtherImages:
         """``{place: folder}`` of all images, each once.
 
         Raises:
-            UserError: Two different folders have one name.
+            UserError: Two different folders have one name, or the same queries are to be found twice.
         """
+        queries = [first.name for first, *_ in self.retrieval]
+        if len(set(queries)) < len(queries):
+            raise UserError(
+                f"--retrieval has the queries {', '.join(queries)}; give each once, and other databases later"
+            )
         found: dict[str, LabelledFolder] = {}
         for folder in itertools.chain(self.robustness, self.few_shot, *self.retrieval):
             other = found.setdefault(folder.place, folder)

@@ -5,7 +5,7 @@ import pytest
 
 from mrl.errors import UserError
 from mrl.results import Source
-from mrl.studies.cascade import cascade, dims_saved, draws, fixed_feature
+from mrl.studies.cascade import cascade, dims_saved, draws, fixed_feature, headlines
 from mrl.studies.thresholds import fit_thresholds
 
 SOURCE = Source("digits", "some_run", 3, 32, 28, True)
@@ -115,6 +115,13 @@ def test_dims_saved_takes_the_mean_of_several_runs():
         points("MRL cascade", {16: (0.6, 9)}) + points("MRL cascade", {16: (0.8, 11)}) + points("FF", {40: (0.7, 40)})
     )
     assert dims_saved(rows, "MRL cascade") == {40: 4.0}
+
+
+def test_the_headline_is_the_largest_saving_and_there_is_none_without_one():
+    rows = points("MRL cascade", {16: (0.70, 10), 32: (0.80, 16)}) + points("FF", {32: (0.70, 32), 64: (0.79, 64)})
+    assert headlines(rows) == ["MRL cascade (digits): the accuracy of FF-64 from 16.0 dims on average, 4.0 times fewer"]
+    assert headlines(points("MRL cascade", {16: (0.7, 10)}) + points("FF", {8: (0.7, 8), 32: (0.9, 32)})) == []
+    assert headlines(points("MRL cascade", {16: (0.7, 10)})) == []
 
 
 def test_refuses_one_size_and_too_few_images():

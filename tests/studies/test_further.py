@@ -132,6 +132,8 @@ def test_one_name_for_two_folders_is_refused_and_one_folder_in_two_studies_is_no
     assert list(FurtherImages(robustness=[one], few_shot=[one]).folders()) == ["images_birds"]
     with pytest.raises(UserError, match="both called 'birds'"):
         FurtherImages(robustness=[one], few_shot=[other]).folders()
+    with pytest.raises(UserError, match="give each once"):
+        FurtherImages(retrieval=[[one], [one, one]]).folders()
 
 
 def fill(folder, classes):
