@@ -21,6 +21,10 @@ $(VENV)/ready-dev: requirements-dev.txt $(VENV)/ready
 	$(PIP) -r requirements-dev.txt
 	touch $@
 
+$(VENV)/ready-extras: requirements-extras.txt $(VENV)/ready-dev
+	$(PIP) -r requirements-extras.txt
+	touch $@
+
 demo: $(VENV)/ready ## install, train five models on handwritten digits, evaluate them, draw the paper's figure (CPU, minutes)
 	for name in $(DEMO); do $(BIN)/python train.py --config $$name.yaml --run.resume auto || exit; done
 	for dim in 8 32; do $(BIN)/python train.py --config digits_ff.yaml --head.nesting_list "[$$dim]" \
@@ -33,7 +37,7 @@ clean-demo: ## remove the demo's runs
 test: $(VENV)/ready-dev ## install, then run the tests on the CPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-check: $(VENV)/ready-dev ## ruff, mypy and the tests
+check: $(VENV)/ready-extras ## ruff, mypy and the tests, those of the exports too
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

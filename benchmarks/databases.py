@@ -56,21 +56,20 @@ def contenders(args: argparse.Namespace, queries: np.ndarray, database: np.ndarr
     dims = (low, width)
     index = prefix_index(database, low, args.shortlist_size / k)
     graph = prefix_index(database, low, args.shortlist_size / k, "HNSW32")
-    faiss.downcast_index(faiss.downcast_index(graph.base_index).index).hnsw.efSearch = args.shortlist_size
+    base: Any = faiss.downcast_index(graph.base_index)
+    of_prefixes: Any = faiss.downcast_index(base.index)
+    of_prefixes.hnsw.efSearch = args.shortlist_size
     in_qdrant, in_milvus = QdrantClient(":memory:"), MilvusClient(str(folder / "vectors.db"))
     for module, client in ((qdrant, in_qdrant), (milvus, in_milvus)):
         module.upload(client, "images", database, dims)
+    asked = ("images", queries, low, stages)
     return {
         "ours, exact at full width": lambda: exact_search(queries, database, k, [width])[width][0],
         f"ours, funnel from {low}": lambda: funnel_search(queries, database, low, stages)[0][:, :k],
         f"FAISS, flat prefix of {low} + refine": lambda: index.search(queries, k)[1],
         f"FAISS, HNSW32 on a prefix of {low} + refine": lambda: graph.search(queries, k)[1],
-        f"Qdrant in process, funnel from {low}": lambda: qdrant.funnel_search(
-            in_qdrant, "images", queries, low, stages
-        )[0][:, :k],
-        f"Milvus Lite, funnel from {low}": lambda: milvus.funnel_search(in_milvus, "images", queries, low, stages)[0][
-            :, :k
-        ],
+        f"Qdrant in process, funnel from {low}": lambda: qdrant.funnel_search(in_qdrant, *asked)[0][:, :k],
+        f"Milvus Lite, funnel from {low}": lambda: milvus.funnel_search(in_milvus, *asked)[0][:, :k],
     }
 
 

@@ -40,9 +40,10 @@ def prefix_index(vectors: np.ndarray, shortlist_dim: int, shortlist_factor: floa
         of_prefixes = faiss.index_factory(shortlist_dim, factory, faiss.METRIC_INNER_PRODUCT)
     except RuntimeError as error:
         raise UserError(f"factory {factory!r} is not an index that FAISS knows: {error}") from error
+    uniform: Any = False  # evenly spaced coordinates; else the first ones
     base = faiss.IndexPreTransform(of_prefixes)
     base.prepend_transform(faiss.NormalizationTransform(shortlist_dim))
-    base.prepend_transform(faiss.RemapDimensionsTransform(width, shortlist_dim, False))  # the first coordinates
+    base.prepend_transform(faiss.RemapDimensionsTransform(width, shortlist_dim, uniform))
     index = faiss.IndexRefineFlat(base)
     index.k_factor = shortlist_factor
     unit = np.array(vectors, dtype=np.float32, order="C")
