@@ -27,6 +27,10 @@ $(VENV)/ready-ffcv: requirements-ffcv.txt $(VENV)/ready
 
 ffcv: $(VENV)/ready-ffcv ## install FFCV, for data.backend ffcv; system packages first, see requirements-ffcv.txt
 
+$(VENV)/ready-extras: requirements-extras.txt $(VENV)/ready-dev
+	$(PIP) -r requirements-extras.txt
+	touch $@
+
 demo: $(VENV)/ready ## install, train five models on handwritten digits, evaluate them, draw the paper's figure (CPU, minutes)
 	for name in $(DEMO); do $(BIN)/python train.py --config $$name.yaml --run.resume auto || exit; done
 	for dim in 8 32; do $(BIN)/python train.py --config digits_ff.yaml --head.nesting_list "[$$dim]" \
@@ -39,7 +43,7 @@ clean-demo: ## remove the demo's runs
 test: $(VENV)/ready-dev ## install, then run the tests on the CPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-check: $(VENV)/ready-dev ## ruff, mypy and the tests
+check: $(VENV)/ready-extras ## ruff, mypy and the tests, those of the exports too
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

@@ -65,7 +65,7 @@ def funnel_search(
     Raises:
         UserError: There are no stages, their lengths grow or do not fit the database, or as `rerank`.
     """
-    _check_stages(stages, len(database), "vectors of the database")
+    check_stages(stages, len(database), "vectors of the database")
     shortlist, _ = exact_search(queries, database, stages[0][1], [shortlist_dim], device=device, progress=progress)[
         shortlist_dim
     ]
@@ -81,13 +81,14 @@ def funnel(
     progress: bool = False,
 ) -> Neighbours:
     """As `funnel_search`, from a ``shortlist`` ``(Q, S)``, best first, that some other search has found."""
-    _check_stages(stages, np.shape(shortlist)[-1], "neighbours of the shortlist")
+    check_stages(stages, np.shape(shortlist)[-1], "neighbours of the shortlist")
     for dim, length in stages:
         shortlist, scores = _rerank(queries, database, shortlist[:, :length], dim, progress)
     return shortlist, scores
 
 
-def _check_stages(stages: Sequence[tuple[int, int]], most: int, of: str) -> None:
+def check_stages(stages: Sequence[tuple[int, int]], most: int, of: str) -> None:
+    """Nothing, if the lengths of a funnel do not grow and lie between 1 and ``most``."""
     lengths = [length for _, length in stages]
     if not lengths or lengths != sorted(lengths, reverse=True) or not 1 <= lengths[-1] <= lengths[0] <= most:
         raise UserError(

@@ -1,0 +1,97 @@
+"""Train nested embeddings without labels: two crops of an image should be neighbours, at every prefix size.
+
+    python -m examples.contrastive                                   # handwritten digits, CPU, about a minute
+    python -m examples.contrastive --images DIR --px 64 --epochs 20  # DIR/train/<class>/ and DIR/val/<class>/
+
+`mrl.MatryoshkaLoss` wraps a loss on pairs of embeddings that knows nothing of prefixes (InfoNCE, as in
+SimCLR and CLIP). The classes only score the result: the nearest training image of each validation image.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import mrl
+from mrl.backbones import build_backbone
+from mrl.config import DataConfig
+from mrl.data import Images, build_data
+from mrl.data.order import eval_rows, train_rows
+from mrl.nesting import default_nesting_list
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def info_nce(first: Tensor, second: Tensor, temperature: float) -> Tensor:
+    """Cross-entropy of finding each embedding's partner in the batch, both ways; a scalar.
+
+    It normalises what it is given, so `MatryoshkaLoss` has every prefix normalised on its own.
+    """
+    cosines = F.normalize(first, dim=-1) @ F.normalize(second, dim=-1).T
+    partner = torch.arange(len(first), device=first.device)
+    return (F.cross_entropy(cosines / temperature, partner) + F.cross_entropy(cosines.T / temperature, partner)) / 2
+
+
+@torch.no_grad()
+def embed(network: nn.Module, images: Images) -> Tensor:
+    """Raw embeddings ``(N, D)`` of a split."""
+    network.eval()
+    return torch.cat([network(batch).cpu() for batch, _ in images.eval_batches(eval_rows(len(images), 256))])
+
+
+def one_nn(network: nn.Module, images: dict[str, Images], dims: tuple[int, ...]) -> str:
+    """Share of validation images whose nearest training image is of their class, by size, as a line of text."""
+    found = mrl.exact_search(embed(network, images["val"]), embed(network, images["train"]), k=1, dims=dims)
+    labels, truth = images["train"].labels.numpy(), images["val"].labels.numpy()
+    return ", ".join(f"{(labels[nearest[:, 0]] == truth).mean():.4f} @{dim}" for dim, (nearest, _) in found.items())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", metavar="DIR", help="folder with train/ and val/; default: handwritten digits")
+    parser.add_argument("--px", type=int, default=32, help="side of an image in pixels; default: 32")
+    parser.add_argument("--backbone", default="resnet10t", help="a timm model; default: resnet10t")
+    parser.add_argument("--epochs", type=int, default=10, help="passes over the training images; default: 10")
+    parser.add_argument("--batch_size", type=int, default=128, help="pairs per step; default: 128")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    data = DataConfig(
+        name="folder" if args.images else "digits",
+        root=args.images,
+        backend="memory",
+        batch_size=args.batch_size,
+        train_px=args.px,
+        crop_scale=(0.3, 1.0),
+        flip=args.images is not None,  # a mirrored digit is another one
+        eval_resize_px=args.px,
+        eval_px=args.px,
+    )
+    images = build_data(data, seed=0, device=DEVICE)
+    network = build_backbone(args.backbone).to(DEVICE)
+    width: int = network.head_hidden_size  # type: ignore[assignment]
+    dims = default_nesting_list(width)
+    loss_fn = mrl.MatryoshkaLoss(info_nce, dims)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=0.05)
+    print(f"1-NN before: {one_nn(network, images, dims)}", flush=True)
+    for epoch in range(args.epochs):
+        network.train()
+        rows = train_rows(len(images["train"]), args.batch_size, 0, epoch)
+        # A crop depends on the image and the epoch alone: the same rows of two epochs are two crops of the same images.
+        views = (images["train"].train_batches(rows, 2 * epoch + view, args.px) for view in (0, 1))
+        total = 0.0
+        for (first, _), (second, _) in zip(*views, strict=True):
+            embeddings = network(torch.cat([first, second]))
+            loss = loss_fn(*embeddings.chunk(2), temperature=0.1)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total += loss.item()
+        print(f"epoch {epoch + 1}: loss {total / len(rows) / len(dims):.3f} a size", flush=True)
+    print(f"1-NN after: {one_nn(network, images, dims)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
