@@ -23,6 +23,7 @@ from mrl.data.memory import MemoryImages, check_fits, decode_images
 from mrl.errors import UserError
 
 Images = MemoryImages | FolderImages | FFCVImages
+BACKENDS: dict[type, str] = {MemoryImages: "memory", FolderImages: "folder", FFCVImages: "ffcv"}
 
 
 def build_data(
