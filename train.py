@@ -22,7 +22,7 @@ from torch import nn
 
 from mrl.backbones import build_backbone
 from mrl.config import Config
-from mrl.data import Images, build_data, check_rand_augment
+from mrl.data import BACKENDS, Images, build_data, check_rand_augment
 from mrl.data.order import eval_rows, train_rows
 from mrl.errors import UserError
 from mrl.losses import check_weights, nested_cross_entropy
@@ -65,7 +65,7 @@ def train(config: Config, process: Process) -> int:
     images = build_data(config.data, seed, device, process.is_main)
     check_rand_augment(config.data, images["train"])
     num_images, classes = len(images["train"]), images["train"].classes
-    data_seen = {"num_images": num_images, "classes": classes}
+    data_seen = {"num_images": num_images, "classes": classes, "backend": BACKENDS[type(images["train"])]}
     accumulation_steps, batch_size = config.train.accumulation_steps, config.data.batch_size
     split = (process.rank, process.world_size, accumulation_steps)
     micro_batch_size = len(train_rows(num_images, batch_size, seed, 0, *split)[0])

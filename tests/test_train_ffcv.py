@@ -99,6 +99,17 @@ def test_the_imagenet_recipe_trains_stops_resumes_and_is_evaluated(tmp_path, ima
     assert json.loads((tmp_path / "straight" / "model.json").read_text())["classes"] == WNIDS
 
 
+def test_a_run_goes_on_by_the_backend_that_it_began_with(tmp_path, imagenet, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        stop_after(patch, 1)
+        assert run(tmp_path, imagenet, "auto", name="a") == 128 + signal.SIGTERM
+    assert run(tmp_path, imagenet, "folder", "--run.resume", "auto", name="a") == 2
+    assert "by the ffcv backend, whose pixels differ from those of folder; go on with --data.backend ffcv" in (
+        capsys.readouterr().err
+    )
+    assert run(tmp_path, imagenet, "ffcv", "--run.resume", "auto", name="a") == 0
+
+
 def test_two_processes_take_over_in_mid_epoch_and_count_every_validation_image_once(tmp_path, imagenet, monkeypatch):
     assert run(tmp_path, imagenet, "ffcv", name="one") == 0
     with monkeypatch.context() as patch:

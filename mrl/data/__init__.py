@@ -27,6 +27,7 @@ from mrl.errors import UserError
 from mrl.training import distributed
 
 Images = MemoryImages | FolderImages | FFCVImages
+BACKENDS: dict[type, str] = {MemoryImages: "memory", FolderImages: "folder", FFCVImages: "ffcv"}
 
 
 def build_data(

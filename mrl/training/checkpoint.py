@@ -25,6 +25,7 @@ FREE_KEYS = {
     "run.resume",
     "run.dir",
     "data.root",
+    "data.backend",  # what it comes to is compared instead, because auto depends on the files
     "data.num_workers",
     "train.accumulation_steps",
     "train.gradient_precision",
@@ -126,8 +127,14 @@ def load_checkpoint(directory: Path) -> dict[str, Any] | None:
 
 
 def refuse_other_data(directory: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Nothing, if a run goes on with as many images and the same classes as it began with."""
-    if before != now:
+    """Nothing, if a run goes on with as many images, the same classes and by the same backend as it began with."""
+    used = before.get("backend", now["backend"])
+    if used != now["backend"]:
+        raise UserError(
+            f"{directory} has read its images by the {used} backend, whose pixels differ from those of "
+            f"{now['backend']}; go on with --data.backend {used}"
+        )
+    if (before["num_images"], before["classes"]) != (now["num_images"], now["classes"]):
         others = " others" if before["classes"] != now["classes"] else ""
         raise UserError(
             f"{directory} was trained on {before['num_images']:,} images of {len(before['classes'])} classes; "
