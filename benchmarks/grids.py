@@ -1,7 +1,8 @@
 """Grids of training runs as data: a YAML file in, the command line of every run out.
 
 A grid file holds ``title``, ``train_images`` (images of an epoch), ``runs``, and perhaps ``set`` (settings of all
-runs), ``subset`` (``every`` so many classes, in sorted order, as a folder ``name``) and ``images_per_second_at_64_px``.
+runs), ``subset`` (``every`` so many classes, in sorted order, as a folder ``name``), ``images_per_second_at_64_px`` and
+``references`` (further runs to evaluate with a group).
 An entry of ``runs`` holds ``name``, ``group`` (runs that are evaluated together), ``recipe``, ``seeds``, and perhaps
 ``dims`` (a fixed-feature run of each size), ``set`` and ``init_from`` (a run of the grid whose weights it begins with).
 """
@@ -22,7 +23,7 @@ from mrl.errors import UserError
 from mrl.recipes import parse_command_line
 
 GRIDS = Path(__file__).resolve().parent / "grids"
-GRID_KEYS = {"title", "train_images", "images_per_second_at_64_px", "subset", "set", "runs"}
+GRID_KEYS = {"title", "train_images", "images_per_second_at_64_px", "subset", "set", "references", "runs"}
 RUN_KEYS = {"name", "group", "recipe", "seeds", "dims", "set", "init_from"}
 SPLITS = ("train", "val")
 
@@ -61,6 +62,7 @@ class Grid:
         train_images: Images of an epoch.
         images_per_second_at_64_px: Assumed speed of training; None where nobody knows it.
         data_root: The images that the runs train on; None where the recipes say.
+        references: ``{group: names of runs of other groups}`` to evaluate with it.
         subset_every: ``data_root`` is to hold every so many classes of the prepared images; None: it is them.
     """
 
@@ -70,11 +72,16 @@ class Grid:
     images_per_second_at_64_px: float | None
     data_root: Path | None
     subset_every: int | None
+    references: dict[str, list[str]]
 
     @property
     def groups(self) -> tuple[str, ...]:
         """Names of the groups, in order."""
         return tuple(dict.fromkeys(run.group for run in self.runs))
+
+    def members(self, group: str) -> list[PlannedRun]:
+        """The runs to evaluate together."""
+        return [run for run in self.runs if run.group == group or run.name in self.references.get(group, [])]
 
 
 def read_grid(
@@ -113,7 +120,7 @@ def read_grid(
                 runs.append(_planned(entry, dim, seed, shared, runs_dir, epochs))
     every = None if subset is None else subset["every"]
     speed = facts.get("images_per_second_at_64_px")
-    grid = Grid(facts["title"], tuple(runs), facts["train_images"], speed, root, every)
+    grid = Grid(facts["title"], tuple(runs), facts["train_images"], speed, root, every, facts.get("references") or {})
     _check_names(grid, path)
     return grid
 
@@ -152,9 +159,12 @@ def _check_names(grid: Grid, path: Path) -> None:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise UserError(f"{path}: several runs are called {', '.join(twice)}; give each its own name")
-    for run in grid.runs:
-        if run.needs is not None and run.needs not in names:
-            raise UserError(f"{path}: {run.name} begins with the weights of {run.needs}, which is none of its runs")
+    for i, run in enumerate(grid.runs):
+        if run.needs is not None and run.needs not in names[:i]:
+            raise UserError(f"{path}: {run.name} begins with the weights of {run.needs}, which is no run before it")
+    unknown = {name for of_group in grid.references.values() for name in of_group} - set(names)
+    if unknown or not grid.references.keys() <= set(grid.groups):
+        raise UserError(f"{path}: references {grid.references} must map groups {list(grid.groups)} to names of runs")
 
 
 def make_subset(grid: Grid, data: Path) -> None:
