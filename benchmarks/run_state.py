@@ -50,7 +50,7 @@ def read_state(run: PlannedRun) -> RunState:
     """
     directory = run.directory
     _refuse_other_settings(directory, run.config)
-    rows = _json_lines(directory / "metrics.jsonl")
+    rows = read_rows_of(run)
     validations = [row for row in rows if any(key.startswith("val_loss/") for key in row)]
     epochs_done = max((row["epoch"] for row in rows), default=0.0)
     saved = (directory / "model.safetensors").is_file()
@@ -65,6 +65,11 @@ def read_state(run: PlannedRun) -> RunState:
         statistics.median(speeds) if speeds else None,
         sum(row["seconds"] for row in _json_lines(directory / ATTEMPTS)),
     )
+
+
+def read_rows_of(run: PlannedRun) -> list[dict[str, Any]]:
+    """What training has logged."""
+    return _json_lines(run.directory / "metrics.jsonl")
 
 
 def work(grid: Grid, config: Config, from_epoch: float = 0.0) -> float:
