@@ -1,8 +1,8 @@
 """Grids of training runs as data: a YAML file in, the command line of every run out.
 
 A grid file holds ``title``, ``train_images`` (images of an epoch), ``runs``, and perhaps ``set`` (settings of all
-runs), ``subset`` (``every`` so many classes, in sorted order, as a folder ``name``), ``images_per_second_at_64_px`` and
-``references`` (further runs to evaluate with a group).
+runs), ``subset`` (``every`` so many classes, in sorted order, as a folder ``name``), ``images_per_second_at_64_px``,
+``references`` (further runs to evaluate with a group) and ``superclasses`` (a table beside the file, see eval.py).
 An entry of ``runs`` holds ``name``, ``group`` (runs that are evaluated together), ``recipe``, ``seeds``, and perhaps
 ``dims`` (a fixed-feature run of each size), ``set`` and ``init_from`` (a run of the grid whose weights it begins with).
 """
@@ -23,7 +23,16 @@ from mrl.errors import UserError
 from mrl.recipes import parse_command_line
 
 GRIDS = Path(__file__).resolve().parent / "grids"
-GRID_KEYS = {"title", "train_images", "images_per_second_at_64_px", "subset", "set", "references", "runs"}
+GRID_KEYS = {
+    "title",
+    "train_images",
+    "images_per_second_at_64_px",
+    "subset",
+    "set",
+    "references",
+    "superclasses",
+    "runs",
+}
 RUN_KEYS = {"name", "group", "recipe", "seeds", "dims", "set", "init_from"}
 SPLITS = ("train", "val")
 
@@ -63,6 +72,7 @@ class Grid:
         images_per_second_at_64_px: Assumed speed of training; None where nobody knows it.
         data_root: The images that the runs train on; None where the recipes say.
         references: ``{group: names of runs of other groups}`` to evaluate with it.
+        superclasses: Table for eval.py; None where there is none.
         subset_every: ``data_root`` is to hold every so many classes of the prepared images; None: it is them.
     """
 
@@ -73,6 +83,7 @@ class Grid:
     data_root: Path | None
     subset_every: int | None
     references: dict[str, list[str]]
+    superclasses: Path | None
 
     @property
     def groups(self) -> tuple[str, ...]:
@@ -107,20 +118,31 @@ def read_grid(
         facts = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    _check_keys(facts, {"title", "train_images", "runs"}, GRID_KEYS, str(path))
+    _check_keys(facts, NEEDED_KEYS, GRID_KEYS, str(path))
     subset = facts.get("subset")
     root = data if subset is None else runs_dir / "data" / subset["name"]
     shared = dict(facts.get("set") or {}) | ({} if root is None else {"data.root": str(root)})
-    runs = []
+    placed = []
     for entry in facts["runs"]:
         _check_keys(entry, {"name", "group", "recipe", "seeds"}, RUN_KEYS, f"{path}, runs")
-        several = len(entry["seeds"]) > 1
+        of_entry = seeds if seeds and len(entry["seeds"]) > 1 else entry["seeds"]
         for dim in entry.get("dims", [None]):
-            for seed in seeds if seeds and several else entry["seeds"]:
-                runs.append(_planned(entry, dim, seed, shared, runs_dir, epochs))
+            for place, seed in enumerate(of_entry):
+                placed.append((place, _planned(entry, dim, seed, shared, runs_dir, epochs)))
+    # First seeds first: a grid that is stopped half-way has whole comparisons. Elsewhere the file's order stays.
+    runs = [run for _, run in sorted(placed, key=lambda pair: pair[0])]
     every = None if subset is None else subset["every"]
-    speed = facts.get("images_per_second_at_64_px")
-    grid = Grid(facts["title"], tuple(runs), facts["train_images"], speed, root, every, facts.get("references") or {})
+    table = facts.get("superclasses")
+    grid = Grid(
+        title=facts["title"],
+        runs=tuple(runs),
+        train_images=facts["train_images"],
+        images_per_second_at_64_px=facts.get("images_per_second_at_64_px"),
+        data_root=root,
+        subset_every=every,
+        references=facts.get("references") or {},
+        superclasses=None if table is None else path.parent / table,
+    )
     _check_names(grid, path)
     return grid
 

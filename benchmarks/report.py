@@ -39,7 +39,7 @@ SECTION = re.compile(
     re.DOTALL,
 )
 # What provenance.json keeps of a run's settings: not where its files lay on the machine.
-PLACES = ("--config", "--run.name", "--run.dir", "--run.resume", "--data.root", "--model.init")
+PLACES = ("--config", "--run.name", "--run.seed", "--run.dir", "--run.resume", "--data.root", "--model.init")
 
 
 def publish(evaluated: Path, runs: Sequence[PlannedRun], title: str, out: Path) -> None:
@@ -120,7 +120,7 @@ def read_group(folder: Path) -> tuple[list[Any], dict[str, Any]]:
 
 def tables_of(folder: Path) -> str:
     """The text of tables.md."""
-    return f"# {folder.name}\n\n{tables.full(*read_group(folder))}\n"
+    return f"## {folder.name}\n\n{tables.full(*read_group(folder))}\n"
 
 
 def draw(folder: Path) -> None:
@@ -128,7 +128,7 @@ def draw(folder: Path) -> None:
     rows, _ = read_group(folder)
     for dataset in dict.fromkeys(row.dataset for row in rows):
         for name, figure in figures_of([row for row in rows if row.dataset == dataset]).items():
-            figure.savefig(folder / f"{name}_{dataset}.png", dpi=150)
+            figure.savefig(folder / f"{name}_{dataset}.png", dpi=110)
 
 
 def with_sections(document: Path, results: Path) -> str:

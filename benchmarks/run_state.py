@@ -119,9 +119,10 @@ def list_runs(grid: Grid, names: Sequence[str], states: dict[str, RunState]) -> 
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     table = "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in cells)
     known = [seconds for name in names if (seconds := estimates[name]) is not None]
-    missing = len(names) - len(known)
-    total = f"\n{len(lines)} runs; about {duration(sum(known))} of training left, one run after the other"
-    return table + total + (f", and {missing} runs of unknown length" if missing else "")
+    total = f"about {duration(sum(known))} of training left, one run after the other"
+    if len(known) < len(names):
+        total += f", beside {len(names) - len(known)} runs of unknown length"
+    return f"{table}\n{len(lines)} runs; {total}"
 
 
 def accuracies(state: RunState) -> str:

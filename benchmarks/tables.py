@@ -22,8 +22,8 @@ TABLES = {
 RULE = (
     f"A comparison *holds* where Student's {CONFIDENCE:.0%} interval of the mean over seeds (models of one seed are "
     "compared with each other) lies at or above what is claimed, *does not hold* where it lies below, and is "
-    f"*undecided* where it lies across; with fewer than {MIN_SEEDS} seeds nothing is claimed. ± is one standard deviation "
-    "over seeds."
+    f"*undecided* where it lies across; with fewer than {MIN_SEEDS} seeds nothing is claimed. ± is one standard "
+    "deviation over seeds."
 )
 
 
@@ -137,7 +137,7 @@ def comparisons(found: Sequence[Effect]) -> str:
                 ]
             )
     return markdown(table) + (
-        "\n\nDifferences in percentage points, with x: times. The paper's values are differences of its tables "
+        "\n\nDifferences in percentage points, with x: times (0.0x: the accuracy was never reached). The paper's values are differences of its tables "
         "(ImageNet-1K, ResNet-50, one run each)."
     )
 

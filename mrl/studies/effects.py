@@ -149,7 +149,7 @@ def baselines_behind(table: SeedTable) -> list[Comparison]:
         for method in methods:
             for dim in smallest:
                 sides = (table.of(study, name, "top_1", dim) for name in ("MRL", method))
-                found.append(Comparison(f"{dim} dims, {kind}, {method}", difference(*sides), FAR))
+                found.append(Comparison(f"{method} ({kind}, {dim} dims)", difference(*sides), FAR))
     return found
 
 
@@ -175,8 +175,8 @@ def transfer(further: Mapping[str, SeedTable]) -> list[Comparison]:
     """E10."""
     found = []
     for name, table in further.items():
-        found += table.by_size("few_shot", f"top_1_{SHOTS}_shot", "MRL", "FF", -EQUAL, f"{name}, {SHOTS}-shot, ")
-        found += table.by_size("retrieval", "top_1", "MRL", "FF", -EQUAL, f"{name}, 1-NN, ")
+        found += table.by_size("few_shot", f"top_1_{SHOTS}_shot", "MRL", "FF", -EQUAL, f"{name}: {SHOTS}-shot at ")
+        found += table.by_size("retrieval", "top_1", "MRL", "FF", -EQUAL, f"{name}: 1-NN at ")
     return found
 
 
