@@ -23,16 +23,8 @@ from mrl.errors import UserError
 from mrl.recipes import parse_command_line
 
 GRIDS = Path(__file__).resolve().parent / "grids"
-GRID_KEYS = {
-    "title",
-    "train_images",
-    "images_per_second_at_64_px",
-    "subset",
-    "set",
-    "references",
-    "superclasses",
-    "runs",
-}
+NEEDED_KEYS = {"title", "train_images", "runs"}
+GRID_KEYS = NEEDED_KEYS | {"images_per_second_at_64_px", "subset", "set", "references", "superclasses"}
 RUN_KEYS = {"name", "group", "recipe", "seeds", "dims", "set", "init_from"}
 SPLITS = ("train", "val")
 
@@ -104,7 +96,7 @@ def read_grid(
         name: See above.
         runs_dir: Folder of the run directories.
         data: Prepared images to train on instead of the recipes' own.
-        seeds: Instead of those of every entry that has several.
+        seeds: Instead of those of every entry that has several; runs that begin with one that is gone go too.
         epochs: Instead of those of every run; the warm-up shrinks or grows with them.
 
     Raises:
@@ -131,6 +123,12 @@ def read_grid(
                 placed.append((place, _planned(entry, dim, seed, shared, runs_dir, epochs)))
     # First seeds first: a grid that is stopped half-way has whole comparisons. Elsewhere the file's order stays.
     runs = [run for _, run in sorted(placed, key=lambda pair: pair[0])]
+    references = facts.get("references") or {}
+    if seeds:  # other seeds may leave out what runs begin with or are shown beside
+        names = {run.name for run in runs}
+        runs = [run for run in runs if run.needs is None or run.needs in names]
+        references = {group: [name for name in of_group if name in names] for group, of_group in references.items()}
+        references = {group: of_group for group, of_group in references.items() if group in {run.group for run in runs}}
     every = None if subset is None else subset["every"]
     table = facts.get("superclasses")
     grid = Grid(
@@ -140,7 +138,7 @@ def read_grid(
         images_per_second_at_64_px=facts.get("images_per_second_at_64_px"),
         data_root=root,
         subset_every=every,
-        references=facts.get("references") or {},
+        references=references,
         superclasses=None if table is None else path.parent / table,
     )
     _check_names(grid, path)

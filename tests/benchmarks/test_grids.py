@@ -28,22 +28,34 @@ def grid_of(tmp_path, text=GRID, **rest):
     return read_grid(str(path), tmp_path / "runs", None, **rest)
 
 
-def test_a_grid_says_every_run_with_first_seeds_first(tmp_path):
-    grid = grid_of(tmp_path)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("grid")
+
+
+@pytest.fixture(scope="module")
+def grid(folder):
+    return grid_of(folder)
+
+
+def test_a_grid_says_every_run_with_first_seeds_first(grid, folder):
     first = ["mrl_seed0", "ff8_seed0", "ff512_seed0", "tuned_seed0"]
     assert [run.name for run in grid.runs] == [*first, "mrl_seed1", "ff8_seed1", "ff512_seed1"]
     by_name = {run.name: run for run in grid.runs}
     assert by_name["ff8_seed1"].config.head.nesting_list == [8]
     assert (by_name["ff8_seed1"].config.run.seed, by_name["ff8_seed1"].config.train.epochs) == (1, 4)
     assert by_name["tuned_seed0"].needs == "ff512_seed0"
-    assert by_name["tuned_seed0"].config.model.init == str(tmp_path / "runs" / "ff512_seed0")
+    assert by_name["tuned_seed0"].config.model.init == str(folder / "runs" / "ff512_seed0")
     assert [run.name for run in grid.members("further")] == ["mrl_seed0", "tuned_seed0"]
 
 
 def test_epochs_and_seeds_can_be_others_to_try_it_out(tmp_path):
-    grid = grid_of(tmp_path, GRID.replace("ff512_seed0", "ff512_seed7"), epochs=1, seeds=[7])
-    assert [run.name for run in grid.runs] == ["mrl_seed7", "ff8_seed7", "ff512_seed7", "tuned_seed0"]
+    grid = grid_of(tmp_path, epochs=1, seeds=[0])
+    assert [run.name for run in grid.runs] == ["mrl_seed0", "ff8_seed0", "ff512_seed0", "tuned_seed0"]
     assert {(run.config.train.epochs, run.config.optim.warmup_epochs) for run in grid.runs} == {(1, 0.25)}
+    others = grid_of(tmp_path, seeds=[7])  # without the run that begins with the weights of seed 0
+    assert [run.name for run in others.runs] == ["mrl_seed7", "ff8_seed7", "ff512_seed7"]
+    assert others.groups == ("main",) and not others.references
 
 
 @pytest.mark.parametrize("name", ["a", "b"])
@@ -75,8 +87,7 @@ def test_a_subset_takes_every_second_class(tmp_path):
     assert (grid.data_root / "val" / "c" / "1.JPEG").is_file()
 
 
-def test_the_time_left_goes_by_area_and_by_what_was_measured(tmp_path):
-    grid = grid_of(tmp_path)
+def test_the_time_left_goes_by_area_and_by_what_was_measured(grid):
     run = grid.runs[0]
     # Three epochs at a quarter of the area and one at all of it, 1,000 images each.
     assert work(grid, run.config) == 1750
@@ -93,14 +104,14 @@ def test_the_time_left_goes_by_area_and_by_what_was_measured(tmp_path):
     assert "1 runs of unknown length" in list_runs(unknown, [run.name], {name: NOTHING for name in states})
 
 
-def test_a_run_with_other_settings_is_refused(tmp_path):
-    before, now = grid_of(tmp_path, epochs=2), grid_of(tmp_path)
-    directory = before.runs[0].directory
-    directory.mkdir(parents=True)
-    (directory / "config.yaml").write_text(to_yaml(before.runs[0].config))
-    assert read_state(before.runs[0]).word == "started"
-    with pytest.raises(UserError, match=r"other settings \(.*train\.epochs 2, not 4.*another --runs"):
-        read_state(now.runs[0])
+def test_a_run_with_other_settings_is_refused(grid):
+    run = grid.runs[0]
+    before = dataclasses.replace(run.config, train=dataclasses.replace(run.config.train, epochs=2))
+    run.directory.mkdir(parents=True)
+    (run.directory / "config.yaml").write_text(to_yaml(before))
+    assert read_state(dataclasses.replace(run, config=before)).word == "started"
+    with pytest.raises(UserError, match=r"other settings \(train\.epochs 2, not 4\).*another --runs"):
+        read_state(run)
 
 
 @pytest.mark.parametrize(
