@@ -1,7 +1,7 @@
 """The funnel in databases beside our own: milliseconds a query, and how well it finds what a full search finds.
 
     python -m benchmarks.databases                                          # synthetic embeddings
-    python -m benchmarks.databases --vectors vectors.npy --queries 200      # those of python -m mrl.embed
+    python -m benchmarks.databases --vectors vectors.npy --queries 100      # those of python -m mrl.embed
 
 Prints one JSON line a contender. All answer the same queries in one batch, and take turns within each
 repeat. ``recall`` is the share of the k exact neighbours at full width that were found. Milvus Lite and
@@ -107,11 +107,11 @@ def measure(searches: dict[str, Callable[[], np.ndarray]], num_queries: int, rep
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vectors", metavar="FILE.npy", help="full-width vectors of python -m mrl.embed")
-    parser.add_argument("--rows", type=int, default=10_000, help="synthetic: database vectors")
+    parser.add_argument("--rows", type=int, default=4000, help="synthetic: database vectors")
     parser.add_argument("--width", type=int, default=512, help="synthetic: coordinates")
     parser.add_argument("--classes", type=int, default=200, help="synthetic: classes")
     parser.add_argument("--noise", type=float, default=1.0, help="synthetic: spread within a class over that between")
-    parser.add_argument("--queries", type=int, default=100, help="vectors taken out of the database as queries")
+    parser.add_argument("--queries", type=int, default=50, help="vectors taken out of the database as queries")
     parser.add_argument("--shortlist_dim", type=int, default=16, help="prefix size of the first search")
     parser.add_argument("--shortlist_size", type=int, default=200, help="neighbours that are ordered at full width")
     parser.add_argument("--k", type=int, default=10, help="neighbours wanted")

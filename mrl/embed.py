@@ -24,7 +24,7 @@ from mrl.data import cores_per_process
 from mrl.data.evaluated import evaluated_images
 from mrl.data.listing import IMAGE_EXTENSIONS, read_tree
 from mrl.errors import UserError
-from mrl.interop import load
+from mrl.models import load
 from mrl.nesting import prefix
 from mrl.retrieval.embeddings import EmbeddingMetadata, embed_split, file_sha256
 from mrl.retrieval.vector_file import VectorInfo, ids_sha256, info_path, open_vectors, write_vectors

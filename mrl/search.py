@@ -23,7 +23,7 @@ from mrl.data.folder import read_image
 from mrl.errors import UserError
 from mrl.figures import save
 from mrl.figures.neighbours import neighbour_grid
-from mrl.interop import load
+from mrl.models import load
 from mrl.retrieval.embeddings import file_sha256
 from mrl.retrieval.search import exact_search
 from mrl.retrieval.vector_file import VectorFile, open_vectors

@@ -137,3 +137,9 @@ def test_search_refuses_vectors_that_do_not_fit(saved_run, make_saved_run, pictu
     (tmp_path / "v.json").write_text(json.dumps(content))
     (tmp_path / "v.ids.txt").write_text("a.png\n" * 7)
     assert "are not of one pass" in error_of(tmp_path / "v.npy")
+
+
+def test_a_model_that_is_no_folder_is_said_before_anything_is_written(pictures, tmp_path, capsys):
+    assert embed.main(embed_words("someone/small", pictures, tmp_path / "v.npy")) == 2
+    assert "someone/small has no model.json" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

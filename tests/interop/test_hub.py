@@ -1,4 +1,5 @@
 import json
+import sys
 
 import huggingface_hub
 import pytest
@@ -97,3 +98,11 @@ def test_the_command_prints_an_error_and_returns_2_or_writes_the_folder(saved_ru
     assert f"error: {tmp_path / 'config.yaml'} does not exist" in capsys.readouterr().err
     assert export.main([*words, str(saved_run)]) == 0
     assert list(mrl.load(tmp_path / "out").info.classes) == ["cat", "dog", "eel"]
+
+
+def test_a_library_that_is_not_installed_is_named_with_what_to_install(saved_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    monkeypatch.delitem(sys.modules, "mrl.interop.sentence_transformers", raising=False)
+    assert export.main(["sentence_transformers", "--run", str(saved_run), "--out", str(tmp_path / "out")]) == 2
+    assert "pip install 'sentence-transformers>=5.4'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

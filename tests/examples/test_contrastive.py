@@ -1,0 +1,31 @@
+import re
+import sys
+
+import torch
+import torch.nn.functional as F
+
+from examples import contrastive
+
+
+def test_info_nce_is_the_written_out_definition_and_blind_to_lengths():
+    first, second = torch.randn(4, 6), torch.randn(4, 6)
+    expected = 0.0
+    for a, b in ((first, second), (second, first)):
+        for i in range(4):
+            scores = torch.stack([F.cosine_similarity(a[i], b[j], dim=0) / 0.5 for j in range(4)])
+            expected += -(scores[i] - scores.exp().sum().log()).item() / 8
+    assert abs(contrastive.info_nce(first, second, 0.5).item() - expected) < 1e-5
+    lengths = torch.rand(4, 1) + 0.5
+    assert torch.allclose(
+        contrastive.info_nce(first * lengths, second, 0.5), contrastive.info_nce(first, second, 0.5), atol=1e-6
+    )
+
+
+def test_the_example_learns_to_pair_the_crops_of_an_image(monkeypatch, capsys):
+    words = ["--epochs", "2", "--px", "16", "--backbone", "test_resnet", "--batch_size", "64"]
+    monkeypatch.setattr(sys, "argv", ["contrastive", *words])
+    contrastive.main()
+    printed = capsys.readouterr().out
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+) a size", printed)]
+    assert len(losses) == 2 and losses[1] < losses[0]
+    assert re.search(r"1-NN after: 0\.\d+ @12, 0\.\d+ @24, 0\.\d+ @48, 0\.\d+ @96", printed)
