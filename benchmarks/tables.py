@@ -137,8 +137,8 @@ def comparisons(found: Sequence[Effect]) -> str:
                 ]
             )
     return markdown(table) + (
-        "\n\nDifferences in percentage points, with x: times (0.0x: never as accurate). The paper's values "
-        "are differences of its tables (ImageNet-1K, ResNet-50, one run each)."
+        "\n\nDifferences in percentage points, with x: times (0.0x: the accuracy was never reached). The paper's "
+        "values are differences of its tables (ImageNet-1K, ResNet-50, one run each)."
     )
 
 
