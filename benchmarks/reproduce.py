@@ -48,6 +48,7 @@ def reproduce(args: argparse.Namespace) -> int:
         make_subset(grid, args.data)
     outcome = Scheduler(wanted, args.jobs).train_all()
     if outcome.stopped_by:
+        report_failures(outcome, [])
         print("stopped; the same command goes on", file=sys.stderr)
         return 128 + outcome.stopped_by
     failed = evaluate(grid, runs_dir / "eval", out, args.few_shot)
