@@ -18,6 +18,7 @@ FLOORS = [
 ]
 FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names}
 AT_USE_ONLY = {"ffcv", "faiss", "wandb", "onnx", "sentence_transformers", "sklearn"}
+AT_USE_ONLY |= {"wandb_workspaces", "pytorch_grad_cam", "ipywidgets", "IPython", "nbformat", "nbclient"}
 
 
 def imports(path: Path, top_level_only: bool = False) -> set[str]:

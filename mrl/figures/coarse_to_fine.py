@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -28,7 +29,9 @@ def neighbours_of(run: OpenedRun, found: Mapping[int, Neighbours], query: int) -
         query: Row of the validation images.
     """
     rows = {dim: indices[query] for dim, (indices, _) in found.items()}
-    shown = {dim: (run.pictures("train", of_dim), _names(run, run.train.labels[of_dim])) for dim, of_dim in rows.items()}
+    shown = {
+        dim: (run.pictures("train", of_dim), _names(run, run.train.labels[of_dim])) for dim, of_dim in rows.items()
+    }
     [picture], [name] = run.pictures("val", np.array([query])), _names(run, run.val.labels[[query]])
     return neighbours_by_dim(picture, name, shown)
 
@@ -120,5 +123,7 @@ def _bare(axes: Axes) -> None:
 
 
 def _frame(axes: Axes, right: bool) -> None:
-    look = {"edgecolor": RIGHT, "linewidth": 1.2} if right else {"edgecolor": WRONG, "linewidth": 2, "linestyle": "--"}
+    look: dict[str, Any] = (
+        {"edgecolor": RIGHT, "linewidth": 1.2} if right else {"edgecolor": WRONG, "linewidth": 2, "linestyle": "--"}
+    )
     axes.add_patch(Rectangle((0, 0), 1, 1, transform=axes.transAxes, fill=False, clip_on=False, **look))

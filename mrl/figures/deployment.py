@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -15,7 +16,7 @@ from mrl.figures.style import METHOD_STYLES, NothingToDraw, Style, add_legend, m
 from mrl.results import Row
 from mrl.studies.deployment import BYTES_PER_NUMBER, CascadePoint
 
-PLAIN, RERANKED, FUNNEL = "one search, no reranking", "shortlist, reranked at full width", "funnel"
+PLAIN, RERANKED, FUNNEL = "one search, no reranking (numbers: its dims)", "shortlist, reranked at full width", "funnel"
 STYLES: dict[str, Style] = {
     PLAIN: {"color": "#000000", "marker": "D", "linestyle": ":"},
     RERANKED: {"color": "#0072B2", "marker": "o", "linestyle": "-"},
@@ -53,17 +54,20 @@ def retrieval_in_use(rows: Sequence[Row], dim: int, metric: str = "map@10") -> F
             (by_time, [row.ms_per_query for row in points]),
             (by_bytes, [BYTES_PER_NUMBER * (row.shortlist_dim or 0) for row in points]),
         ):
-            axes.plot(costs, values, label=label, **LINE | STYLES[label])
+            # Times are measured, and jump to and fro: a line through them would be a knot.
+            joined = {} if axes is by_bytes else {"linestyle": "none"}
+            axes.plot(costs, values, label=label, **LINE | STYLES[label] | joined)
             ringed = [i for i, row in enumerate(points) if row.shortlist_dim == dim]
             ring = CHOSEN | {"color": STYLES[label]["color"], "label": f"_{label}"}
             axes.plot([costs[i] for i in ringed], [values[i] for i in ringed], **ring)
-        if label == PLAIN:
-            _number(by_bytes, points, values)
+            if label == PLAIN:
+                _number(axes, [str(row.shortlist_dim) for row in points], costs, values)
     _cost_axis(by_time, "measured milliseconds per query (CPU)")
     _cost_axis(by_bytes, "bytes in memory per database vector")
     by_time.set_ylabel(metric_label(metric))
     title(figure, f"{rows[0].dataset}, {rows[0].run}: {rows[0].n:,} queries; ringed: search at {dim} dims")
-    add_legend(figure, list(STYLES), entry_inches=2.8)
+    _room(by_time)
+    add_legend(figure, list(STYLES), entry_inches=3.0)
     return figure
 
 
@@ -94,6 +98,7 @@ def cascade_in_use(cascades: Sequence[CascadePoint], alone: Sequence[CascadePoin
     [chosen] = [point for point in cascades if point.cap == cap] or [cascades[-1]]
     used = f"up to {chosen.cap} dims allowed, {chosen.expected_dim:.1f} used on average"
     title(figure, f"{heading}; ringed: {used}, {100 * chosen.top_1:.2f}% right")
+    _room(by_time)
     add_legend(figure, list(labels), entry_inches=2.8)
     return figure
 
@@ -135,24 +140,31 @@ def _series(rows: Sequence[Row]) -> dict[str, list[Row]]:
     return {label: sorted(some, key=lambda row: row.shortlist_dim or 0) for label, some in of_label.items() if some}
 
 
-def _number(axes: Axes, points: Sequence[Row], values: Sequence[float]) -> None:
-    """Write the size of each plain search below its point."""
-    for row, value in zip(points, values, strict=True):
-        place: Any = {"xytext": (0, -12), "textcoords": "offset points", "ha": "center", "fontsize": 7}
-        axes.annotate(f"{row.shortlist_dim} dims", (BYTES_PER_NUMBER * (row.shortlist_dim or 0), value), **place)
+def _number(axes: Axes, numbers: Sequence[str], costs: Sequence[Any], values: Sequence[float]) -> None:
+    """Write each number below its point."""
+    for number, cost, value in zip(numbers, costs, values, strict=True):
+        place: Any = {"xytext": (0, -13), "textcoords": "offset points", "ha": "center", "fontsize": 7}
+        axes.annotate(number, (cost, value), **place)
+
+
+def _room(axes: Axes) -> None:
+    """Room above and below; where all values are one, half a point of it."""
+    axes.margins(y=0.14)
+    low, high = axes.get_ylim()
+    if high - low < 0.01 or low < 0 or high > 101:
+        values = np.concatenate([np.asarray(line.get_ydata(), dtype=float) for line in axes.lines])
+        axes.set_ylim(values.min() - 0.5, min(values.max() + 0.5, 100.2))
 
 
 def _cost_axis(axes: Axes, label: str) -> None:
     axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=20))
+    costs = np.concatenate([np.asarray(line.get_xdata(), dtype=float) for line in axes.lines])
+    wide = costs.max() > 10 * costs.min()
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if wide else (1, 1.5, 2, 3, 5, 7), numticks=20))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel(label)
-    axes.margins(x=0.1, y=0.14)
-    low, high = axes.get_ylim()
-    if high - low < 1 or high > 101:  # a hair's breadth, or nothing, is not to fill the axis
-        middle = (low + high) / 2
-        axes.set_ylim(min(low, middle - 1), max(middle + 0.2, min(high, 100.2)))
+    axes.margins(x=0.1)
     axes.grid(True, color="0.9", linewidth=0.7)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

@@ -117,5 +117,5 @@ def cosine_distributions(cosines: Mapping[int, tuple[np.ndarray, np.ndarray]]) -
 
 def _histogram(axes: Axes, values: np.ndarray, bins: np.ndarray, label: str, color: str) -> None:
     weights = np.full(len(values), 100 / len(values))
-    axes.hist(np.clip(values, -1, 1), bins, weights=weights, color=color, alpha=0.55, label=label)
+    axes.hist(np.clip(values, -1, 1), bins.tolist(), weights=weights, color=color, alpha=0.55, label=label)
     axes.axvline(float(values.mean()), color=color, linewidth=1.4, linestyle="--")

@@ -1,4 +1,4 @@
-"""What a prefix knows, drawn: accuracy of classes and of their groups, confusions, and the dims that each class needs."""
+"""What a prefix knows, drawn: accuracy of classes and of groups of them, confusions, and the dims a class needs."""
 
 from __future__ import annotations
 
@@ -48,7 +48,9 @@ def accuracy_of_groups_and_classes(rows: Sequence[Row], trained: Sequence[int]) 
         points = sorted((row.dim, 100 * row.value) for row in of_line if row.dim is not None)
         if not points:
             continue
-        axes.plot(*zip(*points, strict=True), label=label, linewidth=1.6, markersize=5, markerfacecolor="white", **style)
+        axes.plot(
+            *zip(*points, strict=True), label=label, linewidth=1.6, markersize=5, markerfacecolor="white", **style
+        )
         filled = [point for point in points if point[0] in trained]
         if filled and style["marker"]:
             axes.plot(*zip(*filled, strict=True), style["marker"], color=style["color"], markersize=5)

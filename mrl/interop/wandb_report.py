@@ -111,8 +111,8 @@ def _table(rows: Sequence[Row], study: str) -> Any:
     """One study's rows as a table; columns that hold nothing are left out."""
     import wandb
 
-    of_study = [dataclasses.asdict(row) for row in rows if row.study == study]
-    columns = [column for column in of_study[0] if any(row[column] is not None for row in of_study)]
+    of_study: list[dict[Any, Any]] = [dataclasses.asdict(row) for row in rows if row.study == study]
+    columns: list[str | int] = [column for column in of_study[0] if any(row[column] is not None for row in of_study)]
     return wandb.Table(columns=columns, data=[[row[column] for column in columns] for row in of_study])
 
 

@@ -34,7 +34,7 @@ def build_workspace(entity: str, project: str, name: str = DEFAULT_NAME) -> Any:
         raise UserError(INSTALL) from error
 
     def by_size(title: str, *metrics: str, **rest: Any) -> Any:
-        axes = {"x": "eval/dim", "log_x": True, "title_x": "embedding size (dims)"}
+        axes: dict[str, Any] = {"x": "eval/dim", "log_x": True, "title_x": "embedding size (dims)"}
         return panels.LinePlot(title=title, y=list(metrics), **axes, **rest)
 
     def of_prefixes(title: str, start: str) -> Any:
@@ -43,7 +43,11 @@ def build_workspace(entity: str, project: str, name: str = DEFAULT_NAME) -> Any:
     def by_step(title: str, metric: str, **rest: Any) -> Any:
         return panels.LinePlot(title=title, x="step", y=[metric], **rest)
 
-    per_method = {"groupby": panels.Config("eval_method"), "groupby_aggfunc": "mean", "groupby_rangefunc": "stddev"}
+    per_method: dict[str, Any] = {
+        "groupby": panels.Config("eval_method"),
+        "groupby_aggfunc": "mean",
+        "groupby_rangefunc": "stddev",
+    }
     sections = {
         "Accuracy by size": [
             by_size("linear classification, top-1", "eval/top_1"),

@@ -1,4 +1,4 @@
-"""What a prefix knows: groups of classes before the classes, who is taken for whom, and which classes need more dims."""
+"""What a prefix knows: groups of classes and classes, who is taken for whom, and which classes need more dims."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def group_classes(vectors: np.ndarray, labels: np.ndarray, classes: Sequence[str
     # Groups are numbered by their first class, so that the same clusters always get the same numbers.
     first = sorted(range(num_groups), key=lambda group: int((clusters == group).argmax()))
     superclass_of = np.array([first.index(cluster) for cluster in clusters], dtype=np.int64)
-    members = [[classes[c] for c in np.flatnonzero(superclass_of == group)] for group in range(num_groups)]
+    members = [[classes[c] for c in np.flatnonzero(superclass_of == group).tolist()] for group in range(num_groups)]
     return Hierarchy(superclass_of, tuple(map(_group_name, members)))
 
 
@@ -127,12 +127,12 @@ def confusion_counts(predictions: np.ndarray, labels: np.ndarray, num_classes: i
 
 
 def sizes_needed(confusions: np.ndarray, dims: Sequence[int], tolerance: float = 0.01) -> np.ndarray:
-    """The smallest size ``(C,)`` from which on a class is as accurate as at the largest, to ``tolerance``; 0 if no image.
+    """The smallest size ``(C,)`` from which on a class is as accurate as at the largest; 0 if it has no image.
 
     Args:
         confusions: ``(G, C, C)`` of `confusion_counts`.
         dims: G prefix sizes, ascending.
-        tolerance: 0 to 1.
+        tolerance: How much less accurate, 0 to 1, still counts as the same.
     """
     totals = confusions[0].sum(axis=1)
     accuracy = np.diagonal(confusions, axis1=1, axis2=2) / np.maximum(totals, 1)
