@@ -24,6 +24,7 @@ from mrl.errors import UserError
 from mrl.figures import figures_of, save
 from mrl.files import write_text
 from mrl.interop.raivn import import_checkpoint
+from mrl.interop.wandb_report import report_evaluation
 from mrl.results import Row, provenance, read_rows, text_table, write_rows
 from mrl.studies.cascade import headlines
 from mrl.studies.class_table import read_class_table
@@ -57,9 +58,12 @@ def evaluate(args: argparse.Namespace, process: Process) -> None:
     out.mkdir(parents=True, exist_ok=True)
     write_rows(rows, out / "results.jsonl")
     record = {"command": sys.argv, "runs": {name: str(run) for name, run in names.items()}}
-    write_text(out / "provenance.json", json.dumps(record | provenance(process.world_size), indent=2) + "\n")
+    record |= provenance(process.world_size)
+    write_text(out / "provenance.json", json.dumps(record, indent=2) + "\n")
     show(rows, out)
     print(f"rows: {out / 'results.jsonl'}")
+    if args.wandb != "disabled":
+        report_evaluation(names, rows, record, args.wandb, args.wandb_artifacts)
 
 
 def name_runs(runs: Sequence[Path]) -> dict[str, Path]:
@@ -149,6 +153,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--batch_size", type=int, default=256, help="images at a time on each process; default: 256")
     parser.add_argument("--force", action="store_true", help="embed anew, e.g. because image files were replaced")
+    modes = ("disabled", "offline", "online")
+    parser.add_argument("--wandb", choices=modes, default="disabled", help="log it all to each run's W&B run too")
+    parser.add_argument("--wandb_artifacts", action="store_true", help="W&B: keep the models and embeddings as well")
     args, settings = parser.parse_known_args(argv)
     if settings and not args.checkpoint:
         parser.error(f"unrecognized arguments: {' '.join(settings)}")
@@ -156,6 +163,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     for option in ("superclasses", "robustness", "few_shot", "retrieval", "renaming", "force"):
         if args.redraw and getattr(args, option):
             raise UserError(f"--{option} needs --runs; --redraw draws what the rows hold and computes none")
+    if args.wandb_artifacts and args.wandb == "disabled":
+        raise UserError("--wandb_artifacts keeps files in W&B, so it needs --wandb offline or --wandb online")
     if args.batch_size < 1:
         raise UserError(f"--batch_size is {args.batch_size}; allowed: 1 or more")
     return args

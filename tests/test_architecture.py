@@ -28,6 +28,7 @@ AT_USE_ONLY = {
     "pymilvus",
     "sklearn",
 }
+AT_USE_ONLY |= {"wandb_workspaces", "pytorch_grad_cam", "ipywidgets", "IPython", "nbformat", "nbclient"}
 
 
 def imports(path: Path, top_level_only: bool = False) -> set[str]:

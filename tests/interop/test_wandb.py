@@ -1,0 +1,194 @@
+"""Evaluations in W&B, read back from the files that W&B itself writes offline."""
+
+import dataclasses
+import json
+import struct
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mrl.config import Config, DataConfig, RunConfig, WandbConfig
+from mrl.errors import UserError
+from mrl.interop.wandb_report import report_evaluation
+from mrl.interop.wandb_workspace import main as workspace
+from mrl.recipes import to_yaml
+from mrl.results import Source
+
+wandb = pytest.importorskip("wandb")
+LEVELDB_BLOCK = 32768
+
+
+def records(path):
+    """W&B's records in one offline file: a LevelDB log of 32 KiB blocks, after a header of 7 bytes."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    content, place, part = path.read_bytes(), 7, b""
+    while place + 7 <= len(content):
+        if LEVELDB_BLOCK - place % LEVELDB_BLOCK < 7:
+            place += LEVELDB_BLOCK - place % LEVELDB_BLOCK
+            continue
+        _, length, kind = struct.unpack("<IHB", content[place : place + 7])
+        part += content[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # whole, or the last of several
+            record = Record()
+            record.ParseFromString(part)
+            part = b""
+            yield record
+
+
+def key(item):
+    return item.key or "/".join(item.nested_key)
+
+
+def read_back(directory):
+    """Summary, history, config, run ids and artifact names of all offline files of a run directory."""
+    paths = sorted(directory.glob("wandb/offline-run-*/run-*.wandb"))
+    deadline = time.monotonic() + 20
+    # W&B's own process may be behind: a file is whole once it holds the exit.
+    while time.monotonic() < deadline and not all(any(r.HasField("exit") for r in records(p)) for p in paths):
+        time.sleep(0.1)
+    found = {"summary": {}, "history": [], "config": {}, "ids": [], "artifacts": [], "exit": []}
+    for path in paths:
+        for record in records(path):
+            match record.WhichOneof("record_type"):
+                case "run":
+                    found["ids"].append(record.run.run_id)
+                    found["config"] |= {key(item): json.loads(item.value_json) for item in record.run.config.update}
+                case "config":
+                    found["config"] |= {key(item): json.loads(item.value_json) for item in record.config.update}
+                case "history":
+                    found["history"].append({key(i): json.loads(i.value_json) for i in record.history.item})
+                case "summary":
+                    found["summary"] |= {key(i): json.loads(i.value_json) for i in record.summary.update}
+                case "artifact":
+                    found["artifacts"].append(record.artifact)
+                case "exit":
+                    found["exit"].append(record.exit.exit_code)
+    return found
+
+
+def rows_of(name, method, dims):
+    source = Source("digits", name, 0, 32, 32, False)
+    rows = []
+    for i, dim in enumerate(dims):
+        rows.append(source.row("classification", method, "top_1", 0.5 + i / 10, 40, dim=dim))
+        rows.append(source.row("retrieval", method, "map@10", 0.4 + i / 10, 40, dim=dim, cost=0.5))
+    return rows
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Directories of two runs; the first has logged its training to W&B run abcd1234."""
+    names = {name: tmp_path / name for name in ("mrl", "ff")}
+    for name, directory in names.items():
+        (directory / "embeddings" / "val").mkdir(parents=True)
+        (directory / "embeddings" / "val" / "labels.npy").write_bytes(b"123")
+        (directory / "model.safetensors").write_bytes(b"weights")
+        run, data = RunConfig(name=name, seed=7), DataConfig(name="digits")
+        config = Config(run=run, data=data, wandb=WandbConfig(project="a-project"))
+        (directory / "config.yaml").write_text(to_yaml(config))
+    (names["mrl"] / "wandb_id").write_text("abcd1234")
+    return names
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch):
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+
+
+def test_tables_figures_headlines_config_and_artifacts_are_in_the_runs_of_training(runs):
+    rows = rows_of("mrl", "MRL", (8, 16)) + rows_of("ff", "FF", (16,)) + rows_of("ff", "FF truncated", (8,))
+    record = {"git_commit": "0123abc"}
+    report_evaluation(runs, rows, record, "offline", artifacts=True)
+    mrl, ff = (read_back(runs[name]) for name in ("mrl", "ff"))
+    assert mrl["ids"] == ["abcd1234"] and ff["ids"] == [(runs["ff"] / "wandb_id").read_text()]
+    assert mrl["exit"] == ff["exit"] == [0]
+    numbers = {name: value for name, value in mrl["summary"].items() if name.rpartition("/")[2].isdigit()}
+    assert numbers == {
+        "eval/top_1/8": 0.5,
+        "eval/top_1/16": 0.6,
+        "eval/map@10/8": 0.4,
+        "eval/map@10/16": 0.5,
+    }
+    assert ff["summary"]["eval/truncated_top_1/8"] == 0.5 and "eval/top_1/8" not in ff["summary"]
+    by_dim = [{k: v for k, v in row.items() if k[0] != "_"} for row in mrl["history"] if "eval/dim" in row]
+    assert by_dim == [
+        {"eval/dim": 8, "eval/top_1": 0.5, "eval/map@10": 0.4},
+        {"eval/dim": 16, "eval/top_1": 0.6, "eval/map@10": 0.5},
+    ]
+    assert mrl["config"]["run"]["seed"] == 7 and mrl["config"]["eval_provenance"] == record
+    assert (mrl["config"]["eval_method"], ff["config"]["eval_method"]) == ("MRL", "FF")
+    [logged] = [row for row in mrl["history"] if "eval/classification/path" in row]
+    [folder] = (runs["mrl"] / "wandb").glob("offline-run-*")
+    table = json.loads((folder / "files" / logged["eval/classification/path"]).read_text())
+    as_dicts = [dict(zip(table["columns"], values, strict=True)) for values in table["data"]]
+    # Nothing of a row is lost but what it has no value for.
+    kept = [row for row in rows if (row.run, row.study) == ("mrl", "classification")]
+    assert as_dicts == [{k: v for k, v in dataclasses.asdict(row).items() if v is not None} for row in kept]
+    picture = folder / "files" / logged["eval/figures/accuracy_by_dim/path"]
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+    assert {"mrl-model", "mrl-embeddings"} <= {artifact.name for artifact in mrl["artifacts"]}
+
+
+def test_without_being_asked_no_model_leaves_and_a_second_evaluation_goes_on_with_the_same_run(runs):
+    names = {"ff": runs["ff"]}
+    for _ in range(2):
+        report_evaluation(names, rows_of("ff", "FF", (16,)), {}, "offline")
+    found = read_back(runs["ff"])
+    assert len(found["ids"]) == 2 and len(set(found["ids"])) == 1
+    assert not [artifact.name for artifact in found["artifacts"] if artifact.type in ("model", "embeddings")]
+
+
+def test_the_saved_workspace_has_the_charts_and_needs_no_login_to_be_seen(capsys):
+    pytest.importorskip("wandb_workspaces")
+    assert workspace(["--entity", "someone", "--project", "a-project", "--dry_run"]) == 0
+    sections = json.loads(capsys.readouterr().out)["section"]["panelBankConfig"]["sections"]
+    charts = {panel["config"]["chartTitle"]: panel["config"] for s in sections for panel in s["panels"]}
+    assert [section["name"] for section in sections] == [
+        "Accuracy by size",
+        "MRL against FF",
+        "Training, by prefix",
+        "Throughput",
+    ]
+    by_size = charts["linear classification, top-1"]
+    assert (by_size["xAxis"], by_size["metrics"], by_size["xLogScale"]) == ("eval/dim", ["eval/top_1"], True)
+    assert charts["training loss of each prefix"]["metricRegex"] == "^loss/[0-9]+$"
+    assert charts["top-1 by method, mean of runs"]["groupBy"] == "eval_method.value"
+    assert charts["images per second"]["metrics"] == ["images_per_second"]
+
+
+def test_what_is_charted_is_what_training_and_evaluation_log(capsys):
+    pytest.importorskip("wandb_workspaces")
+    from mrl.interop.wandb_report import BY_DIM
+
+    assert workspace(["--dry_run"]) == 0
+    sections = json.loads(capsys.readouterr().out)["section"]["panelBankConfig"]["sections"]
+    charted = {m for s in sections for panel in s["panels"] for m in panel["config"].get("metrics", [])}
+    evaluated = {f"eval/{name}" for name in BY_DIM.values()} | {"eval/truncated_top_1"}
+    logged = (Path(__file__).parents[2] / "train.py").read_text()
+    for metric in charted - evaluated:
+        assert f'"{metric}"' in logged, metric
+
+
+def test_saving_without_a_login_is_a_sentence(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("wandb_workspaces")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    monkeypatch.setenv("WANDB_BASE_URL", "http://localhost:9")
+    assert workspace(["--entity", "someone"]) == 2
+    assert "wandb login" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("package", ["wandb", "wandb_workspaces.workspaces"])
+def test_a_missing_package_says_what_to_install(runs, package, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, package, None)
+    if package == "wandb":
+        with pytest.raises(UserError, match="pip install wandb"):
+            report_evaluation(runs, [], {}, "offline")
+    else:
+        assert workspace(["--dry_run"]) == 2
+        assert "pip install wandb-workspaces" in capsys.readouterr().err

@@ -1,0 +1,113 @@
+"""The notebooks hold no logic, are kept small and clean, and run on a freshly trained pair of runs."""
+
+import ast
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+import eval as evaluation  # not `eval`, which is Python's own
+import train as training
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
+NAMES = [path.stem for path in NOTEBOOKS]
+LOGIC = (
+    ast.FunctionDef,
+    ast.Lambda,
+    ast.ClassDef,
+    ast.For,
+    ast.While,
+    ast.If,
+    ast.IfExp,
+    ast.Try,
+    ast.With,
+    ast.ListComp,
+    ast.DictComp,
+    ast.SetComp,
+    ast.GeneratorExp,
+    ast.BinOp,
+)
+MAX_STATEMENTS = 5
+TINY = [
+    "--config",
+    "digits_mrl.yaml",
+    "--model.backbone",
+    "test_resnet",
+    "--model.stem_stride",
+    "2",
+    "--train.epochs",
+    "2",
+    "--optim.lr",
+    "0.05",
+    "--optim.warmup_epochs",
+    "0.2",
+    "--head.nesting_list",
+]
+
+
+def cells(path, kind):
+    return [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == kind]
+
+
+def code(cell):
+    return "".join(line for line in cell["source"] if not line.startswith("%"))
+
+
+def test_the_four_stories_are_there():
+    assert NAMES == ["adaptive_deployment", "coarse_to_fine", "geometry", "what_a_prefix_knows"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
+def test_cells_call_the_package_and_hold_no_logic(path):
+    for cell in cells(path, "code"):
+        tree = ast.parse(code(cell))
+        statements = [node for node in tree.body if not isinstance(node, ast.Import | ast.ImportFrom)]
+        assert len(statements) <= MAX_STATEMENTS, code(cell)
+        # 1000 * milliseconds in a printed sentence is no logic.
+        sums = {id(node) for f in ast.walk(tree) if isinstance(f, ast.JoinedStr) for node in ast.walk(f)}
+        logic = [node for node in ast.walk(tree) if isinstance(node, LOGIC) and id(node) not in sums]
+        assert not logic, ast.unparse(logic[0])
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
+def test_what_is_kept_is_small_executed_and_of_no_machine(path):
+    text = path.read_text()
+    assert path.stat().st_size < 300_000
+    assert not re.search(r"/home/|/work/|/tmp/|/Users/|[A-Z]:\\\\", text)
+    executed = cells(path, "code")
+    assert [cell["execution_count"] for cell in executed] == list(range(1, len(executed) + 1))
+    outputs = [output for cell in executed for output in cell["outputs"]]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) >= 2
+    assert not any(output["output_type"] == "error" or output.get("name") == "stderr" for output in outputs)
+    assert json.loads(text)["metadata"].keys() == {"kernelspec", "language_info"}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """MRL and FF, each trained for two epochs of digits, and evaluated."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, dims in (("mrl", "[8, 16, 32, 96]"), ("ff", "[96]")):
+        assert training.main([*TINY, dims, "--run.name", name, "--run.dir", str(folder)]) == 0
+    assert evaluation.main(["--runs", str(folder / "mrl"), str(folder / "ff")]) == 0
+    return folder
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
+def test_it_runs_on_other_runs_and_draws(path, runs, tmp_path):
+    pytest.importorskip("nbclient")
+    pytest.importorskip("ipykernel")
+    pytest.importorskip("pytorch_grad_cam")
+    from notebooks.execute import execute
+
+    environment = {"MRL_RUN": str(runs / "mrl"), "MRL_OTHER_RUN": str(runs / "ff")}
+    target = tmp_path / path.name
+    execute(path, target, environment)
+    before, after = (
+        [sorted(o.get("data", {})) for cell in cells(p, "code") for o in cell["outputs"]] for p in (path, target)
+    )
+    assert after == before
+    printed = "".join(text for cell in cells(target, "code") for o in cell["outputs"] for text in o.get("text", []))
+    assert "mrl: MRL of test_resnet on digits, sizes 8, 16, 32, 96" in printed
+    assert str(REPOSITORY) not in target.read_text()
