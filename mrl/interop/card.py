@@ -14,6 +14,7 @@ from mrl.errors import UserError
 from mrl.models import ModelInfo, load
 from mrl.recipes import read_config
 from mrl.results import Row, method_name, read_rows
+from mrl.studies.embed_runs import dataset_name
 
 PAPER = "https://arxiv.org/abs/2205.13147"
 
@@ -41,7 +42,7 @@ def model_card(run: Path, license: str, results: Path | None = None) -> str:
     found = _from_rows(read_rows(results), config.run.name, results) if results else _from_metrics(run)
     name = config.run.name
     method = method_name(info.nesting_list, info.tied)
-    dataset = _dataset_name(config)
+    dataset = dataset_name(config)
     top_1 = found.by_metric["top_1"]
     metadata = ModelCardData(
         license=license,
@@ -128,11 +129,6 @@ def _from_metrics(run: Path) -> Accuracies:
     if last is None:
         raise UserError(f"{path} holds no validation, so the card would have no accuracies; give the rows of eval.py")
     return Accuracies({"top_1": last}, "the last validation of the training run")
-
-
-def _dataset_name(config: Config) -> str:
-    data = config.data
-    return Path(data.root).name if data.name == "folder" and data.root else data.name
 
 
 def _table(by_metric: dict[str, dict[int, float]]) -> str:
