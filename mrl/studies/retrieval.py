@@ -12,7 +12,7 @@ import torch
 from mrl.errors import UserError
 from mrl.results import Row, Source
 from mrl.retrieval.cost import mflops_per_query
-from mrl.retrieval.metrics import mean_average_precision, num_relevant, precision, recall, top_k_hit
+from mrl.retrieval.metrics import num_relevant, retrieval_metrics
 from mrl.retrieval.search import exact_search
 
 STUDY = "retrieval"
@@ -41,7 +41,7 @@ def retrieval(
     ks: Sequence[int] = KS,
     device: torch.device | str = "cpu",
 ) -> list[Row]:
-    """Rows of top-1 (1-NN accuracy), map@k, precision@k and recall@k at each size, from one search.
+    """Rows of top-1 (1-NN accuracy), top-k, map@k, precision@k and recall@k at each size, from one search.
 
     Cosine on unit prefixes; of equally near images the first in the database counts. An image is
     relevant if it has the query's label. A query whose class has no image in the database finds
@@ -75,7 +75,7 @@ def retrieval(
     found = exact_search(queries, database, max(fitting, default=1), dims, device=device, progress=True)
     relevant = num_relevant(query_labels, database_labels)
     values = {
-        dim: _values(database_labels[indices] == query_labels[:, None], relevant, fitting)
+        dim: retrieval_metrics(database_labels[indices] == query_labels[:, None], relevant, fitting)
         for dim, (indices, _) in found.items()
     }
     return [
@@ -84,15 +84,6 @@ def retrieval(
         for dim in of_method
         for metric, value in values[dim].items()
     ]
-
-
-def _values(hits: np.ndarray, relevant: np.ndarray, ks: Sequence[int]) -> dict[str, float]:
-    values = {"top_1": top_k_hit(hits, 1)}
-    for k in ks:
-        values[f"map@{k}"] = mean_average_precision(hits, relevant, k)
-        values[f"precision@{k}"] = precision(hits, k)
-        values[f"recall@{k}"] = recall(hits, relevant, k)
-    return values
 
 
 def thin(queries: np.ndarray, labels: np.ndarray, max_queries: int) -> tuple[np.ndarray, np.ndarray]:

@@ -32,12 +32,13 @@ def sets():
 
 def one_query_at_a_time(queries, query_labels, database, database_labels, dim, k):
     """Every metric, slow and obvious."""
-    sums = dict.fromkeys(("top_1", f"map@{k}", f"precision@{k}", f"recall@{k}"), 0.0)
+    sums = dict.fromkeys(("top_1", f"top_{k}", f"map@{k}", f"precision@{k}", f"recall@{k}"), 0.0)
     for query, label in zip(queries[:, :dim], query_labels, strict=True):
         cosines = [query @ other / np.linalg.norm(other) / np.linalg.norm(query) for other in database[:, :dim]]
         hits = [database_labels[row] == label for row in sorted(range(len(cosines)), key=lambda row: -cosines[row])]
         relevant = sum(hits)
         sums["top_1"] += hits[0]
+        sums[f"top_{k}"] += any(hits[:k])
         sums[f"precision@{k}"] += sum(hits[:k]) / k
         if relevant:
             sums[f"recall@{k}"] += sum(hits[:k]) / relevant
@@ -48,7 +49,7 @@ def one_query_at_a_time(queries, query_labels, database, database_labels, dim, k
 @pytest.mark.parametrize("k", [10, 100])
 def test_equals_a_loop_over_queries(sets, k):
     found = values(retrieval(*sets, DIMS, SOURCE))
-    assert len(found) == 4 * (1 + 3 * 4)
+    assert len(found) == 4 * (1 + 4 * 4)
     for dim in DIMS["MRL"]:
         for metric, value in one_query_at_a_time(*sets, dim, k).items():
             assert found["MRL", metric, dim] == pytest.approx(value)
@@ -95,10 +96,12 @@ def test_worked_by_hand():
     # Each has one relevant image, which at 1 dim stands first, second and first.
     assert values(rows) == {
         ("MRL", "top_1", 1): 2 / 3,
+        ("MRL", "top_2", 1): 1.0,
         ("MRL", "map@2", 1): pytest.approx((1 + 1 / 2 + 1) / 3),
         ("MRL", "precision@2", 1): 1 / 2,
         ("MRL", "recall@2", 1): 1.0,
         ("MRL", "top_1", 2): 1.0,
+        ("MRL", "top_2", 2): 1.0,
         ("MRL", "map@2", 2): 1.0,
         ("MRL", "precision@2", 2): 1 / 2,
         ("MRL", "recall@2", 2): 1.0,
