@@ -30,8 +30,10 @@ LOGIC = (
     ast.BinOp,
 )
 MAX_STATEMENTS = 5
-TINY = """--config digits_mrl.yaml --model.backbone test_resnet --model.stem_stride 2 --train.epochs 2 --optim.lr 0.05
---optim.warmup_epochs 0.2 --head.nesting_list""".split()
+TINY = [
+    *("--config", "digits_mrl.yaml", "--model.backbone", "test_resnet", "--model.stem_stride", "2"),
+    *("--train.epochs", "2", "--optim.lr", "0.05", "--optim.warmup_epochs", "0.2", "--head.nesting_list"),
+]
 
 
 def cells(path, kind):

@@ -12,8 +12,11 @@ from mrl.studies.logits import predict
 from mrl.studies.opened_run import open_run
 
 VIT = '{"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}'
-TINY = f"""--config digits_mrl.yaml --model.backbone vit_tiny_patch16_224 --train.epochs 1 --data.train_px 16
---data.eval_resize_px 18 --data.eval_px 16 --optim.warmup_epochs 0.5 --data.batch_size 256 --model.kwargs""".split()
+TINY = [
+    *("--config", "digits_mrl.yaml", "--model.backbone", "vit_tiny_patch16_224", "--train.epochs", "1"),
+    *("--data.train_px", "16", "--data.eval_resize_px", "18", "--data.eval_px", "16", "--data.batch_size", "256"),
+    *("--optim.warmup_epochs", "0.5", "--model.kwargs"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +42,7 @@ def test_embeddings_images_and_classifiers_of_a_run_belong_together(finished):
         expected = run.model(images).argmax(dim=2)
     np.testing.assert_array_equal(predict(run.val.vectors[rows], run.classifiers).classes, expected)
     pictures = run.pictures("val", rows)
-    assert pictures.shape == (3, 16, 16, 3) and 0 <= pictures.min() and pictures.max() <= 1
+    assert pictures.shape == (3, 16, 16, 3) and pictures.min() >= 0 and pictures.max() <= 1
     mean, std = torch.tensor(run.config.data.mean), torch.tensor(run.config.data.std)
     again = ((torch.from_numpy(pictures) - mean) / std).permute(0, 3, 1, 2)
     torch.testing.assert_close(again, images, atol=1e-5, rtol=0)
