@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(C
 DEMO := digits_mrl digits_mrl_e digits_ff
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check ffcv clean-demo
+.PHONY: help demo notebooks test check ffcv clean-demo
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -17,7 +17,7 @@ $(VENV)/ready: requirements.txt
 	$(PIP) -r requirements.txt
 	touch $@
 
-$(VENV)/ready-dev: requirements-dev.txt $(VENV)/ready
+$(VENV)/ready-dev: requirements-dev.txt requirements-notebooks.txt $(VENV)/ready
 	$(PIP) -r requirements-dev.txt
 	touch $@
 
@@ -36,6 +36,10 @@ demo: $(VENV)/ready ## install, train five models on handwritten digits, evaluat
 	for dim in 8 32; do $(BIN)/python train.py --config digits_ff.yaml --head.nesting_list "[$$dim]" \
 		--run.name digits_ff$$dim --run.resume auto || exit; done
 	$(BIN)/python eval.py --runs runs/digits_mrl runs/digits_mrl_e runs/digits_ff runs/digits_ff8 runs/digits_ff32
+
+notebooks: demo ## the demo, then the notebooks executed on its runs, in place
+	$(PIP) -r requirements-notebooks.txt
+	$(BIN)/python notebooks/execute.py
 
 clean-demo: ## remove the demo's runs
 	rm -rf runs/digits_mrl runs/digits_mrl_e runs/digits_ff runs/digits_ff8 runs/digits_ff32 runs/eval

@@ -83,9 +83,21 @@ def main() -> int:
     args = parser.parse_args()
     runs = {"MRL_RUN": args.run, "MRL_OTHER_RUN": args.other_run}
     environment = {name: str(Path(run).resolve()) for name, run in runs.items() if run}
+    try:
+        from nbclient.exceptions import CellExecutionError
+    except ImportError:
+        print("error: this needs pip install -r requirements-notebooks.txt", file=sys.stderr)
+        return 2
     for notebook in map(Path, args.notebooks or sorted(HERE.glob("*.ipynb"))):
         target = Path(args.out) / notebook.name if args.out else notebook
-        execute(notebook, target, environment)
+        if not notebook.is_file():
+            print(f"error: {notebook} does not exist", file=sys.stderr)
+            return 2
+        try:
+            execute(notebook, target, environment)
+        except CellExecutionError as error:
+            print(f"error: {notebook} stopped at a cell; {error.ename}: {error.evalue}", file=sys.stderr)
+            return 1
         print(f"{target}: {target.stat().st_size / 1000:.0f} kB")
     return 0
 

@@ -31,19 +31,8 @@ LOGIC = (
 )
 MAX_STATEMENTS = 5
 TINY = [
-    "--config",
-    "digits_mrl.yaml",
-    "--model.backbone",
-    "test_resnet",
-    "--model.stem_stride",
-    "2",
-    "--train.epochs",
-    "2",
-    "--optim.lr",
-    "0.05",
-    "--optim.warmup_epochs",
-    "0.2",
-    "--head.nesting_list",
+    *("--config", "digits_mrl.yaml", "--model.backbone", "test_resnet", "--model.stem_stride", "2"),
+    *("--train.epochs", "2", "--optim.lr", "0.05", "--optim.warmup_epochs", "0.2", "--head.nesting_list"),
 ]
 
 
@@ -86,11 +75,13 @@ def test_what_is_kept_is_small_executed_and_of_no_machine(path):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """MRL and FF, each trained for two epochs of digits, and evaluated."""
+    """MRL and FF, each trained for two epochs of digits, their images embedded by eval.py."""
     folder = tmp_path_factory.mktemp("runs")
     for name, dims in (("mrl", "[8, 16, 32, 96]"), ("ff", "[96]")):
         assert training.main([*TINY, dims, "--run.name", name, "--run.dir", str(folder)]) == 0
-    assert evaluation.main(["--runs", str(folder / "mrl"), str(folder / "ff")]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "run_studies", lambda *arguments: [])  # the notebooks need no rows
+        assert evaluation.main(["--runs", str(folder / "mrl"), str(folder / "ff")]) == 0
     return folder
 
 
@@ -101,7 +92,7 @@ def test_it_runs_on_other_runs_and_draws(path, runs, tmp_path):
     pytest.importorskip("pytorch_grad_cam")
     from notebooks.execute import execute
 
-    environment = {"MRL_RUN": str(runs / "mrl"), "MRL_OTHER_RUN": str(runs / "ff")}
+    environment = {"MRL_RUN": str(runs / "mrl"), "MRL_OTHER_RUN": str(runs / "ff"), "MRL_MAX_IMAGES": "60"}
     target = tmp_path / path.name
     execute(path, target, environment)
     before, after = (
