@@ -160,9 +160,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if settings and not args.checkpoint:
         parser.error(f"unrecognized arguments: {' '.join(settings)}")
     args.settings = settings
-    for option in ("superclasses", "robustness", "few_shot", "retrieval", "renaming", "force"):
+    for option in ("superclasses", "robustness", "few_shot", "retrieval", "renaming", "force", "wandb_artifacts"):
         if args.redraw and getattr(args, option):
             raise UserError(f"--{option} needs --runs; --redraw draws what the rows hold and computes none")
+    if args.redraw and args.wandb != "disabled":
+        raise UserError("--wandb needs --runs; --redraw only draws")
     if args.wandb_artifacts and args.wandb == "disabled":
         raise UserError("--wandb_artifacts keeps files in W&B, so it needs --wandb offline or --wandb online")
     if args.batch_size < 1:

@@ -133,9 +133,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Embed from a command line; returns the exit status."""
     try:
-        args = parse(argv)
-        embed_folder(args, distributed.start())
-    except UserError as error:
+        with distributed.failing_together():
+            embed_folder(parse(argv), distributed.start())
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

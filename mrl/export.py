@@ -2,9 +2,9 @@
 
 python -m mrl.export hub --run runs/digits_mrl --out exports/digits_mrl --license mit
 python -m mrl.export hub --run runs/digits_mrl --out exports/digits_mrl --license mit --push OWNER/NAME
-    python -m mrl.export timm --run runs/digits_mrl --out exports/backbone.safetensors
-    python -m mrl.export sentence_transformers --run runs/digits_mrl --out exports/digits_st
-    python -m mrl.export onnx --run runs/digits_mrl --out exports/digits_64.onnx --dim 64
+python -m mrl.export timm --run runs/digits_mrl --out exports/backbone.safetensors
+python -m mrl.export sentence_transformers --run runs/digits_mrl --out exports/digits_st
+python -m mrl.export onnx --run runs/digits_mrl --out exports/digits_64.onnx --dim 64
 """
 
 from __future__ import annotations

@@ -325,5 +325,14 @@ def test_runs_on_different_data_get_a_figure_each(finished, tmp_path, capsys):
 
 def test_a_folder_of_images_is_called_by_its_own_name():
     data = dataclasses.replace(DATA, name="folder", root="/somewhere/flowers")
-    assert embed_runs.dataset_name(Config(data=data)) == "flowers"
-    assert embed_runs.dataset_name(Config(data=DATA)) == "digits"
+    assert embed_runs.dataset_name(Config(data=data), 3) == "flowers"
+    assert embed_runs.dataset_name(Config(data=DATA), 10) == "digits"
+
+
+@pytest.mark.parametrize(
+    ("name", "num_classes", "called"),
+    [("imagenet", 1000, "imagenet"), ("imagenet", 100, "imagenet_100_classes"), ("folder", 100, "imagenet_folder")],
+)
+def test_only_the_whole_of_imagenet_is_called_so(name, num_classes, called):
+    data = dataclasses.replace(DATA, name=name, root="/somewhere/imagenet")
+    assert embed_runs.dataset_name(Config(data=data), num_classes) == called

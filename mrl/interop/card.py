@@ -39,10 +39,10 @@ def model_card(run: Path, license: str, results: Path | None = None) -> str:
     """
     config, info = read_config(run / "config.yaml"), load(run).info
     assert info is not None  # load fills it
-    found = _from_rows(read_rows(results), config.run.name, results) if results else _from_metrics(run)
     name = config.run.name
     method = method_name(info.nesting_list, info.tied)
-    dataset = dataset_name(config)
+    dataset = dataset_name(config, len(info.classes))
+    found = _from_rows(read_rows(results), name, method, dataset, results) if results else _from_metrics(run)
     top_1 = found.by_metric["top_1"]
     metadata = ModelCardData(
         license=license,
@@ -102,14 +102,19 @@ then minus {_numbers(info.mean)} and divided by {_numbers(info.std)}.
 """
 
 
-def _from_rows(rows: Sequence[Row], run: str, path: Path) -> Accuracies:
+def _from_rows(rows: Sequence[Row], run: str, method: str, dataset: str, path: Path) -> Accuracies:
+    # A run has rows of baselines and of other data sets too, under the same studies and metrics.
+    wanted = (run, method, dataset)
     names = {("classification", "top_1"): "top_1", ("retrieval", "top_1"): "1-NN", ("retrieval", "map@10"): "mAP@10"}
     found: dict[str, dict[int, float]] = {}
     for row in rows:
-        if row.run == run and row.dim is not None and (row.study, row.metric) in names:
+        if (row.run, row.method, row.dataset) == wanted and row.dim is not None and (row.study, row.metric) in names:
             found.setdefault(names[row.study, row.metric], {})[row.dim] = row.value
     if "top_1" not in found:
-        raise UserError(f"{path} holds no top-1 of the run {run!r}; its runs are {sorted({row.run for row in rows})}")
+        raise UserError(
+            f"{path} holds no top-1 of the run {run!r} ({method}) on {dataset}; "
+            f"its runs are {sorted({row.run for row in rows})}"
+        )
     trained = found["top_1"]
     by_metric = {name: {dim: v for dim, v in values.items() if dim in trained} for name, values in found.items()}
     return Accuracies(by_metric, "the evaluation (eval.py)")

@@ -14,7 +14,7 @@ from mrl.nesting import check_nesting_list
 from mrl.progress import progress
 from mrl.results import Row, Source
 from mrl.retrieval.cost import mflops_per_query
-from mrl.retrieval.metrics import mean_average_precision, num_relevant, top_k_hit
+from mrl.retrieval.metrics import hits, mean_average_precision, num_relevant, top_k_hit
 from mrl.retrieval.rerank import rerank
 from mrl.retrieval.search import exact_search
 from mrl.studies.retrieval import check_labels, thin
@@ -42,11 +42,11 @@ def ablation(nesting_list: Sequence[int], num_rows: int) -> list[Plan]:
     """Shortlists of 100 to 2,048 found at 16 dims and reranked at full width (tables 30 and 31): ``(dim, stages)``.
 
     The search is at the second size where 16 is not one. Shortlists longer than the database are left
-    out, and so is the one that is among `pairs`; nothing is left of a list of one size.
+    out, and so is the one that is among `pairs`; nothing is left where no larger size is there to rerank at.
     """
-    if len(nesting_list) == 1:
+    dim = ABLATION_DIM if ABLATION_DIM in nesting_list else nesting_list[min(1, len(nesting_list) - 1)]
+    if dim == nesting_list[-1]:
         return []
-    dim = ABLATION_DIM if ABLATION_DIM in nesting_list else nesting_list[1]
     sizes = [size for size in ABLATION_SIZES if size <= num_rows and size != min(SHORTLIST_SIZE, num_rows)]
     return [(dim, ((nesting_list[-1], size),)) for size in sizes]
 
@@ -136,19 +136,18 @@ def adaptive_retrieval(
                     "cost": mflops_per_query(num_rows, dim, stages),
                     "ms_per_query": 1000 * (search_seconds + rerank_seconds) / len(queries) if on_cpu else None,
                 }
-                hits = database_labels[indices[:, :K]] == query_labels[:, None]
                 rows += [
                     source.row(study, method, metric, value, len(queries), **shared)
-                    for metric, value in _values(hits, relevant).items()
+                    for metric, value in _values(hits(indices[:, :K], query_labels, database_labels), relevant).items()
                 ]
                 bar.update()
     return rows
 
 
-def _values(hits: np.ndarray, relevant: np.ndarray) -> dict[str, float]:
-    values = {"top_1": top_k_hit(hits, 1)}
-    if hits.shape[1] == K:  # a database may be smaller
-        values[f"map@{K}"] = mean_average_precision(hits, relevant, K)
+def _values(hit: np.ndarray, relevant: np.ndarray) -> dict[str, float]:
+    values = {"top_1": top_k_hit(hit, 1)}
+    if hit.shape[1] == K:  # a database may be smaller
+        values[f"map@{K}"] = mean_average_precision(hit, relevant, K)
     return values
 
 

@@ -26,12 +26,6 @@ BASELINES = {
     "classification": ("FF truncated", "FF low-rank classifier", "FF random coordinates, probe"),
     "retrieval": ("FF truncated", "FF PCA", "FF SVD", "FF random coordinates", "FF random projection"),
 }
-# The paper's rows in our words.
-PAPER_NAMES = {
-    ("classification", "SVD"): "FF low-rank classifier",
-    ("classification", "Rand. LP"): "FF random coordinates, probe",
-    ("nearest_neighbour", "SVD"): "FF SVD",
-}
 
 
 def effects(rows: Sequence[Row], dataset: str) -> list[Effect]:
@@ -55,12 +49,8 @@ def effects(rows: Sequence[Row], dataset: str) -> list[Effect]:
 
 def paper_effects() -> dict[tuple[str, str], float]:
     """``{(effect, what): value}`` of the paper's own rows (ImageNet-1K, ResNet-50, one run each)."""
-    rows = []
-    for row in paper_rows("imagenet"):
-        method = PAPER_NAMES.get((row.study, row.method), row.method)
-        study = "retrieval" if row.study == "nearest_neighbour" else row.study
-        rows.append(replace(row, study=study, method=method))
-    return {(effect.name, one.what): one.mean for effect in effects(rows, "imagenet") for one in effect.comparisons}
+    found = effects(paper_rows("imagenet"), "imagenet")
+    return {(effect.name, one.what): one.mean for effect in found for one in effect.comparisons}
 
 
 def accuracy_against_ff(table: SeedTable) -> list[Comparison]:

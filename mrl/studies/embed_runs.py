@@ -26,10 +26,13 @@ from mrl.retrieval.embeddings import (
     open_embeddings,
 )
 from mrl.studies.further import FurtherImages, LabelledFolder
+from mrl.studies.robustness import SYNSET_FILES
 from mrl.studies.run import EmbeddedRun
 from mrl.training.distributed import Process
 
 SPLITS = ("train", "val")
+IMAGENET_CLASSES = 1000
+RESERVED_NAMES = ("imagenet", "tiny_imagenet", "digits", *SYNSET_FILES)
 
 
 def embed_runs(
@@ -54,10 +57,10 @@ def embed_runs(
     folders = further.folders()
     for name, run in names.items():
         config, model = read_config(run / "config.yaml"), load(run)
-        data, classes, dataset = config.data, model.info.classes, dataset_name(config)  # type: ignore[union-attr]
+        data, classes, dataset = config.data, model.info.classes, dataset_name(config, len(model.info.classes))  # type: ignore[union-attr]
         if classes_of.setdefault(dataset, classes) != classes:
             raise UserError(f"run {name} and one before it call their data {dataset!r}, but their classes differ")
-        further.check(classes, Path(data.root) / "train" if data.root else None)
+        further.check(dataset, classes, Path(data.root) / "train" if data.root else None)
         source = Source(dataset, name, config.run.seed, data.eval_resize_px, data.eval_px, flip=False)
         wanted = describe_embeddings(run, config, source, classes, list(folders.values()))
         sets: dict[str, EmbeddingSet] = {}
@@ -91,10 +94,18 @@ def embed_runs(
     return embedded
 
 
-def dataset_name(config: Config) -> str:
-    """What the data of a run are called: data.name, or the folder's own name where that is "folder"."""
+def dataset_name(config: Config, num_classes: int) -> str:
+    """What the data of a run are called: data.name, or the folder's own name where that is "folder".
+
+    Only all of ImageNet-1K is called "imagenet", since the paper's numbers are shown beside what is called so.
+    """
     data = config.data
-    return Path(data.root).resolve().name if data.name == "folder" and data.root else data.name
+    if data.name == "imagenet" and num_classes != IMAGENET_CLASSES:
+        return f"imagenet_{num_classes}_classes"
+    if data.name != "folder" or data.root is None:
+        return data.name
+    name = Path(data.root).resolve().name
+    return f"{name}_folder" if name in RESERVED_NAMES else name
 
 
 def describe_embeddings(

@@ -83,12 +83,15 @@ class FurtherImages:
                 raise UserError(f"{other.path} and {folder.path} are both called {folder.name!r}; rename a folder")
         return found
 
-    def check(self, classes: Sequence[str], train: Path | None) -> None:
-        """Nothing, if the studies fit a run that was trained on ``classes`` and the images in ``train``.
+    def check(self, dataset: str, classes: Sequence[str], train: Path | None) -> None:
+        """Nothing, if the studies fit a run that was trained on ``classes`` of ``dataset``, the images in ``train``.
 
         Raises:
             UserError: They do not; so nothing is embedded in vain.
         """
+        for folder in self.folders().values():
+            if folder.name == dataset:
+                raise UserError(f"{folder.path} is called {dataset!r}, as the data of the run are; rename the folder")
         for folder in (*self.robustness, *(queries for queries, *database in self.retrieval if not database)):
             trained_classes(folder.kind, folder.listed.classes, classes, self.renaming)
         for queries, *databases in self.retrieval:
@@ -97,6 +100,13 @@ class FurtherImages:
         for folder in self.few_shot:
             if train is not None and train.resolve() == folder.path.resolve():
                 raise UserError(f"--few_shot {folder.path}: the run was trained on these; give others")
+            counts = folder.listed.labels.bincount()
+            if counts.min() < 2:
+                lonely = folder.listed.classes[int(counts.argmin())]
+                raise UserError(
+                    f"--few_shot {folder.path}: class {lonely!r} has one image, so none is left to classify; "
+                    "give classes of two or more"
+                )
 
 
 def read_folder(option: str, text: str) -> LabelledFolder:
@@ -172,7 +182,7 @@ def further_studies(run: EmbeddedRun, images: FurtherImages, device: torch.devic
 
 
 def fitting_shots(name: str, images: EmbeddingSet) -> list[int]:
-    """Those of the paper's 1, 3, 5, 7, 9 supports that leave every class an image to classify; 1 if none does."""
+    """Those of the paper's 1, 3, 5, 7, 9 supports that leave every class an image to classify."""
     smallest = int(np.bincount(images.labels).min())
     shots = [n for n in SHOTS if n < smallest]
     if len(shots) < len(SHOTS):
@@ -180,4 +190,4 @@ def fitting_shots(name: str, images: EmbeddingSet) -> list[int]:
         warnings.warn(
             f"{name}: the smallest class has {smallest} images, so few-shot with {left_out} is left out", stacklevel=2
         )
-    return shots or [SHOTS[0]]
+    return shots

@@ -154,8 +154,7 @@ def per_class(
 
     A trend is what accuracy does as the size grows: "monotone" (never falls), "falling" (never rises, and falls),
     "rise then dip", "dip then rise" (one turn), or "no clear trend" (several). Its row "classes that are <trend>"
-    is a share of the classes that have images. Classes without images have no rows. Fixed-feature models are given
-    together, a size each.
+    is a share of the classes that have images. Classes without images have no rows, and one size has no trend.
 
     Args:
         predictions: Classes ``(G, N)`` int64, smallest size first.
@@ -175,6 +174,8 @@ def per_class(
         for g, dim in enumerate(dims):
             share, n = correct[g, c] / counts[c], int(counts[c])
             rows.append(source.row(CLASS_STUDY, method, f"{OF_CLASS}{classes[c]}", float(share), n, dim=dim))
+    if len(dims) == 1:
+        return rows
     found = [trend(correct[:, c]) for c in np.flatnonzero(counts)]
     rows += [
         source.row(CLASS_STUDY, method, f"classes that are {name}", found.count(name) / len(found), len(found))

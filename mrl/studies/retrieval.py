@@ -12,7 +12,7 @@ import torch
 from mrl.errors import UserError
 from mrl.results import Row, Source
 from mrl.retrieval.cost import mflops_per_query
-from mrl.retrieval.metrics import num_relevant, retrieval_metrics
+from mrl.retrieval.metrics import hits, num_relevant, retrieval_metrics
 from mrl.retrieval.search import exact_search
 
 STUDY = "retrieval"
@@ -75,7 +75,7 @@ def retrieval(
     found = exact_search(queries, database, max(fitting, default=1), dims, device=device, progress=True)
     relevant = num_relevant(query_labels, database_labels)
     values = {
-        dim: retrieval_metrics(database_labels[indices] == query_labels[:, None], relevant, fitting)
+        dim: retrieval_metrics(hits(indices, query_labels, database_labels), relevant, fitting)
         for dim, (indices, _) in found.items()
     }
     return [

@@ -59,12 +59,15 @@ def test_the_card_can_take_its_numbers_from_the_rows_of_an_evaluation(saved_run,
     source = Source("pets", "small", 0, 36, 32, False)
     rows = [source.row("classification", "MRL", "top_1", v, 5, dim=dim) for dim, v in [(8, 0.25), (96, 1.0)]]
     rows += [source.row("retrieval", "MRL", "map@10", v, 5, dim=dim) for dim, v in [(8, 0.125), (12, 0.5)]]
+    # What else may stand there of the run: baselines, and other data sets.
+    rows += [source.row("classification", "FF random coordinates, probe", "top_1", 0.75, 5, dim=96)]
+    rows += [Source("birds", "small", 0, 36, 32, False).row("retrieval", "MRL", "map@10", 0.75, 5, dim=8)]
     write_rows(rows, tmp_path / "results.jsonl")
     text = (hub.export_folder(saved_run, tmp_path / "out", "mit", tmp_path / "results.jsonl") / "README.md").read_text()
     assert "| dims | bytes | top-1 | of full | mAP@10 |" in text
     assert "| 8 | 32 | 25.00 | 25.0% | 12.50 |" in text and "| 12 " not in text
     write_rows([Source("pets", "other", 0, 36, 32, False).row("oracle", "MRL", "top_1", 1, 5)], tmp_path / "o.jsonl")
-    with pytest.raises(UserError, match=r"no top-1 of the run 'small'; its runs are \['other'\]"):
+    with pytest.raises(UserError, match=r"no top-1 of the run 'small' \(MRL\) on pets; its runs are \['other'\]"):
         hub.export_folder(saved_run, tmp_path / "out", "mit", tmp_path / "o.jsonl")
 
 

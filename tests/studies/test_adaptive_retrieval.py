@@ -105,6 +105,7 @@ def test_fault_26_multiply_adds_and_milliseconds_are_two_numbers(rows):
 def test_the_papers_configurations():
     assert len(pairs(PAPER, 1_281_167)) == 45
     assert ablation(PAPER, 1_281_167) == [(16, ((2048, size),)) for size in (100, 400, 800, 1600, 2048)]
+    assert ablation([8, 16], 1000) == ablation([16], 1000) == ablation([8, 64], 1000) == []
     of_16 = [stages for dim, stages in funnels(PAPER, 1_281_167) if dim == 16]
     assert of_16[0] == ((32, 200), (64, 100), (128, 50), (256, 25), (2048, 10))
     assert [tuple(length for _, length in stages) for stages in of_16] == [

@@ -115,15 +115,15 @@ def test_queries_of_a_class_that_the_database_lacks_are_refused():
 
 
 def test_what_does_not_fit_a_run_is_refused_before_anything_is_embedded():
-    birds = folder_of("birds", ["gull"])
+    birds = folder_of("birds", ["gull"], [0, 0])
     for sets in (FurtherImages(robustness=[birds]), FurtherImages(retrieval=[[birds]])):
         with pytest.raises(UserError, match="gull"):
-            sets.check(CLASSES, None)
-    FurtherImages(few_shot=[birds]).check(CLASSES, Path("/data/pets/train"))
+            sets.check("digits", CLASSES, None)
+    FurtherImages(few_shot=[birds]).check("digits", CLASSES, Path("/data/pets/train"))
     with pytest.raises(UserError, match="the run was trained on these"):
-        FurtherImages(few_shot=[birds]).check(CLASSES, Path("/data/birds"))
+        FurtherImages(few_shot=[birds]).check("digits", CLASSES, Path("/data/birds"))
     with pytest.raises(UserError, match="gull"):
-        FurtherImages(retrieval=[[birds, folder_of("db", ["tern"])]]).check(CLASSES, None)
+        FurtherImages(retrieval=[[birds, folder_of("db", ["tern"])]]).check("digits", CLASSES, None)
 
 
 def test_one_name_for_two_folders_is_refused_and_one_folder_in_two_studies_is_not():
@@ -167,14 +167,21 @@ def test_fault_6_an_unknown_set_or_folder_is_refused(tmp_path):
 def test_imagenet_a_must_hold_its_200_classes():
     wnids = sorted(synsets("imagenet_v2"))
     right = folder_of("imagenet_a", sorted(synsets("imagenet_a")), kind="imagenet_a")
-    FurtherImages(robustness=[right]).check(wnids, None)
+    FurtherImages(robustness=[right]).check("digits", wnids, None)
     with pytest.raises(UserError, match="imagenet_a has 200 class folders"):
-        FurtherImages(robustness=[folder_of("imagenet_a", wnids[:200], kind="imagenet_a")]).check(wnids, None)
+        FurtherImages(robustness=[folder_of("imagenet_a", wnids[:200], kind="imagenet_a")]).check("digits", wnids, None)
 
 
-def test_one_image_classes_are_left_to_the_few_shot_study_to_refuse():
-    images = embeddings([0, 1, 1], 5)
-    with pytest.warns(UserWarning, match="smallest class has 1 images"):
-        assert fitting_shots("birds", images) == [1]
-    with pytest.warns(UserWarning), pytest.raises(UserError, match="class 0 has 1 images"):
-        further_studies(run_with(birds=images), FurtherImages(few_shot=[folder_of("birds", "ab")]), CPU)
+def test_a_class_of_one_image_is_refused_before_anything_is_embedded():
+    birds = folder_of("birds", "ab", [0, 1, 1])
+    with pytest.raises(UserError, match="class 'a' has one image"):
+        FurtherImages(few_shot=[birds]).check("digits", CLASSES, None)
+
+
+def test_a_folder_called_as_the_data_of_the_run_is_refused():
+    for sets in (
+        FurtherImages(few_shot=[folder_of("pets", "ab")]),
+        FurtherImages(retrieval=[[folder_of("pets", "ab")]]),
+    ):
+        with pytest.raises(UserError, match="is called 'pets', as the data of the run are"):
+            sets.check("pets", CLASSES, None)

@@ -129,6 +129,7 @@ def test_per_class_rows_worked_by_hand_without_the_class_that_has_no_images():
     assert found["classes that are monotone", None] == found["classes that are dip then rise", None] == 0.5
     assert sum(value for (metric, _), value in found.items() if "that are" in metric) == 1
     assert {row.n for row in rows if "that are" in row.metric} == {2}
+    assert not any("that are" in row.metric for row in per_class(predictions[:1], labels, [8], "abc", SOURCE, "FF"))
 
 
 def test_per_class_equals_a_loop():
