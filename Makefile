@@ -35,14 +35,15 @@ demo: $(VENV)/ready ## install, train five models on handwritten digits, evaluat
 	for name in $(DEMO); do $(BIN)/python train.py --config $$name.yaml --run.resume auto || exit; done
 	for dim in 8 32; do $(BIN)/python train.py --config digits_ff.yaml --head.nesting_list "[$$dim]" \
 		--run.name digits_ff$$dim --run.resume auto || exit; done
-	$(BIN)/python eval.py --runs runs/digits_mrl runs/digits_mrl_e runs/digits_ff runs/digits_ff8 runs/digits_ff32
+	$(BIN)/python eval.py --runs runs/digits_mrl runs/digits_mrl_e runs/digits_ff runs/digits_ff8 runs/digits_ff32 \
+		--out runs/digits_eval
 
 notebooks: demo ## the demo, then the notebooks executed on its runs, in place
 	$(PIP) -r requirements-notebooks.txt
 	$(BIN)/python notebooks/execute.py
 
 clean-demo: ## remove the demo's runs
-	rm -rf runs/digits_mrl runs/digits_mrl_e runs/digits_ff runs/digits_ff8 runs/digits_ff32 runs/eval
+	rm -rf runs/digits_mrl runs/digits_mrl_e runs/digits_ff runs/digits_ff8 runs/digits_ff32 runs/digits_eval
 
 test: $(VENV)/ready-dev ## install, then run the tests on the CPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2

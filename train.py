@@ -191,7 +191,6 @@ def train(config: Config, process: Process) -> int:
                     number = signal.Signals(stopped_by[0] if stopped_by else signal.SIGTERM)
                     tracker.say(f"stopped by {number.name} and saved after step {step}; go on with --run.resume auto")
                     tracker.exit_code = 128 + number
-                    distributed.barrier()  # whoever leaves first makes torchrun end the others
                     return 128 + number
 
             if (epoch + 1) % config.train.eval_every_epochs == 0 or epoch + 1 == config.train.epochs:
@@ -260,10 +259,15 @@ def main(argv: list[str] | None = None) -> int:
             config = parse_command_line(argv, description=str(__doc__))
             process = distributed.start()
             with gpu_memory_advice(config, process.world_size):
-                return train(config, process)
+                status = train(config, process)
+            distributed.barrier()  # whoever leaves first makes torchrun end the others, W&B's last words included
+            return status
     except (UserError, OSError) as error:
         sys.stderr.write(f"\nerror: {error}\n")  # in one piece, and not behind a progress bar
         return 2
+    except KeyboardInterrupt:  # before the first step, from which on the run stops by itself
+        sys.stderr.write("\nstopped before the first step; nothing was trained\n")
+        return 130
     finally:
         distributed.stop()
 

@@ -172,10 +172,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 if anything would change")
     args = parser.parse_args(argv)
     try:
-        if args.results != RESULTS and not groups(args.results):
+        if args.results.resolve() != RESULTS and not groups(args.results):
             raise UserError(f"--results {args.results} holds no folder with {ROWS}")
         # Other results than the committed ones do not belong into the documents.
-        changed = write_report(args.results, DOCUMENTS if args.results == RESULTS else (), args.check)
+        changed = write_report(args.results, DOCUMENTS if args.results.resolve() == RESULTS else (), args.check)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

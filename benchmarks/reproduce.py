@@ -44,6 +44,8 @@ def reproduce(args: argparse.Namespace) -> int:
     if args.list:
         print(list_runs(grid, [run.name for run in wanted], {run.name: read_state(run) for run in grid.runs}))
         return 0
+    if grid.subset_every is not None and args.data is None:
+        raise UserError(f"--grid {args.grid} takes a part of prepared images; give their folder: --data DIR")
     if args.data is not None:
         make_subset(grid, args.data)
     outcome = Scheduler(wanted, args.jobs).train_all()
@@ -78,7 +80,7 @@ def evaluate(grid: Grid, evaluated: Path, out: Path, few_shot: Sequence[Path]) -
             failed.append(group)
             continue
         publish(evaluated / group, runs, grid.title, out / group)
-    for path in write_report(out, DOCUMENTS if out == RESULTS else ()):
+    for path in write_report(out, DOCUMENTS if out.resolve() == RESULTS else ()):
         print(f"written: {path}")
     return failed
 

@@ -11,6 +11,7 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -51,7 +52,7 @@ def add_blurpool(backbone: nn.Module) -> int:
     """How many convolutions were given a blur: those of stride > 1 and at least 16 input channels.
 
     Raises:
-        UserError: There is none, as in a ViT.
+        UserError: There is none, as in a ViT, or one is more than a plain convolution.
     """
     found = [
         (parent, name, child)
@@ -61,6 +62,12 @@ def add_blurpool(backbone: nn.Module) -> int:
     ]
     if not found:
         raise UserError("model.blurpool is true, but the backbone has no strided convolution to blur; set it to false")
+    special = sorted({type(child).__name__ for _, _, child in found if type(child) is not nn.Conv2d})
+    if special:  # what they do to their weights or borders would be lost, under the same parameter names
+        raise UserError(
+            f"model.blurpool is true, but the backbone's strided convolutions are {', '.join(special)}, and only plain "
+            "Conv2d can be blurred; set it to false"
+        )
     for parent, name, child in found:
         setattr(parent, name, BlurConv2d(child))
     return len(found)
@@ -141,12 +148,15 @@ def _load_run(backbone: nn.Module, run: Path, changes: dict[str, Any]) -> None:
     for file in (path, run / "model.json"):
         if not file.exists():
             raise UserError(f"model.init: {run} holds no {file.name}, so it is not a finished run directory")
-    theirs = json.loads((run / "model.json").read_text())
+    try:
+        theirs, weights = json.loads((run / "model.json").read_text()), load_file(path)
+    except (ValueError, SafetensorError) as error:
+        raise UserError(f"model.init: {run} cannot be read as a saved model: {error}") from error
     for key, value in changes.items():
         if theirs.get(key) != value:  # their parameters have the same names, and would compute something else
             raise UserError(f"model.init: the run {run} has model.{key} {theirs.get(key)}, not {value}; give the same")
     marker = "backbone."
-    state = {key[len(marker) :]: value for key, value in load_file(path).items() if key.startswith(marker)}
+    state = {key[len(marker) :]: value for key, value in weights.items() if key.startswith(marker)}
     try:
         backbone.load_state_dict(state)
     except RuntimeError as error:
@@ -165,6 +175,11 @@ def build_backbone(
     Raises:
         UserError: An unknown name, arguments that do not fit it, or weights that do not.
     """
+    if init == "pretrained" and blurpool:
+        raise UserError(
+            "model.init is 'pretrained', but timm's weights were trained without the blur of model.blurpool, with "
+            "which they compute something else; give model.blurpool false"
+        )
     backbone = _create_timm(name, init == "pretrained", kwargs or {})
     source = None if init in ("scratch", "pretrained") else Path(init)
     if source is not None and not source.exists():

@@ -111,6 +111,17 @@ def test_blurpool_on_a_vit_is_refused():
         build_backbone("vit_tiny_patch16_224", blurpool=True)
 
 
+@pytest.mark.parametrize(("name", "kind"), [("tf_efficientnet_b0", "Conv2dSame"), ("nfnet_l0", "ScaledStdConv2d")])
+def test_blurpool_of_convolutions_that_do_more_is_refused(name, kind):
+    with pytest.raises(UserError, match=f"strided convolutions are .*{kind}"):
+        build_backbone(name, blurpool=True)
+
+
+def test_pretrained_weights_do_not_get_a_blur_that_they_were_not_trained_with():
+    with pytest.raises(UserError, match=r"give model\.blurpool false"):
+        build_backbone("resnet50", init="pretrained", blurpool=True)
+
+
 @pytest.mark.parametrize("name", ["resnet18", "resnet10t"])
 def test_the_small_stem_keeps_more_of_the_image(name):
     sides = {
@@ -217,6 +228,10 @@ def test_a_backbone_can_start_from_another_run(tmp_path):
         build_backbone("resnet10t", init=str(tmp_path), stem_stride=2)
     with pytest.raises(UserError, match="neither scratch"):
         build_backbone("resnet10t", init=str(tmp_path / "nowhere"))
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[:-100])
+    with pytest.raises(UserError, match="cannot be read as a saved model"):
+        build_backbone("resnet10t", init=str(tmp_path), stem_stride=1)
 
 
 def test_unknown_names_and_arguments_are_refused():

@@ -44,6 +44,11 @@ def build_data(
             the backend cannot hold them.
     """
     backend, reason = choose_backend(data, splits)
+    if not distributed.agree(list(BACKENDS.values()).index(backend)):
+        raise UserError(
+            "the machines do not find the same at data.root, or not all of them have FFCV, and would read it by "
+            "different backends; copy it there again, or give --data.backend folder"
+        )
     transform = Transform(
         seed,
         data.crop_scale,
@@ -123,7 +128,7 @@ def open_betons(data: DataConfig, splits: Sequence[str]) -> dict[str, Beton]:
     """The FFCV file of each split.
 
     Raises:
-        UserError: The root is not given, a file is missing, or it is not what it should be.
+        UserError: The root is not given, a file is missing or not what it should be, or machines hold other ones.
     """
     if data.root is None:
         raise UserError(f"data.root is not given; data.backend ffcv needs the folder that holds {splits[0]}.beton")
@@ -134,6 +139,9 @@ def open_betons(data: DataConfig, splits: Sequence[str]) -> dict[str, Beton]:
             command = f"python -m mrl.data.write_ffcv --root {data.root} --split {split}"
             raise UserError(f"{path} is missing; write it with {command}, or use data.backend folder")
         betons[split] = Beton(path, read_description(path))
+    told = "".join((Path(data.root) / f"{split}.beton.json").read_text() for split in splits)
+    if not distributed.agree(int.from_bytes(hashlib.sha256(told.encode()).digest()[:7], "big")):
+        raise UserError(f"data.root {data.root} does not hold the same .beton files on all machines; copy them again")
     return betons
 
 

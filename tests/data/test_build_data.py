@@ -118,7 +118,8 @@ def test_machines_with_other_images_are_refused(two_classes, tmp_path, monkeypat
     def digests(root):
         seen = []
         with monkeypatch.context() as patch:
-            patch.setattr(distributed, "agree", lambda number: seen.append(number) or number in seen[:-1])
+            # The first thing agreed on is the backend, a small number.
+            patch.setattr(distributed, "agree", lambda number: number < 3 or seen.append(number) or number in seen[:-1])
             with pytest.raises(UserError, match=f"data.root {root} does not hold the same images on all machines"):
                 build_data(two_classes.config(root=str(root)), 0, CPU)
             build_data(two_classes.config(root=f"{root}/"), 0, CPU)  # the same again
@@ -130,6 +131,12 @@ def test_machines_with_other_images_are_refused(two_classes, tmp_path, monkeypat
     assert digests(copy) == here
     (copy / "val" / "a" / "0.png").rename(copy / "val" / "b" / "9.png")
     assert digests(copy) != here
+
+
+def test_machines_that_would_read_by_different_backends_are_refused(two_classes, monkeypatch):
+    monkeypatch.setattr(distributed, "agree", lambda number: number > 2)
+    with pytest.raises(UserError, match="would read it by different backends"):
+        build_data(two_classes.config(), 0, CPU)
 
 
 def test_splits_with_other_classes_are_refused_and_named(image_folder):

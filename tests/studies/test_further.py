@@ -11,7 +11,7 @@ from mrl.heads import NestedLinear
 from mrl.results import Source
 from mrl.retrieval.embeddings import EmbeddingMetadata, EmbeddingSet
 from mrl.studies.few_shot import few_shot
-from mrl.studies.further import FurtherImages, LabelledFolder, fitting_shots, further_studies, places_of, read_folder
+from mrl.studies.further import FurtherImages, LabelledFolder, further_studies, places_of, read_folder
 from mrl.studies.robustness import synsets
 from mrl.studies.run import EmbeddedRun
 
