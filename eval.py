@@ -53,13 +53,18 @@ def evaluate(args: argparse.Namespace, process: Process) -> None:
     embedded = embed_runs(names, further, args.batch_size, args.force, process)
     if not process.is_main:
         return
-    rows = [row for run in embedded for row in run_studies(run, process.device, table)]
-    rows += [row for run in embedded for row in further_studies(run, further, process.device)]
     out.mkdir(parents=True, exist_ok=True)
-    write_rows(rows, out / "results.jsonl")
     record = {"command": sys.argv, "runs": {name: str(run) for name, run in names.items()}}
     record |= provenance(process.world_size)
     write_text(out / "provenance.json", json.dumps(record, indent=2) + "\n")
+    rows: list[Row] = []
+    # Written run by run, so that a study that fails loses those of its own run alone.
+    for run in embedded:
+        rows += run_studies(run, process.device, table)
+        write_rows(rows, out / "results.jsonl")
+    for run in embedded:
+        rows += further_studies(run, further, process.device)
+        write_rows(rows, out / "results.jsonl")
     show(rows, out)
     print(f"rows: {out / 'results.jsonl'}")
     if args.wandb != "disabled":

@@ -17,6 +17,7 @@ import eval as script  # not `eval`, which is Python's own
 from mrl.backbones import build_backbone
 from mrl.config import Config, DataConfig, HeadConfig, RunConfig
 from mrl.data import build_data
+from mrl.errors import UserError
 from mrl.models import MatryoshkaClassifier, ModelInfo, build_model, load, save_model
 from mrl.recipes import to_yaml
 from mrl.results import read_rows, write_rows
@@ -130,6 +131,21 @@ def test_a_second_evaluation_reads_no_image_and_gives_the_same(runs, no_images, 
     record = json.loads((runs / "eval" / "provenance.json").read_text())
     assert record["runs"] == {"mrl": str(runs / "mrl"), "ff": str(runs / "ff")}
     assert record["world_size"] == 1
+
+
+def test_a_study_that_fails_loses_no_rows_of_the_runs_before(runs, monkeypatch, capsys):
+    of_mrl = [row for row in untimed(runs / "eval" / "results.jsonl") if row.run == "mrl"]
+    whole = script.run_studies
+
+    def failing(run, *arguments):
+        if run.source.run == "ff":
+            raise UserError("it fails")
+        return whole(run, *arguments)
+
+    monkeypatch.setattr(script, "run_studies", failing)
+    assert "it fails" in refused(capsys, "--runs", str(runs / "mrl"), str(runs / "ff"), "--out", str(runs / "new"))
+    assert untimed(runs / "new" / "results.jsonl") == of_mrl
+    assert (runs / "new" / "provenance.json").is_file()
 
 
 def test_redraw_needs_the_rows_alone(runs, tmp_path, no_images, capsys):

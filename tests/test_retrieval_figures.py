@@ -6,6 +6,7 @@ import pytest
 
 from mrl.errors import UserError
 from mrl.figures import accuracy_by_dim, adaptive_retrieval, baselines_by_dim, interpolation, retrieval_by_dim, save
+from mrl.figures.style import NothingToDraw
 from mrl.results import Source
 from mrl.studies.adaptive_retrieval import ablation, funnels, pairs
 
@@ -103,6 +104,22 @@ def test_figure_5_fills_trained_sizes_and_leaves_those_between_hollow():
 def test_figure_5_asks_for_the_rows_that_tell_the_trained_sizes():
     with pytest.raises(UserError, match="mrl has no classification rows"):
         interpolation([row for row in ROWS if row.study != "classification"])
+
+
+def test_figure_5_is_not_drawn_where_no_size_lies_between():
+    for some in (rows_of("FF", "ff", (64,)), rows_of("MRL", "mrl", DIMS)):
+        with pytest.raises(NothingToDraw, match="top_1 at sizes that were never trained"):
+            interpolation(some)
+
+
+def test_the_papers_sizes_between_are_drawn_in_figure_5_alone():
+    rows = [dataclasses.replace(row, dataset="imagenet") for row in ROWS]
+    _, nearest = accuracy_by_dim(rows).axes
+    _, of_baselines, _ = baselines_by_dim(rows).axes
+    for axes in (nearest, of_baselines):
+        dims = [dim for dim, _ in drawn(axes)["MRL (paper)"]]
+        assert dims == [8, 16, 32, 64, 128, 256, 512, 1024, 2048]
+    assert 12 in dict(drawn(interpolation(rows).axes[0])["MRL (paper)"])
 
 
 def test_baselines_stand_beside_mrl_in_three_panels_each_in_its_own_style():

@@ -66,7 +66,8 @@ def is_trained(row: Row, trained: Mapping[tuple[str, str], set[int]]) -> bool:
 def panels_by_dim(rows: Sequence[Row], panels: Mapping[tuple[str, str], str], *, filled: bool = False) -> Figure:
     """A panel of lines by size for each ``(study, metric)`` of ``panels`` that has rows, under its title.
 
-    On ImageNet the paper's values of the same methods are dashed.
+    On ImageNet the paper's values of the same methods are dashed: at its trained sizes, and where ours are ``filled``,
+    to stand beside sizes that were never trained, at such sizes too.
 
     Raises:
         UserError: There is nothing to draw, or the rows are of several datasets.
@@ -84,7 +85,7 @@ def panels_by_dim(rows: Sequence[Row], panels: Mapping[tuple[str, str], str], *,
         for label in [label for label in styles if label in lines]:
             fill = {"markerfacecolor": styles[label]["color"]} if filled else {}
             draw_line(axes, lines[label], label, styles[label] | fill)
-        for method, points in _published(rows[0].dataset, study, metric).items():
+        for method, points in _published(rows[0].dataset, study, metric, between=filled).items():
             ours = [label for (of, _), label in labels.items() if of == method and label in lines]
             if ours:
                 draw_paper(axes, points, method, styles[ours[0]])
@@ -96,11 +97,13 @@ def panels_by_dim(rows: Sequence[Row], panels: Mapping[tuple[str, str], str], *,
     return figure
 
 
-def _published(dataset: str, study: str, metric: str) -> dict[str, list[tuple[float, float]]]:
-    """``{method: [(dim, percent)]}`` of the paper; empty unless ``dataset`` is the paper's."""
+def _published(dataset: str, study: str, metric: str, *, between: bool) -> dict[str, list[tuple[float, float]]]:
+    """``{method: [(dim, percent)]}`` of the paper, also at sizes ``between`` those it trained; none of other data."""
     found: dict[str, list[tuple[float, float]]] = {}
-    for row in paper_rows(dataset):
-        if (row.study, row.metric) == (study, metric) and row.dim is not None:
+    rows = paper_rows(dataset)
+    trained = trained_dims(rows)
+    for row in rows:
+        if (row.study, row.metric) == (study, metric) and row.dim is not None and (between or is_trained(row, trained)):
             found.setdefault(row.method, []).append((row.dim, 100 * row.value))
     return found
 

@@ -49,7 +49,7 @@ HATCHES = ("", "///", "...", "xxx")
 def cascade_by_expected_dim(rows: Sequence[Row]) -> Figure:
     """Accuracy of adaptive classification against expected dim (figure 6 of the paper), fixed-feature models beside it.
 
-    A point per cap, the largest size allowed, which is written below the points of the first cascade.
+    A point per cap, the largest size allowed, which is written below the points of the first cascade, if there is one.
     Bars are one standard deviation along both axes: over models of several seeds where there are such, else over the
     random draws of the fitting images. On ImageNet the paper's points are dashed.
 
@@ -69,9 +69,11 @@ def cascade_by_expected_dim(rows: Sequence[Row]) -> Figure:
     styles = line_styles(labels, CASCADE_STYLES)
     for label, style in styles.items():
         _draw_cascade(axes, [row for row in rows if labels[row.method, row.run] == label], label, style)
-    numbered = next((labels[key] for key in labels if key[0].endswith(" cascade")), next(iter(styles)))
-    of_numbered = [row for row in accuracies if labels[row.method, row.run] == numbered]
-    _number(axes, _mean_points(of_numbered, "top_1"), styles[numbered]["color"])
+    of_cascades = [row for row in accuracies if row.method != "FF"]
+    if of_cascades:
+        numbered = next(labels[key] for key in labels if key[0] != "FF")
+        of_numbered = [row for row in accuracies if labels[row.method, row.run] == numbered]
+        _number(axes, _mean_points(of_numbered, "top_1"), styles[numbered]["color"])
     published = paper_rows(dataset, "figure_6")
     for method in dict.fromkeys(row.method for row in published):
         points = _mean_points([row for row in published if row.method == method], "top_1")
@@ -79,8 +81,10 @@ def cascade_by_expected_dim(rows: Sequence[Row]) -> Figure:
     dim_axis(axes, sorted({row.dim for row in rows if row.dim is not None}))
     axes.set_xlabel("expected dim (mean size that decides an image; dims)")
     axes.set_ylabel(METRIC_LABELS["top_1"])
-    note = seeds_note(accuracies, labels) or "; mean and standard deviation over random draws of the fitting images"
-    title(figure, f"{dataset}: {counts(rows)} validation images not fitted on{note}")
+    # Without a cascade nothing is fitted; the draws are then of the images that FF is scored on.
+    images, drawn = (" not fitted on", "the fitting images") if of_cascades else ("", "these images")
+    note = seeds_note(accuracies, labels) or f"; mean and standard deviation over random draws of {drawn}"
+    title(figure, f"{dataset}: {counts(rows)} validation images{images}{note}")
     add_legend(figure, [*styles, *map(PAPER.format, CASCADE_LABELS)], entry_inches=3.2)
     return figure
 
@@ -89,7 +93,7 @@ def first_correct_histogram(rows: Sequence[Row]) -> Figure:
     """The share of images by the smallest prefix that is right, and of those that none is (table 22 of the paper).
 
     Bars per method, each with its value in percent; where it was trained with several seeds their mean, with one
-    standard deviation. On ImageNet the paper's values are dashed.
+    standard deviation. On ImageNet the paper's values of the same methods are dashed.
 
     Args:
         rows: Of one dataset, from `mrl.studies.oracle`.
@@ -118,7 +122,7 @@ def first_correct_histogram(rows: Sequence[Row]) -> Figure:
         behind = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # the paper's line may run there
         axes.bar_label(bars, fmt="%.1f", fontsize=7, padding=2, bbox=behind, zorder=4)
     for row in paper_rows(dataset, "table_22", "table_22_never"):
-        if row.dim in columns:
+        if row.dim in columns and row.method in {method for method, _ in labels}:
             middle = columns.index(row.dim)
             label = PAPER.format(row.method)
             axes.hlines(100 * row.value, middle - 0.45, middle + 0.45, "black", "dashed", label=label, linewidth=1)

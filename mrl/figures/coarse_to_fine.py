@@ -20,19 +20,21 @@ from mrl.studies.opened_run import OpenedRun
 RIGHT, WRONG = "#009E73", "#D55E00"
 
 
-def neighbours_of(run: OpenedRun, found: Mapping[int, Neighbours], query: int) -> Figure:
-    """The training images nearest to validation image ``query``, a row per size of ``found``.
+def neighbours_of(run: OpenedRun, found: Mapping[int, Neighbours], query: int, images: np.ndarray) -> Figure:
+    """The training images nearest to validation image ``images[query]``, a row per size of ``found``.
 
     Args:
         run: Whose images are shown.
-        found: ``{dim: (indices, scores)}`` of `mrl.exact_search`, of all validation images among the training images.
-        query: Row of the validation images.
+        found: ``{dim: (indices, scores)}`` of `mrl.exact_search`, of some validation images among the training images.
+        query: Row of these.
+        images: Rows ``(Q,)`` int64 of the validation images that were searched for.
     """
     rows = {dim: indices[query] for dim, (indices, _) in found.items()}
     shown = {
         dim: (run.pictures("train", of_dim), _names(run, run.train.labels[of_dim])) for dim, of_dim in rows.items()
     }
-    [picture], [name] = run.pictures("val", np.array([query])), _names(run, run.val.labels[[query]])
+    image = images[[query]]
+    [picture], [name] = run.pictures("val", image), _names(run, run.val.labels[image])
     return neighbours_by_dim(picture, name, shown)
 
 

@@ -43,7 +43,8 @@ def superclass_accuracy_by_dim(rows: Sequence[Row]) -> Figure:
     """Accuracy over superclasses against embedding size (figure 10 of the paper), a line per method.
 
     A second panel counts all images, those of classes outside the table as one more superclass, where
-    there are such classes. On ImageNet the paper's 31-way values are drawn dashed in it.
+    there are such classes. On ImageNet the paper's 31-way values are drawn dashed in it; they are of both
+    flips, as their scale tells, where ours are of one view, and the title says so.
 
     Args:
         rows: Of one dataset, from `mrl.studies.hierarchy`.
@@ -69,6 +70,8 @@ def superclass_accuracy_by_dim(rows: Sequence[Row]) -> Figure:
         axes.set_title(PANELS[metric], fontsize=10)
         axes.set_ylabel("superclass top-1 accuracy (%)")
     note = seeds_note(next(iter(of_panels.values())), labels)
+    if any(row.flip for row in published) and not any(row.flip for row in rows):
+        note += "; ours of one view, the paper's of both flips (inferred)"
     title(figure, f"{dataset}: {counts(rows)} validation images{note}")
     add_legend(figure, [*styles, PAPER.format("MRL")])
     return figure

@@ -31,6 +31,8 @@ MOST_CLASSES_NAMED = 30
 def accuracy_of_groups_and_classes(rows: Sequence[Row], trained: Sequence[int]) -> Figure:
     """Accuracy of groups of classes and of classes against size; sizes that were not trained have hollow markers.
 
+    The number of images in the title is that of the queries taken, which may be some of the validation images.
+
     Args:
         rows: Of one run, from `mrl.studies.prefix_knowledge.knowledge` and `mrl.studies.classification`.
         trained: The sizes that were.
@@ -67,7 +69,7 @@ def confusions(counts_of: np.ndarray, dims: Sequence[int], shown: Sequence[int],
     Of more than 30 classes those with the most errors at the smallest size shown are drawn.
 
     Args:
-        counts_of: ``(G, C, C)``: images of each class (rows) by predicted class (columns).
+        counts_of: ``(G, C, C)``: images of each class (rows) by predicted class (columns), of the queries taken.
         dims: G prefix sizes.
         shown: Those to draw.
         classes: C names.

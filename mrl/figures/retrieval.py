@@ -80,8 +80,8 @@ def interpolation(rows: Sequence[Row], metric: str = "top_1") -> Figure:
         metric: "top_1" (1-NN accuracy), "map@10" and so on.
 
     Raises:
-        UserError: There is nothing to draw, the rows are of several datasets, or a nested model has
-            no rows of classification.
+        UserError: There is nothing to draw, such as no size that was never trained, the rows are of several
+            datasets, or a nested model has no rows of classification.
     """
     trained = trained_dims(rows)
     rows = [row for row in rows if (row.study, row.metric) == ("retrieval", metric) and row.method in (*NESTED, "FF")]
@@ -89,11 +89,13 @@ def interpolation(rows: Sequence[Row], metric: str = "top_1") -> Figure:
         if row.method in NESTED and (row.method, row.run) not in trained:
             raise NothingToDraw(f"run {row.run} has no classification rows, which tell the sizes it was trained at")
     at_trained = [row for row in rows if is_trained(row, trained)]
+    between = [row for row in rows if not is_trained(row, trained)]
+    if rows and not between:
+        raise NothingToDraw(f"there are no rows of retrieval with the metric {metric} at sizes that were never trained")
     figure = panels_by_dim(at_trained, {("retrieval", metric): "at trained sizes and between them"}, filled=True)
     [axes] = figure.axes
     labels = line_labels(at_trained)
     styles = line_styles(labels)
-    between = [row for row in rows if not is_trained(row, trained)]
     for label, line in values_by_dim(between, labels).items():
         draw_line(axes, line, "_between", styles[label] | {"linestyle": "none", "markersize": 6})
     dim_axis(axes, sorted({row.dim for row in at_trained if row.dim is not None}))

@@ -193,14 +193,20 @@ def project(
     """``(vectors - mean) @ directions``: ``(N, D)`` and ``(D, R)`` to ``(N, R)`` float32, read in blocks."""
     directions = directions.to(device)
     shift = 0 if mean is None else mean.float().to(device)
-    blocks = _blocks(vectors, device, "projection")
-    return np.concatenate([((block - shift) @ directions).cpu().numpy() for block in blocks])
+    projected = np.empty((len(vectors), directions.shape[1]), dtype=np.float32)
+    first_row = 0
+    for block in _blocks(vectors, device, "projection"):
+        projected[first_row : first_row + len(block)] = ((block - shift) @ directions).cpu().numpy()
+        first_row += len(block)
+    return projected
 
 
 def take_coordinates(vectors: np.ndarray, coordinates: np.ndarray) -> np.ndarray:
     """The columns ``coordinates`` of ``vectors``, in that order, as float32, read in blocks."""
-    starts = range(0, len(vectors), BATCH_ROWS)
-    return np.concatenate([vectors[start : start + BATCH_ROWS][:, coordinates] for start in starts], dtype=np.float32)
+    taken = np.empty((len(vectors), len(coordinates)), dtype=np.float32)
+    for start in range(0, len(vectors), BATCH_ROWS):
+        taken[start : start + BATCH_ROWS] = vectors[start : start + BATCH_ROWS][:, coordinates]
+    return taken
 
 
 def mean_rows(draws: Sequence[Sequence[Row]]) -> list[Row]:

@@ -30,8 +30,9 @@ def telling_queries(
     seen, not to be representative.
 
     Args:
-        found: ``{dim: (indices, scores)}`` of `mrl.exact_search`.
-        query_labels: ``(Q,)`` int64.
+        found: ``{dim: (indices, scores)}`` of `mrl.exact_search`, for all images or for those that
+            `mrl.studies.retrieval.thin_rows` takes; what is returned are rows of these queries.
+        query_labels: ``(Q,)`` int64, of the same.
         database_labels: ``(N,)`` int64.
         num_queries: 1 to Q.
 

@@ -33,7 +33,7 @@ def fit_linear_probe(
     no augmentation, no label smoothing. The same input gives the same classifier.
 
     Args:
-        vectors: Embeddings of the training images; they are held in memory.
+        vectors: Embeddings of the training images; they are held on ``device`` as float32, once.
         labels: ``(N,)`` whole numbers, 0 to C - 1.
         num_classes: C.
         l2: Strength of the penalty.
@@ -47,15 +47,26 @@ def fit_linear_probe(
     check_labels(vectors, labels, "training images")
     if labels.min() < 0 or labels.max() >= num_classes:
         raise UserError(f"labels go from {labels.min()} to {labels.max()}; the classes are 0 to {num_classes - 1}")
-    z = torch.from_numpy(np.array(vectors, dtype=np.float32)).to(device)
-    refuse_not_finite(z, name="training images' embeddings")
-    mean, deviation = z.double().mean(dim=0).float(), z.double().std(dim=0, correction=0).float()
+    z = torch.empty(vectors.shape, dtype=torch.float32, device=device)
+    for start in range(0, len(z), BATCH_ROWS):
+        rows = slice(start, start + BATCH_ROWS)
+        z[rows] = torch.from_numpy(np.array(vectors[rows], dtype=np.float32)).to(device)
+        refuse_not_finite(z[rows], start, "training images' embeddings")
+    mean, deviation = _mean_and_deviation(z)
     deviation[deviation == 0] = 1
     z = z.sub_(mean).div_(deviation)
     truth = torch.from_numpy(np.array(labels, dtype=np.int64)).to(device)
     weight, bias = _minimise(z, truth, num_classes, l2, max_iterations)
     weight = weight / deviation
     return weight, bias - weight @ mean
+
+
+def _mean_and_deviation(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each column of ``z`` ``(N, dim)``: two ``(dim,)`` in float32, computed in float64, in blocks."""
+    # A sum of float32 in float64 is exact where all are equal, so that these deviate by 0.
+    mean = sum(block.double().sum(dim=0) for block in z.split(BATCH_ROWS)) / len(z)
+    squares = sum((block.double() - mean).square_().sum(dim=0) for block in z.split(BATCH_ROWS))
+    return mean.float(), (squares / len(z)).sqrt().float()
 
 
 def _minimise(z: Tensor, labels: Tensor, num_classes: int, l2: float, max_iterations: int) -> tuple[Tensor, Tensor]:

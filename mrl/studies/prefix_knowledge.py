@@ -16,6 +16,7 @@ from mrl.studies.oracle import check_predictions
 
 STUDY = "prefix_knowledge"
 NAMES_SHOWN = 4
+BATCH_ROWS = 8192
 
 
 def sizes_from_two(dims: Sequence[int]) -> list[int]:
@@ -32,6 +33,9 @@ def nearest_classes(
 ) -> np.ndarray:
     """The class ``(G, Q)`` int64 of each query's nearest neighbour by cosine at each size, trained or not.
 
+    All queries are searched for: where they are many, take some with `mrl.studies.retrieval.thin` first. Whatever is
+    counted of the result is of the queries taken.
+
     Raises:
         UserError: As `mrl.exact_search`.
     """
@@ -46,7 +50,8 @@ def group_classes(vectors: np.ndarray, labels: np.ndarray, classes: Sequence[str
     called by its classes.
 
     Args:
-        vectors: Embeddings ``(N, D)``, raw; those of training images, so that no validation image has a say.
+        vectors: Embeddings ``(N, D)``, raw; those of training images, so that no validation image has a say. Read in
+            blocks.
         labels: ``(N,)`` int64.
         classes: C names.
         num_groups: 2 to C.
@@ -61,8 +66,12 @@ def group_classes(vectors: np.ndarray, labels: np.ndarray, classes: Sequence[str
         raise UserError(f"class {classes[int(counts.argmin())]!r} has no image, so it cannot be grouped")
     from sklearn.cluster import AgglomerativeClustering
 
-    units = unit_prefix(torch.from_numpy(np.array(vectors, dtype=np.float32)), vectors.shape[1]).numpy()
-    means = np.stack([units[labels == c].mean(axis=0) for c in range(len(classes))])
+    sums = torch.zeros(len(classes), vectors.shape[1], dtype=torch.float64)
+    for start in range(0, len(vectors), BATCH_ROWS):
+        block = torch.from_numpy(np.array(vectors[start : start + BATCH_ROWS], dtype=np.float32))
+        of_block = torch.from_numpy(np.array(labels[start : start + BATCH_ROWS], dtype=np.int64))
+        sums.index_add_(0, of_block, unit_prefix(block, vectors.shape[1]).double())
+    means = sums.numpy() / counts[:, None]
     clusters = AgglomerativeClustering(num_groups, metric="cosine", linkage="average").fit_predict(means)
     # Groups are numbered by their first class, so that the same clusters always get the same numbers.
     first = sorted(range(num_groups), key=lambda group: int((clusters == group).argmax()))
@@ -120,7 +129,10 @@ def knowledge(
 
 
 def confusion_counts(predictions: np.ndarray, labels: np.ndarray, num_classes: int) -> np.ndarray:
-    """How many images of each class (rows) are taken for each class (columns) at each size: ``(G, C, C)`` int64."""
+    """How many images of each class (rows) are taken for each class (columns) at each size: ``(G, C, C)`` int64.
+
+    Of the images that ``predictions`` ``(G, N)`` and ``labels`` ``(N,)`` are of, which may be some of all.
+    """
     pairs = np.asarray(labels) * num_classes + predictions
     counts = [np.bincount(of_size, minlength=num_classes**2) for of_size in pairs]
     return np.stack(counts).reshape(len(predictions), num_classes, num_classes)

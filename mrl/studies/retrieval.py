@@ -93,10 +93,19 @@ def thin(queries: np.ndarray, labels: np.ndarray, max_queries: int) -> tuple[np.
         UserError: As `check_labels`; or ``max_queries`` is below 1.
     """
     check_labels(queries, labels, "queries")
+    some = thin_rows(len(queries), max_queries)
+    return np.array(queries[some]), labels[some]
+
+
+def thin_rows(num_queries: int, max_queries: int) -> np.ndarray:
+    """The rows int64, ascending, that `thin` takes of ``num_queries`` queries.
+
+    Raises:
+        UserError: ``max_queries`` is below 1.
+    """
     if max_queries < 1:
         raise UserError(f"max_queries is {max_queries}; allowed: 1 or more")
-    some = np.linspace(0, len(queries) - 1, min(max_queries, len(queries))).round().astype(np.int64)
-    return np.array(queries[some]), labels[some]
+    return np.linspace(0, num_queries - 1, min(max_queries, num_queries)).round().astype(np.int64)
 
 
 def check_labels(vectors: np.ndarray, labels: np.ndarray, name: str) -> None:

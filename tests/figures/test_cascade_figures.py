@@ -70,6 +70,16 @@ def test_several_runs_of_a_method_are_averaged():
     assert drawn(axes)["MRL cascade, thresholds pairwise"] == ([12], [75])
 
 
+def test_without_a_cascade_nothing_is_numbered_and_nothing_was_fitted():
+    ff = [row for row in rows_of("digits") if row.method == "FF"]
+    figure = cascade_by_expected_dim(ff)
+    assert not figure.axes[0].texts
+    text = figure.get_suptitle().replace("\n", " ")
+    assert "fit" not in text and "40 validation images; mean and standard deviation over random draws of these" in text
+    with_cascade = cascade_by_expected_dim(rows_of("digits")).get_suptitle().replace("\n", " ")
+    assert "not fitted on" in with_cascade and "draws of the fitting images" in with_cascade
+
+
 def oracle_rows(method, dataset="digits"):
     shares = {8: 0.7, 16: 0.1, 32: 0.05}
     rows = [source(dataset).row("oracle", method, "first_correct", v, 50, dim=dim) for dim, v in shares.items()]
@@ -92,6 +102,12 @@ def test_the_papers_histogram_is_drawn_on_imagenet_only():
     [axes] = first_correct_histogram(oracle_rows("MRL", "imagenet")).axes
     heights = [lines.get_segments()[0][0][1] for lines in axes.collections]
     np.testing.assert_allclose(heights, [67.462, 8.782, 2.588, 18.46])
+
+
+def test_the_papers_histogram_is_drawn_only_beside_the_same_method_and_stands_in_the_legend():
+    assert not first_correct_histogram(oracle_rows("MRL-E", "imagenet")).axes[0].collections
+    figure = first_correct_histogram([*oracle_rows("MRL", "imagenet"), *oracle_rows("MRL-E", "imagenet")])
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["MRL", "MRL-E", "MRL (paper)"]
 
 
 @pytest.mark.parametrize("draw", [cascade_by_expected_dim, first_correct_histogram])

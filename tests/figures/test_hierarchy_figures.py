@@ -47,6 +47,13 @@ def test_the_papers_values_are_31_way_and_drawn_on_imagenet_only():
         assert set(drawn(axes)) == {"MRL", "FF (one model per size)"}
 
 
+def test_the_title_says_that_the_papers_values_are_of_both_flips():
+    note = "ours of one view, the paper's of both flips (inferred)"
+    assert note in superclass_accuracy_by_dim(superclass_rows("imagenet")).get_suptitle().replace("\n", " ")
+    for rows in (superclass_rows(), superclass_rows("imagenet", reject=False)):
+        assert "flips" not in superclass_accuracy_by_dim(rows).get_suptitle()
+
+
 def test_seeds_are_counted_once_however_many_metrics_there_are():
     rows = superclass_rows() + rows_of("MRL", {"superclass_top_1": (0.5, 0.6, 0.7)}, seed=1)
     assert "1 to 2 seeds" in superclass_accuracy_by_dim(rows).get_suptitle().replace("\n", " ")

@@ -6,6 +6,7 @@ import torch
 
 from mrl.errors import UserError
 from mrl.results import Source
+from mrl.studies import baselines, linear_probe
 from mrl.studies.baselines import (
     classification_baselines,
     low_rank,
@@ -14,6 +15,7 @@ from mrl.studies.baselines import (
     project,
     random_projection,
     retrieval_baselines,
+    take_coordinates,
     top_directions,
 )
 from mrl.studies.linear_probe import fit_linear_probe
@@ -158,7 +160,9 @@ def test_classifiers_of_few_dims(sets):
     assert probes[1] == pytest.approx((logits.argmax(1) == labels).mean())
 
 
-def test_the_probe_is_sklearns_logistic_regression():
+@pytest.mark.parametrize("batch_rows", [8192, 64])
+def test_the_probe_is_sklearns_logistic_regression(monkeypatch, batch_rows):
+    monkeypatch.setattr(linear_probe, "BATCH_ROWS", batch_rows)
     linear_model = pytest.importorskip("sklearn.linear_model")
     rng = np.random.default_rng(0)
     labels = rng.integers(4, size=300)
@@ -172,6 +176,35 @@ def test_the_probe_is_sklearns_logistic_regression():
     np.testing.assert_allclose(
         logits - logits.mean(1, keepdims=True), expected - expected.mean(1, keepdims=True), atol=5e-3
     )
+
+
+def test_mean_and_deviation_in_blocks_are_numpys_in_float64(monkeypatch):
+    monkeypatch.setattr(linear_probe, "BATCH_ROWS", 64)
+    z = (1000 + np.random.default_rng(0).standard_normal((300, 5))).astype(np.float32)
+    z[:, 2] = 0.1  # never changes, and is no short binary fraction
+    mean, deviation = linear_probe._mean_and_deviation(torch.from_numpy(z))
+    np.testing.assert_allclose(mean, z.astype(np.float64).mean(0), rtol=1e-7)
+    np.testing.assert_allclose(deviation, z.astype(np.float64).std(0), rtol=1e-6, atol=1e-12)
+    assert deviation[2] == 0 and mean.dtype == deviation.dtype == torch.float32
+
+
+def test_blocks_are_put_together_in_order(monkeypatch, sets):
+    monkeypatch.setattr(baselines, "BATCH_ROWS", 64)
+    database, chosen = sets[2], np.array([5, 0, 31])
+    taken = take_coordinates(database.astype(np.float16), chosen)
+    np.testing.assert_array_equal(taken, database.astype(np.float16)[:, chosen])
+    directions, mean = torch.eye(32)[:, [5, 0, 31]], torch.arange(32.0)
+    projected = project(database, directions, mean)
+    np.testing.assert_allclose(projected, (database - mean.numpy())[:, chosen], atol=1e-5)
+    assert taken.dtype == projected.dtype == np.float32
+
+
+def test_the_probe_names_the_row_that_is_not_finite_in_whichever_block(monkeypatch, sets):
+    monkeypatch.setattr(linear_probe, "BATCH_ROWS", 64)
+    broken = sets[2].copy()
+    broken[130, 5] = np.inf
+    with pytest.raises(UserError, match="row 130 of the training images' embeddings"):
+        fit_linear_probe(broken, sets[3], 10)
 
 
 def test_bad_input_is_refused(sets):

@@ -3,6 +3,7 @@ import pytest
 
 from mrl.errors import UserError
 from mrl.results import Source
+from mrl.studies import prefix_knowledge
 from mrl.studies.hierarchy import Hierarchy
 from mrl.studies.prefix_knowledge import (
     confusion_counts,
@@ -33,7 +34,9 @@ def test_nearest_classes_are_those_of_a_slow_search():
             assert found[g, q] == labels[int(np.argmax(cosines))]
 
 
-def test_classes_that_point_the_same_way_are_one_group_whatever_their_length():
+@pytest.mark.parametrize("batch_rows", [8192, 3])
+def test_classes_that_point_the_same_way_are_one_group_whatever_their_length(monkeypatch, batch_rows):
+    monkeypatch.setattr(prefix_knowledge, "BATCH_ROWS", batch_rows)
     angles = np.radians([0, 10, 90, 100, 200])
     labels = np.repeat(np.arange(5), 4)
     lengths = np.random.default_rng(0).uniform(1, 50, (20, 1))

@@ -4,7 +4,7 @@ import pytest
 from mrl.errors import UserError
 from mrl.results import Source
 from mrl.retrieval.metrics import num_relevant
-from mrl.studies.retrieval import interpolated_dims, retrieval
+from mrl.studies.retrieval import interpolated_dims, retrieval, thin, thin_rows
 
 SOURCE = Source("digits", "some_run", 3, 32, 28, False)
 DIMS = {"MRL": [4, 8, 12, 16]}
@@ -166,3 +166,13 @@ def test_bad_input_is_refused(sets):
         retrieval(queries, query_labels[1:], database, database_labels, DIMS, SOURCE)
     with pytest.raises(UserError, match="database are 0 embeddings"):
         retrieval(queries, query_labels, database[:0], database_labels[:0], DIMS, SOURCE)
+
+
+def test_the_rows_taken_are_evenly_spread_and_those_that_thin_takes():
+    assert thin_rows(11, 3).tolist() == [0, 5, 10]
+    assert thin_rows(4, 9).tolist() == [0, 1, 2, 3]
+    vectors, labels = np.arange(22.0).reshape(11, 2), np.arange(11)
+    taken = thin(vectors, labels, 3)
+    assert taken[1].tolist() == [0, 5, 10] and np.array_equal(taken[0], vectors[[0, 5, 10]])
+    with pytest.raises(UserError, match="max_queries is 0"):
+        thin_rows(4, 0)
