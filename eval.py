@@ -50,7 +50,7 @@ def evaluate(args: argparse.Namespace, process: Process) -> None:
     names = name_runs([Path(run) for run in args.runs if Path(run).resolve() != out.resolve()])
     further = further_images(args)
     table = read_class_table(args.superclasses, "superclass") if args.superclasses else None
-    embedded = embed_runs(names, further, args.batch_size, args.force, process)
+    embedded = embed_runs(names, further, args.batch_size, args.force, process, args.precision)
     if not process.is_main:
         return
     out.mkdir(parents=True, exist_ok=True)
@@ -157,6 +157,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="for class folders of other names: a table with the columns folder and trained_class",
     )
     parser.add_argument("--batch_size", type=int, default=256, help="images at a time on each process; default: 256")
+    parser.add_argument(
+        "--precision",
+        choices=("fp32", "bf16"),
+        default="fp32",
+        help="of the forward pass that embeds; bf16 is faster where the hardware has it; default: fp32",
+    )
     parser.add_argument("--force", action="store_true", help="embed anew, e.g. because image files were replaced")
     modes = ("disabled", "offline", "online")
     parser.add_argument("--wandb", choices=modes, default="disabled", help="log it all to each run's W&B run too")

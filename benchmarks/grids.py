@@ -2,7 +2,8 @@
 
 A grid file holds ``title``, ``train_images`` (images of an epoch), ``runs``, and perhaps ``set`` (settings of all
 runs), ``subset`` (``every`` so many classes, in sorted order, as a folder ``name``), ``images_per_second_at_64_px``,
-``references`` (further runs to evaluate with a group) and ``superclasses`` (a table beside the file, see eval.py).
+``references`` (further runs to evaluate with a group), ``superclasses`` (a table beside the file) and
+``eval_precision`` (for both see eval.py).
 An entry of ``runs`` holds ``name``, ``group`` (runs that are evaluated together), ``recipe``, ``seeds``, and perhaps
 ``dims`` (a fixed-feature run of each size), ``set`` and ``init_from`` (a run of the grid whose weights it begins with).
 """
@@ -24,7 +25,14 @@ from mrl.recipes import parse_command_line
 
 GRIDS = Path(__file__).resolve().parent / "grids"
 NEEDED_KEYS = {"title", "train_images", "runs"}
-GRID_KEYS = NEEDED_KEYS | {"images_per_second_at_64_px", "subset", "set", "references", "superclasses"}
+GRID_KEYS = NEEDED_KEYS | {
+    "images_per_second_at_64_px",
+    "subset",
+    "set",
+    "references",
+    "superclasses",
+    "eval_precision",
+}
 RUN_KEYS = {"name", "group", "recipe", "seeds", "dims", "set", "init_from"}
 SPLITS = ("train", "val")
 
@@ -65,6 +73,7 @@ class Grid:
         data_root: The images that the runs train on; None where the recipes say.
         references: ``{group: names of runs of other groups}`` to evaluate with it.
         superclasses: Table for eval.py; None where there is none.
+        eval_precision: Of the forward pass that embeds, for eval.py.
         subset_every: ``data_root`` is to hold every so many classes of the prepared images; None: it is them.
     """
 
@@ -76,6 +85,7 @@ class Grid:
     subset_every: int | None
     references: dict[str, list[str]]
     superclasses: Path | None
+    eval_precision: str = "fp32"
 
     @property
     def groups(self) -> tuple[str, ...]:
@@ -140,6 +150,7 @@ def read_grid(
         subset_every=every,
         references=references,
         superclasses=None if table is None else path.parent / table,
+        eval_precision=facts.get("eval_precision", "fp32"),
     )
     _check_names(grid, path)
     return grid

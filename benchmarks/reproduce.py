@@ -70,6 +70,7 @@ def evaluate(grid: Grid, evaluated: Path, out: Path, few_shot: Sequence[Path]) -
             continue
         runs = list(finished.values())
         words = ["--runs", *(str(run.directory) for run in runs), "--out", str(evaluated / group)]
+        words += ["--precision", grid.eval_precision]
         if grid.superclasses is not None:
             words += ["--superclasses", str(grid.superclasses)]
         if few_shot:

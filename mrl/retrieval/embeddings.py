@@ -24,6 +24,7 @@ from mrl.progress import progress
 from mrl.training import distributed
 from mrl.training.distributed import Process
 
+Embed = Callable[[Tensor], Tensor]
 _MISSING, _FILLED, _NOT_FINITE = 0, 1, 2
 
 
@@ -40,6 +41,7 @@ class EmbeddingMetadata:
         normalisation: What is taken from the pixels and what they are divided by, as text.
         flip: Whether the images are mirrored.
         classes_sha256: Of the names of the classes, and of the files' where the data have no other name to go by.
+        precision: Arithmetic of the forward pass, "fp32" or "bf16" (autocast); what is stored is float32.
     """
 
     checkpoint_sha256: str
@@ -50,6 +52,7 @@ class EmbeddingMetadata:
     normalisation: str
     flip: bool
     classes_sha256: str
+    precision: str = "fp32"
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,7 @@ def embed_split(
     directory: Path,
     metadata: EmbeddingMetadata,
     images: Images,
-    embed: Callable[[Tensor], Tensor],
+    embed: Embed,
     width: int,
     process: Process,
     batch_size: int,
@@ -129,7 +132,8 @@ def embed_split(
 
     Args:
         directory: Shared by all processes; see `embeddings_path`.
-        metadata: What the embeddings are of; where its ``flip`` is true every image is mirrored first.
+        metadata: What the embeddings are of; where its ``flip`` is true every image is mirrored first, and its
+            ``precision`` is that of ``embed``.
         images: The split, in dataset order.
         embed: Images ``(B, 3, H, W)`` -> embeddings ``(B, D)``; a model in eval mode.
         width: D.
@@ -146,7 +150,7 @@ def embed_split(
     if finished is None:
         failure = None
         try:
-            _fill(directory, images, embed, metadata.flip, process, batch_size)
+            _fill(directory, images, embed, metadata, process, batch_size)
         except UserError as error:
             failure = error
         # Nobody waits for a process that has met an error: all of them end here.
@@ -154,9 +158,7 @@ def embed_split(
         if failure is not None:
             raise failure
         if failed:
-            raise distributed.ElsewhereError(
-                f"another process could not embed its share of the {metadata.split} images"
-            )
+            raise distributed.ElsewhereError(f"another process could not embed its {metadata.split} images")
         _check_filled(directory, images)
         distributed.barrier()
         if process.is_main:
@@ -206,20 +208,22 @@ def _open_files(directory: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 @torch.inference_mode()
 def _fill(
-    directory: Path, images: Images, embed: Callable[[Tensor], Tensor], flip: bool, process: Process, batch_size: int
+    directory: Path, images: Images, embed: Embed, metadata: EmbeddingMetadata, process: Process, batch_size: int
 ) -> None:
     """Embed the rows of this process that are not filled yet; stops at the first batch that is not finite."""
     vectors, labels, filled = _open_files(directory)
     shares = eval_rows(len(images), batch_size, process.rank, process.world_size)
     rows = [missing for share in shares if len(missing := share[filled[share] != _FILLED])]
+    autocast = torch.autocast(process.device.type, torch.bfloat16, enabled=metadata.precision == "bf16")
     with progress(
         show=process.is_main,
         total=sum(map(len, rows)),
         desc=f"{directory.parent.parent.name}: embedding {directory.name}",
         unit="image",
     ) as bar:
-        for batch_rows, (batch, batch_labels) in zip(rows, images.eval_batches(rows, flip), strict=True):
-            z = embed(batch).float().cpu().numpy()
+        for batch_rows, (batch, batch_labels) in zip(rows, images.eval_batches(rows, metadata.flip), strict=True):
+            with autocast:
+                z = embed(batch).float().cpu().numpy()
             finite = np.isfinite(z).all(axis=1)
             vectors[batch_rows] = z
             labels[batch_rows] = batch_labels.cpu().numpy()

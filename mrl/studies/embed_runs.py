@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -36,7 +36,12 @@ RESERVED_NAMES = ("imagenet", "tiny_imagenet", "digits", *SYNSET_FILES)
 
 
 def embed_runs(
-    names: dict[str, Path], further: FurtherImages, batch_size: int, force: bool, process: Process
+    names: dict[str, Path],
+    further: FurtherImages,
+    batch_size: int,
+    force: bool,
+    process: Process,
+    precision: Literal["fp32", "bf16"] = "fp32",
 ) -> list[EmbeddedRun]:
     """Every run with the embeddings of its train and val images and of ``further``, computed where not on disk yet.
 
@@ -46,6 +51,7 @@ def embed_runs(
         batch_size: Images at a time on each process.
         force: Compute also what is on disk.
         process: This process; all of them share the work.
+        precision: Arithmetic of the forward pass; see `EmbeddingMetadata`.
 
     Raises:
         UserError: A run cannot be read, its images or the further ones do not fit it, or an embedding is not finite.
@@ -62,7 +68,7 @@ def embed_runs(
             raise UserError(f"run {name} and one before it call their data {dataset!r}, but their classes differ")
         further.check(dataset, classes, Path(data.root) / "train" if data.root else None)
         source = Source(dataset, name, config.run.seed, data.eval_resize_px, data.eval_px, flip=False)
-        wanted = describe_embeddings(run, config, source, classes, list(folders.values()))
+        wanted = describe_embeddings(run, config, source, classes, list(folders.values()), precision)
         sets: dict[str, EmbeddingSet] = {}
         for place, metadata in wanted.items():
             ready = None if force else open_embeddings(run / "embeddings" / place, metadata)
@@ -109,7 +115,12 @@ def dataset_name(config: Config, num_classes: int) -> str:
 
 
 def describe_embeddings(
-    run: Path, config: Config, source: Source, classes: Sequence[str], folders: Sequence[LabelledFolder]
+    run: Path,
+    config: Config,
+    source: Source,
+    classes: Sequence[str],
+    folders: Sequence[LabelledFolder],
+    precision: str = "fp32",
 ) -> dict[str, EmbeddingMetadata]:
     """``{place: metadata}`` of the embeddings that a run's model gives; of mirrored images too if it has seen such."""
     of_val = EmbeddingMetadata(
@@ -121,6 +132,7 @@ def describe_embeddings(
         normalisation=f"mean {config.data.mean}, std {config.data.std}",
         flip=False,
         classes_sha256=classes_sha256(classes),
+        precision=precision,
     )
     views = [(split, False) for split in SPLITS] + ([("val", True)] if config.data.flip else [])
     wanted = {embeddings_path(run, split, flip).name: replace(of_val, split=split, flip=flip) for split, flip in views}

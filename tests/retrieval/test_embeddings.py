@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import threading
 from collections import Counter
 
@@ -229,3 +230,28 @@ def test_mirrored_images_are_embedded_where_the_metadata_say_so(tmp_path):
     np.testing.assert_array_equal(
         open_embeddings(flipped, mirrored).vectors, -open_embeddings(straight, METADATA).vectors
     )
+
+
+def test_bf16_rounds_the_forward_pass_and_is_never_taken_for_fp32(tmp_path):
+    images, layer = Images(6), torch.nn.Linear(3 * 2 * 2, WIDTH)
+
+    def embed_linear(batch):
+        return layer(batch.flatten(1))
+
+    exact = run(tmp_path / "val", images, embed_linear).vectors.copy()
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        rounded = embed_linear(next(images.eval_batches([np.arange(6)]))[0]).float().numpy()
+    in_bf16 = dataclasses.replace(METADATA, precision="bf16")
+    np.testing.assert_array_equal(run(tmp_path / "val", images, embed_linear, in_bf16).vectors, rounded)
+    assert not np.array_equal(exact, rounded)
+    assert open_embeddings(tmp_path / "val", METADATA) is None
+
+
+def test_metadata_written_before_there_was_a_precision_means_fp32(tmp_path):
+    images = Images(4)
+    run(tmp_path / "val", images)
+    path = tmp_path / "val" / "metadata.json"
+    written = json.loads(path.read_text())
+    assert written.pop("precision") == "fp32"
+    path.write_text(json.dumps(written))
+    assert open_embeddings(tmp_path / "val", METADATA) is not None
