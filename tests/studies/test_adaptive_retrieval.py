@@ -4,6 +4,7 @@ import pytest
 from mrl.errors import UserError
 from mrl.results import Source
 from mrl.retrieval.rerank import funnel_search
+from mrl.studies import adaptive_retrieval as adaptive_retrieval_module
 from mrl.studies.adaptive_retrieval import ablation, adaptive_retrieval, funnels, pairs
 from mrl.studies.retrieval import retrieval
 
@@ -145,3 +146,18 @@ def test_bad_input_is_refused(sets):
     broken[7, 31] = np.nan
     with pytest.raises(UserError, match="row 7 of the database"):
         adaptive_retrieval(queries, query_labels, broken, database_labels, (4, 8, 32), SOURCE, "MRL")
+
+
+@pytest.mark.parametrize(
+    ("durations", "kept"), [([0.1, 0.3, 0.2, 9], 0.1), ([5.0, 0.4, 9], 0.4), ([0.6, 0.7, 9], 0.6), ([11.0, 9], 11.0)]
+)
+def test_a_time_that_something_else_disturbed_is_not_kept_unless_it_was_long(monkeypatch, durations, kept):
+    now, left = [0.0], list(durations)
+    monkeypatch.setattr(adaptive_retrieval_module.time, "perf_counter", lambda: now[0])
+
+    def search():
+        now[0] += left.pop(0)
+        return np.zeros(1)
+
+    assert adaptive_retrieval_module._timed(search)[1] == pytest.approx(kept)
+    assert left == [9]  # was not run again
