@@ -55,6 +55,7 @@ def evaluate(args: argparse.Namespace, process: Process) -> None:
         return
     out.mkdir(parents=True, exist_ok=True)
     record = {"command": sys.argv, "runs": {name: str(run) for name, run in names.items()}}
+    record["precision"] = args.precision
     record |= provenance(process.world_size)
     write_text(out / "provenance.json", json.dumps(record, indent=2) + "\n")
     rows: list[Row] = []

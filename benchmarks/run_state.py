@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import statistics
 from collections.abc import Sequence
@@ -12,9 +11,8 @@ from typing import Any
 
 from benchmarks.grids import Grid, PlannedRun
 from mrl.config import Config
-from mrl.errors import UserError
-from mrl.recipes import read_config
-from mrl.training.checkpoint import FREE_KEYS
+from mrl.recipes import to_yaml
+from mrl.training.checkpoint import refuse_other_settings
 from mrl.training.schedules import px_at
 
 LOG, ATTEMPTS = "train.log", "attempts.jsonl"
@@ -49,7 +47,8 @@ def read_state(run: PlannedRun) -> RunState:
         UserError: The directory holds a run with other settings.
     """
     directory = run.directory
-    _refuse_other_settings(directory, run.config)
+    if (directory / "config.yaml").is_file():
+        refuse_other_settings(directory, to_yaml(run.config), "remove it, or give another --runs")
     rows = read_rows_of(run)
     validations = [row for row in rows if any(key.startswith("val_loss/") for key in row)]
     epochs_done = max((row["epoch"] for row in rows), default=0.0)
@@ -136,22 +135,6 @@ def duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds // 3600:.0f} h {seconds % 3600 // 60:02.0f} min"
-
-
-def _refuse_other_settings(directory: Path, config: Config) -> None:
-    path = directory / "config.yaml"
-    if not path.is_file():
-        return
-    wanted, found = _flat(config), _flat(read_config(path))
-    other = [key for key in wanted if key not in FREE_KEYS and wanted[key] != found[key]]
-    if other:
-        told = ", ".join(f"{key} {found[key]!r}, not {wanted[key]!r}" for key in other[:3])
-        raise UserError(f"{directory} was started with other settings ({told}); remove it, or give another --runs")
-
-
-def _flat(config: Config) -> dict[str, Any]:
-    sections = dataclasses.asdict(config)
-    return {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
 
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:

@@ -173,6 +173,17 @@ def test_a_changed_model_is_embedded_anew_and_force_does_so_for_an_unchanged_one
     assert splits_read[1:] == [("train", "val"), ("val",)]
 
 
+def test_bf16_makes_the_embeddings_anew_says_so_and_changes_them_little(runs):
+    def vectors():
+        return np.load(runs / "ff" / "embeddings" / "val" / "vectors.npy")
+
+    exact = vectors()
+    assert script.main(["--runs", str(runs / "ff"), "--precision", "bf16"]) == 0
+    rounded = vectors()
+    assert 0 < np.abs(rounded - exact).max() < 0.05 * np.abs(exact).max()
+    assert json.loads((runs / "eval" / "provenance.json").read_text())["precision"] == "bf16"
+
+
 def test_runs_with_the_same_data_read_the_images_once(runs, monkeypatch):
     reads = []
     monkeypatch.setattr(

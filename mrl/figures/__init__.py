@@ -14,7 +14,7 @@ from mrl.figures.hierarchy import (
 )
 from mrl.figures.retrieval import adaptive_retrieval, baselines_by_dim, interpolation, retrieval_by_dim
 from mrl.figures.style import NothingToDraw, save
-from mrl.results import Row
+from mrl.results import METHODS, Row
 
 Draw = Callable[[Sequence[Row]], Figure]
 FIGURES: dict[str, Draw] = {
@@ -35,6 +35,8 @@ FIGURES: dict[str, Draw] = {
 def figures_of(rows: Sequence[Row]) -> dict[str, Figure]:
     """``{name: figure}`` of everything that can be drawn from rows of one dataset."""
     draw_from = {name: (draw, rows) for name, draw in FIGURES.items()}
+    if not any(row.study in ("classification", "retrieval") and row.method not in METHODS for row in rows):
+        del draw_from["baselines"]  # without any it would repeat other figures
     for name, of_models in _adaptive(rows).items():
         draw_from[f"adaptive_retrieval_{name}"] = (adaptive_retrieval, of_models)
     figures = {}

@@ -58,7 +58,7 @@ def check_run(directory: Path, resume: str, config_yaml: str) -> None:
             f"{directory} already holds a run; choose another --run.name, or go on with it: --run.resume auto"
         )
     if going_on or (directory / "config.yaml").exists():
-        _refuse_other_settings(directory, config_yaml)
+        refuse_other_settings(directory, config_yaml)
     if not going_on and (directory / "model.safetensors").exists():
         raise UserError(f"{directory} holds a trained model but no checkpoint to go on from; choose another --run.name")
 
@@ -80,7 +80,14 @@ def _flat(config_yaml: str) -> dict[str, Any]:
     return {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
 
 
-def _refuse_other_settings(directory: Path, config_yaml: str) -> None:
+def refuse_other_settings(
+    directory: Path, config_yaml: str, way_out: str = "give those, or another --run.name"
+) -> None:
+    """Nothing, if the run in ``directory`` was started with the settings of ``config_yaml``, free ones aside.
+
+    Raises:
+        UserError: It was started with others, or its config.yaml is gone.
+    """
     path = directory / "config.yaml"
     if not path.exists():
         raise UserError(f"{directory} has a checkpoint but no config.yaml, so what it trained is unknown")
@@ -89,7 +96,7 @@ def _refuse_other_settings(directory: Path, config_yaml: str) -> None:
     changed = [key for key in new if key not in FREE_KEYS and old.get(key) != new[key]]
     if changed:
         told = ", ".join(f"{key} was {old.get(key)!r}, now {new[key]!r}" for key in changed)
-        raise UserError(f"{directory} was started with other settings ({told}); give those, or another --run.name")
+        raise UserError(f"{directory} was started with other settings ({told}); {way_out}")
 
 
 def save_checkpoint(directory: Path, state: dict[str, Any]) -> None:

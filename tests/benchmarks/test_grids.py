@@ -110,7 +110,7 @@ def test_a_run_with_other_settings_is_refused(grid):
     run.directory.mkdir(parents=True)
     (run.directory / "config.yaml").write_text(to_yaml(before))
     assert read_state(dataclasses.replace(run, config=before)).word == "started"
-    with pytest.raises(UserError, match=r"other settings \(train\.epochs 2, not 4\).*another --runs"):
+    with pytest.raises(UserError, match=r"other settings \(train\.epochs was 2, now 4\).*another --runs"):
         read_state(run)
 
 

@@ -176,4 +176,10 @@ def test_adaptive_retrieval_of_other_sizes_has_a_figure_of_its_own():
 
 def test_rows_of_further_images_that_tell_no_trained_sizes_leave_out_the_figure_that_needs_them():
     rows = [row for row in rows_of("accuracy_by_dim", 0) if row.study == "retrieval"]
-    assert set(figures_of(rows)) == {"accuracy_by_dim", "baselines"}
+    assert set(figures_of(rows)) == {"accuracy_by_dim"}
+
+
+def test_a_figure_of_baselines_is_drawn_only_where_there_is_a_baseline():
+    nested = rows_of("baselines", 0)
+    assert "baselines" not in figures_of(nested)
+    assert "baselines" in figures_of([*nested, *rows_of("baselines", 0, method="FF PCA")])
