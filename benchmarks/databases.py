@@ -6,7 +6,7 @@
 Prints one JSON line a contender. All answer the same queries in one batch, and take turns within each
 repeat. ``recall`` is the share of the k exact neighbours at full width that were found. Milvus Lite and
 Qdrant's in-process client are what their makers offer for tests and small sets; their servers are faster.
-Synthetic embeddings are those of benchmarks.search: class centres whose early coordinates say most, and noise.
+Synthetic embeddings are those of benchmarks.adaptive_search: class centres whose early coordinates say most, and noise.
 Needs faiss-cpu, qdrant-client, pymilvus and milvus-lite (pip install -r requirements-extras.txt).
 """
 

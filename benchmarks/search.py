@@ -1,20 +1,16 @@
-"""What retrieval costs in time: all prefix sizes in one pass, re-ranking, and a funnel, each beside its rival.
+"""What retrieval costs in time: all prefix sizes in one pass, and re-ranking, each beside its rival.
 
     python -m benchmarks.search                                          # everything, at the sizes of the documentation
     python -m benchmarks.search --parts sizes --rows 5000 --queries 100  # one part, small
 
 Prints one JSON line a measurement. The contenders take turns within each repeat, so that a machine
 that slows down slows all of them; ratios are medians of the ratios of each repeat. Embeddings are
-synthetic: sizes and rerank use normal noise. For the funnel each class has a centre whose
-coordinates are normal with a standard deviation that falls as 1 / sqrt(1 + i), so that, as in a
-trained nested embedding, early coordinates say most, and an image is its centre plus noise of the
-same shape times ``--noise``. Needs faiss (pip install faiss-cpu).
+normal noise. What adaptive retrieval saves is in benchmarks.adaptive_search. Needs faiss (pip install faiss-cpu).
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import os
 import platform
@@ -30,7 +26,6 @@ import torch
 from mrl import exact_search, rerank
 from mrl.errors import UserError
 from mrl.nesting import default_nesting_list
-from mrl.retrieval.rerank import funnel
 
 try:
     import faiss
@@ -158,81 +153,18 @@ def reranking(args: argparse.Namespace, rng: np.random.Generator) -> None:
     )
 
 
-def clustered(args: argparse.Namespace, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
-    """Queries, their classes, database and its classes."""
-    spread = (1 / np.sqrt(1 + np.arange(args.width))).astype(np.float32)
-    centres = rng.standard_normal((args.classes, args.width), dtype=np.float32)
-    made = []
-    for count in (args.queries, args.funnel_rows):
-        labels = rng.integers(args.classes, size=count)
-        vectors = rng.standard_normal((count, args.width), dtype=np.float32)
-        vectors *= args.noise
-        vectors += centres[labels]
-        vectors *= spread
-        made += [vectors, labels]
-    return tuple(made)
-
-
-def funnels(args: argparse.Namespace, rng: np.random.Generator) -> None:
-    """Shortlist on a small prefix, then a funnel, beside exact full-width FAISS; top-1 of each."""
-    queries, query_labels, database, labels = clustered(args, rng)
-    index = flat_index(database, args.width)
-    full_queries = unit(queries, args.width)
-    contenders: dict[str, Callable[[], np.ndarray]] = {
-        "faiss full width": lambda: index.search(full_queries, 1)[1],
-    }
-    for dim in args.shortlist_dims:
-        stages = [(min(4 * dim, args.width), args.shortlist_size), (args.width, min(args.shortlist_size, 50))]
-        small, small_queries = flat_index(database, dim), unit(queries, dim)
-        graph = faiss.IndexHNSWFlat(dim, 32, faiss.METRIC_INNER_PRODUCT)
-        started = time.perf_counter()
-        graph.add(unit(database, dim))
-        report("index build", name=f"HNSW32 at {dim}", seconds=round(time.perf_counter() - started, 1))
-        graph.hnsw.efSearch = args.shortlist_size
-
-        def search(of: Any, given: np.ndarray = small_queries, stages: Any = stages) -> np.ndarray:
-            shortlist = of.search(given, args.shortlist_size)[1]
-            return funnel(queries, database, shortlist, stages)[0]
-
-        contenders[f"faiss exact at {dim}, funnel {stages}"] = functools.partial(search, small)
-        contenders[f"HNSW32 at {dim}, funnel {stages}"] = functools.partial(search, graph)
-    seconds, answers = take_turns(contenders, args.repeats)
-    exact = float((labels[answers["faiss full width"][:, 0]] == query_labels).mean())
-    for name in contenders:
-        top_1 = float((labels[answers[name][:, 0]] == query_labels).mean())
-        pair = {key: seconds[key] for key in ("faiss full width", name)}
-        speed = [full / own for full, own in zip(pair["faiss full width"], pair[name], strict=True)]
-        report(
-            "adaptive retrieval",
-            name=name,
-            milliseconds_per_query=round(1000 * statistics.median(seconds[name]) / args.queries, 4),
-            speed_vs_full_width=round(statistics.median(speed), 1),
-            top_1=round(top_1, 5),
-            within_a_tenth_of_a_point=abs(top_1 - exact) <= 0.001,
-            rows=args.funnel_rows,
-            queries=args.queries,
-            width=args.width,
-            classes=args.classes,
-            noise=args.noise,
-        )
-
-
-PARTS = {"sizes": sizes, "rerank": reranking, "funnel": funnels}
+PARTS = {"sizes": sizes, "rerank": reranking}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure")
-    parser.add_argument("--rows", type=int, default=50_000, help="database vectors of sizes and rerank")
-    parser.add_argument("--funnel_rows", type=int, default=200_000, help="database vectors of the funnel")
-    parser.add_argument("--queries", type=int, default=500, help="queries of sizes and funnel")
+    parser.add_argument("--rows", type=int, default=50_000, help="database vectors")
+    parser.add_argument("--queries", type=int, default=500, help="queries of sizes")
     parser.add_argument("--rerank_queries", type=int, default=10_000, help="queries of rerank")
     parser.add_argument("--width", type=int, default=2048, help="coordinates of an embedding")
     parser.add_argument("--ks", type=int, nargs="+", default=[1, 10, 200], help="neighbours per query")
-    parser.add_argument("--shortlist_size", type=int, default=200, help="neighbours handed on")
-    parser.add_argument("--shortlist_dims", type=int, nargs="+", default=[16, 32, 64], help="prefixes to start from")
-    parser.add_argument("--classes", type=int, default=1000, help="classes of the funnel's embeddings")
-    parser.add_argument("--noise", type=float, default=1.5, help="spread within a class over that between classes")
+    parser.add_argument("--shortlist_size", type=int, default=200, help="neighbours to re-rank")
     parser.add_argument("--repeats", type=int, default=5, help="counted repeats")
     args = parser.parse_args()
     faiss.omp_set_num_threads(torch.get_num_threads())
