@@ -1,7 +1,7 @@
 """Train a grid of models, evaluate them, and write which of the paper's effects hold, with one command.
 
     python -m benchmarks.reproduce --grid b --list                 # the runs, their state and the time they still need
-    python -m benchmarks.reproduce --grid b                        # the small grid: 2 CPU cores, some hours
+    python -m benchmarks.reproduce --grid b --jobs 2               # the small grid: 2 CPU cores, about two hours
     python -m benchmarks.reproduce --grid a --jobs 2               # the large grid: one GPU, two runs at a time
     python -m benchmarks.reproduce --grid b --epochs 1 --seeds 0   # to try it out; the results stay beside the runs
 
