@@ -79,7 +79,7 @@ def trained(tmp_path_factory):
 
 
 @pytest.fixture
-def step_once(monkeypatch, trained):
+def assert_it_steps(monkeypatch, trained):
     """Build the model of a config and take one step of two small images: what it trains moves, what not does not."""
     # Each backbone is built once and copied; the weights of others are stood in for.
     monkeypatch.setattr(train, "build_backbone", lambda *args: copy.deepcopy(backbone(json.dumps(args))))
@@ -114,11 +114,11 @@ def step_once(monkeypatch, trained):
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_recipe_loads_builds_and_steps_once(path, step_once):
+def test_every_recipe_loads_builds_and_steps_once(path, assert_it_steps):
     config = parse("--config", path.name, "--data.root", "anywhere")
     assert config.run.name == path.stem
     assert path.read_text().startswith("# ")
-    step_once(config)
+    assert_it_steps(config)
 
 
 def commands(document):
@@ -138,8 +138,8 @@ DOCUMENTED = [words[words.index("train.py") + 1 :] for words in commands("docs/R
 
 
 @pytest.mark.parametrize("words", DOCUMENTED, ids=name_of)
-def test_every_documented_command_builds_and_steps_once(words, step_once):
-    step_once(parse(*words))
+def test_every_documented_command_builds_and_steps_once(words, assert_it_steps):
+    assert_it_steps(parse(*words))
 
 
 def test_the_documented_commands_are_the_papers_ablations():
