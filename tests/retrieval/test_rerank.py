@@ -37,9 +37,11 @@ def shortlist():
 
 
 @pytest.mark.parametrize("dim", [1, 3, 8, 48])
-@pytest.mark.parametrize("max_bytes", [2**30, 30_000, 1])
-def test_equals_a_loop_whatever_fits_the_memory(vectors, shortlist, dim, max_bytes, monkeypatch):
-    monkeypatch.setattr(module, "_MAX_BYTES", max_bytes)
+@pytest.mark.parametrize("block_bytes", [2**23, 30_000, 1])
+@pytest.mark.parametrize("max_pairs", [2**22, 130, 1])
+def test_equals_a_loop_whatever_is_looked_at_together(vectors, shortlist, dim, block_bytes, max_pairs, monkeypatch):
+    monkeypatch.setattr(module, "_BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(module, "_MAX_PAIRS", max_pairs)
     if dim == 1:  # all cosines are 1 or -1 up to rounding
         vectors = [np.abs(np.sign(each)) * 2.0 for each in vectors]
     np.testing.assert_array_equal(rerank(*vectors, shortlist, dim), slow_rerank(*vectors, shortlist, dim))
@@ -58,7 +60,9 @@ def test_fault_2_the_shortlist_stays_as_it_is_and_nothing_is_shared_with_it(vect
     np.testing.assert_array_equal(funnel(*vectors, shared, [(8, 40), (48, 10)])[0], alone[0])
 
 
-def test_fault_25_equal_scores_come_by_lower_index(shortlist):
+@pytest.mark.parametrize("block_bytes", [2**23, 10_000])
+def test_fault_25_equal_scores_come_by_lower_index(shortlist, block_bytes, monkeypatch):
+    monkeypatch.setattr(module, "_BLOCK_BYTES", block_bytes)
     rng = np.random.default_rng(2)
     for width in (7, 64, 100):
         which = rng.integers(5, size=500)
