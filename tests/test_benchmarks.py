@@ -2,7 +2,6 @@
 
 import json
 
-import numpy as np
 import pytest
 import torch
 
@@ -40,27 +39,3 @@ def test_the_training_step_benchmark_prints_a_row_for_every_contender(capsys, mo
         assert row["images_per_second"] > 0 and row["device"] and row["torch"] == torch.__version__
         assert row["name"] != "plain" or row["speed_vs_plain"] == 1
     assert rows[0]["speed_vs_authors"] == pytest.approx(1 / rows[4]["speed_vs_plain"], rel=0.01)
-
-
-def test_adaptive_search_takes_embeddings_that_eval_has_left(capsys, tmp_path):
-    pytest.importorskip("faiss")
-    from benchmarks import adaptive_search
-
-    rng = np.random.default_rng(0)
-    centres = rng.standard_normal((5, 16)).astype(np.float32)
-    for name, count in (("train", 60), ("more", 40), ("val", 20)):
-        labels = rng.integers(5, size=count)
-        (tmp_path / name).mkdir()
-        np.save(tmp_path / name / "labels.npy", labels)
-        np.save(tmp_path / name / "vectors.npy", centres[labels] + 0.01 * rng.standard_normal((count, 16), np.float32))
-        (tmp_path / name / "metadata.json").write_text("{}")
-    words = ["--shortlist_dims", "4", "--shortlist_size", "9", "--repeats", "1", "--num_queries", "15"]
-    train, more, val = (str(tmp_path / name) for name in ("train", "more", "val"))
-    adaptive_search.main([*words, "--database", train, more, "--queries", val])
-    rows = [row for row in map(json.loads, capsys.readouterr().out.splitlines()) if "top_1" in row]
-    assert [row["name"].split(",")[0] for row in rows] == ["faiss full width", "faiss exact at 4", "HNSW32 at 4"]
-    for row in rows:
-        assert (row["rows"], row["queries"], row["top_1"]) == (100, 15, 1.0)
-        assert row["at_most_a_tenth_of_a_point_lower"] and row["milliseconds_per_query"] > 0
-    with pytest.raises(SystemExit, match="holds no finished embeddings"):
-        adaptive_search.main(["--database", str(tmp_path), "--queries", val])
