@@ -113,7 +113,7 @@ def train(config: Config, process: Process) -> int:
     ):
         tracker.start_wandb(**dataclasses.asdict(config.wandb), name=config.run.name, config=dataclasses.asdict(config))
         if process.is_main:
-            record_start(directory, process, micro_batch_size, step)
+            record_start(directory, process, micro_batch_size, step, tracker.say)
         tracker.say(
             f"{directory}: {config.model.backbone} on {device.type}, prefixes {list(dims)}{' tied' * model.head.tied}; "
             f"steps {step} to {total_steps}, {steps_per_epoch} an epoch; {batch_size} images a step = "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +150,9 @@ def refuse_other_data(directory: Path, before: dict[str, Any], now: dict[str, An
         )
 
 
-def record_start(directory: Path, process: Process, micro_batch_size: int, step: int) -> None:
+def record_start(
+    directory: Path, process: Process, micro_batch_size: int, step: int, say: Callable[[str], None]
+) -> None:
     """Add this start to provenance.json: a run that was resumed has several, perhaps on other machines."""
     path = directory / "provenance.json"
     starts = json.loads(path.read_text()) if step > 0 and path.exists() else []
@@ -162,5 +165,5 @@ def record_start(directory: Path, process: Process, micro_batch_size: int, step:
         )
         if before["micro_batch_size"] != micro_batch_size:
             told += f", but BatchNorm sees {micro_batch_size} images at a time ({before['micro_batch_size']} before)"
-        print(told, flush=True)
+        say(told)
     write_text(path, json.dumps(starts, indent=2) + "\n")
