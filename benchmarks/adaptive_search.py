@@ -3,11 +3,12 @@
     python -m benchmarks.adaptive_search                                          # 200,000 synthetic vectors
     python -m benchmarks.adaptive_search --run runs/tiny_imagenet_mrl --mirrored  # a trained model's embeddings
 
-Prints one JSON line a contender: milliseconds a query, how many times faster than the full width, and 1-NN top-1 of
-both; last the fastest that is at most 0.1 point behind the full width. The contenders take turns within each repeat;
-ratios are medians of the ratios of each repeat. A contender finds a shortlist on a prefix, by exact FAISS or by FAISS's
-HNSW graph (efSearch is the shortlist's size), which `funnel` orders at four times that prefix and, the best 50 of them,
-at full width; a shortlist of 50 or less is ordered at full width at once.
+Prints one JSON line a contender: milliseconds a query, how many times faster than the full width, and 1-NN top-1 in
+percent. Last comes the fastest that is at most 0.1 point behind the full width on every second query, with its top-1 on
+the others. The contenders take turns within each repeat; ratios are medians of the ratios of each repeat. A contender
+finds a shortlist on a prefix, by exact FAISS or FAISS's HNSW graph (efSearch is the shortlist's size), which `funnel`
+orders at four times that prefix and, the best 50 of them, at full width; a shortlist of 50 or less, or where four times
+the prefix is the full width, is ordered at full width at once.
 
 ``--run`` takes the embeddings that eval.py has left in a run directory: val are the queries, train the database, with
 ``--mirrored`` the mirrored training images too, which are embedded if they are not yet. Without it embeddings are
@@ -36,10 +37,12 @@ from mrl.data import build_data
 from mrl.errors import UserError
 from mrl.models import load
 from mrl.recipes import read_config
-from mrl.retrieval.embeddings import EmbeddingMetadata, embed_split, embeddings_path
+from mrl.retrieval.embeddings import EmbeddingMetadata, embed_split, embeddings_path, file_sha256
 from mrl.retrieval.rerank import funnel
+from mrl.studies.embed_runs import refuse_other_classes
 from mrl.training import distributed
 
+FULL = "faiss full width"
 LAST_LENGTH = 50
 
 Sets = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # queries, their classes, database, its classes
@@ -66,12 +69,15 @@ def embedded(run: Path, mirrored: bool, num_queries: int) -> Sets:
     """A run's embeddings and labels as eval.py keeps them; of the queries some, evenly spread.
 
     Raises:
-        UserError: eval.py has not embedded the run's images.
+        UserError: eval.py has not embedded the run's images with the weights that it has now.
     """
     folders = [embeddings_path(run, "val"), embeddings_path(run, "train")]
     for folder in folders:
-        if not (folder / "metadata.json").is_file():
-            raise UserError(f"{folder} holds no finished embeddings; first run: python eval.py --runs {run}")
+        path = folder / "metadata.json"
+        if not path.is_file() or metadata_of(folder).checkpoint_sha256 != file_sha256(run / "model.safetensors"):
+            raise UserError(
+                f"{folder} holds no finished embeddings of the run's weights; first run: python eval.py --runs {run}"
+            )
     if mirrored:
         folders.append(embed_mirrored(run))
     vectors = [np.load(folder / "vectors.npy", mmap_mode="r") for folder in folders]
@@ -80,25 +86,38 @@ def embedded(run: Path, mirrored: bool, num_queries: int) -> Sets:
     return np.array(vectors[0][some]), labels[0][some], np.concatenate(vectors[1:]), np.concatenate(labels[1:])
 
 
+def metadata_of(folder: Path) -> EmbeddingMetadata:
+    """What the embeddings in ``folder`` are of."""
+    return EmbeddingMetadata(**json.loads((folder / "metadata.json").read_text()))
+
+
 def embed_mirrored(run: Path) -> Path:
     """Where the embeddings of the mirrored training images are, which are made as eval.py has made the others."""
-    of_train = EmbeddingMetadata(**json.loads((embeddings_path(run, "train") / "metadata.json").read_text()))
-    metadata = dataclasses.replace(of_train, flip=True)
+    metadata = dataclasses.replace(metadata_of(embeddings_path(run, "train")), flip=True)
     folder = embeddings_path(run, "train", flip=True)
     process = distributed.start()
     config, model = read_config(run / "config.yaml"), load(run)
     images = build_data(config.data, config.run.seed, process.device, False, splits=("train",))["train"]
+    refuse_other_classes(run.name, model.info.classes, images.classes)  # type: ignore[union-attr]
     model.to(process.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     embed_split(folder, metadata, images, model.embed, model.width, process, batch_size=256)
     return folder
 
 
 def contenders_of(sets: Sets, dims: list[int], shortlist_sizes: list[int]) -> dict[str, Callable[[], np.ndarray]]:
-    """``{name: search}``; each search returns the best rows first, ``(Q, length)``. Their indexes are built here."""
+    """``{name: search}``; each search returns the best rows first, ``(Q, length)``. Their indexes are built here.
+
+    Raises:
+        UserError: A prefix is not smaller than the full width, or a shortlist is larger than the database.
+    """
     queries, _, database, _ = sets
-    width = database.shape[1]
+    num_rows, width = database.shape
+    if not all(1 <= dim < width for dim in dims):
+        raise UserError(f"--shortlist_dims {dims} must be 1 to {width - 1}, below the full width")
+    if not all(1 <= size <= num_rows for size in shortlist_sizes):
+        raise UserError(f"--shortlist_sizes {shortlist_sizes} must be 1 to {num_rows}, the vectors of the database")
     index, full_queries = flat_index(database, width), unit(queries, width)
-    contenders: dict[str, Callable[[], np.ndarray]] = {"faiss full width": lambda: index.search(full_queries, 1)[1]}
+    contenders: dict[str, Callable[[], np.ndarray]] = {FULL: lambda: index.search(full_queries, 1)[1]}
 
     def search(of: Any, given: np.ndarray, stages: list[tuple[int, int]]) -> np.ndarray:
         shortlist_size = stages[0][1]
@@ -107,43 +126,50 @@ def contenders_of(sets: Sets, dims: list[int], shortlist_sizes: list[int]) -> di
         return funnel(queries, database, of.search(given, shortlist_size)[1], stages)[0]
 
     for dim in dims:
-        small = unit(database, dim)
+        prefixes, of_queries = unit(database, dim), unit(queries, dim)
         exact, graph = faiss.IndexFlatIP(dim), faiss.IndexHNSWFlat(dim, 32, faiss.METRIC_INNER_PRODUCT)
-        exact.add(small)
+        exact.add(prefixes)
         started = time.perf_counter()
-        graph.add(small)
+        graph.add(prefixes)
         report("index build", name=f"HNSW32 at {dim}", seconds=round(time.perf_counter() - started, 1))
         for size in shortlist_sizes:
-            wide = [(min(4 * dim, width), size)] if size > LAST_LENGTH else []
-            stages = [*wide, (width, min(size, LAST_LENGTH))]
-            for name, of in (("faiss exact", exact), ("HNSW32", graph)):
-                contenders[f"{name} at {dim}, funnel {stages}"] = functools.partial(
-                    search, of, unit(queries, dim), stages
-                )
+            twice = size > LAST_LENGTH and 4 * dim < width
+            stages = [(4 * dim, size), (width, LAST_LENGTH)] if twice else [(width, size)]
+            for kind, of in (("faiss exact", exact), ("HNSW32", graph)):
+                contenders[f"{kind} at {dim}, funnel {stages}"] = functools.partial(search, of, of_queries, stages)
     return contenders
 
 
 def measure(sets: Sets, dims: list[int], shortlist_sizes: list[int], repeats: int, **about: Any) -> None:
-    """One line a contender, and the fastest of those that are as good as the full width."""
+    """One line a contender, and one of the fastest that is as good as the full width."""
     queries, query_labels, database, labels = sets
     seconds, answers = take_turns(contenders_of(sets, dims, shortlist_sizes), repeats)
-    correct = {name: float((labels[found[:, 0]] == query_labels).mean()) for name, found in answers.items()}
     about |= {"rows": len(database), "queries": len(queries), "width": database.shape[1]}
-    lines: list[dict[str, Any]] = []
-    for name, top_1 in correct.items():
-        speed = [full / own for full, own in zip(seconds["faiss full width"], seconds[name], strict=True)]
-        line = {
-            "name": name,
+    right = {name: labels[found[:, 0]] == query_labels for name, found in answers.items()}
+    speeds = {
+        name: [full / own for full, own in zip(seconds[FULL], values, strict=True)] for name, values in seconds.items()
+    }
+    times = {
+        name: {
             "milliseconds_per_query": round(1000 * statistics.median(seconds[name]) / len(queries), 4),
-            "speed_vs_full_width": round(statistics.median(speed), 1),
-            "range": [round(min(speed), 1), round(max(speed), 1)],
-            "top_1": round(top_1, 5),
-            "at_most_a_tenth_of_a_point_lower": top_1 >= correct["faiss full width"] - 0.001,
+            "speed_vs_full_width": round(statistics.median(speeds[name]), 1),
+            "range": [round(min(speeds[name]), 1), round(max(speeds[name]), 1)],
         }
-        lines.append(line)
-        report("adaptive retrieval", **line, **about)
-    as_good = [line for line in lines if line["at_most_a_tenth_of_a_point_lower"]]
-    report("fastest at equal top-1", **max(as_good, key=lambda line: line["speed_vs_full_width"]), **about)
+        for name in answers
+    }
+    for name in answers:
+        report("adaptive retrieval", name=name, **times[name], top_1=percent(right[name]), **about)
+    # Of many contenders one is as good by luck: the queries that choose it are not those that it is then judged by.
+    choosing = {name: int(of_queries[0::2].sum()) for name, of_queries in right.items()}
+    as_good = [name for name in answers if 1000 * (choosing[FULL] - choosing[name]) <= len(right[name][0::2])]
+    fastest = max(as_good, key=lambda name: statistics.median(speeds[name]))
+    judged = {"top_1_of_the_others": percent(right[fastest][1::2]), "full_width": percent(right[FULL][1::2])}
+    report("fastest at equal top-1 of every second query", name=fastest, **times[fastest], **judged, **about)
+
+
+def percent(right: np.ndarray) -> float:
+    """Top-1 accuracy in percent."""
+    return round(100 * float(right.mean()), 2)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -151,10 +177,10 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, help="run directory whose embeddings are searched; default: synthetic ones")
     parser.add_argument("--mirrored", action="store_true", help="with --run: mirrored training images in the database")
-    parser.add_argument("--num_queries", type=int, default=1000, help="queries, searched at once")
+    parser.add_argument("--num_queries", type=int, default=4000, help="queries, searched at once")
     parser.add_argument("--shortlist_sizes", type=int, nargs="+", default=[50, 200], help="neighbours handed on")
     parser.add_argument("--shortlist_dims", type=int, nargs="+", default=[16, 32, 64, 128, 256], help="first prefixes")
-    parser.add_argument("--repeats", type=int, default=3, help="counted repeats")
+    parser.add_argument("--repeats", type=int, default=5, help="counted repeats")
     parser.add_argument("--rows", type=int, default=200_000, help="synthetic: database vectors")
     parser.add_argument("--width", type=int, default=2048, help="synthetic: coordinates of an embedding")
     parser.add_argument("--classes", type=int, default=1000, help="synthetic: classes")

@@ -47,8 +47,10 @@ def take_turns(contenders: dict[str, Callable[[], Any]], repeats: int) -> tuple[
     """Seconds of each contender, one a repeat after one that is not counted, and what each answered last."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     answers = {}
+    names = list(contenders)
     for repeat in range(repeats + 1):
-        for name, run in contenders.items():
+        for name in names[repeat % len(names) :] + names[: repeat % len(names)]:  # nobody is always the first
+            run = contenders[name]
             started = time.perf_counter()
             answers[name] = run()
             if repeat:
@@ -123,8 +125,8 @@ def loop_rerank(queries: np.ndarray, database: np.ndarray, shortlist: np.ndarray
     order = np.empty_like(shortlist)
     for i, rows in enumerate(shortlist):
         vectors = database[rows]
-        vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-        order[i] = rows[np.argsort(-(vectors @ queries[i]), kind="stable")]
+        cosines = vectors @ queries[i] / np.linalg.norm(vectors, axis=1)
+        order[i] = rows[np.argsort(-cosines, kind="stable")]
     return order
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import sys
+import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -26,12 +28,16 @@ def progress(iterable: Iterable[Any] | None = None, *, show: bool = True, **rest
 class _LogLines(tqdm):
     """Writes whole lines and never goes back over one."""
 
+    _shown_at: float | None = None
     _shown_n: float | None = None
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:
-        if msg == "" or self.n == self._shown_n:
+        # tqdm asks for more lines than are due: beside whatever else is printed, for one.
+        now = time.monotonic()
+        too_soon = self._shown_at is not None and now - self._shown_at < _SECONDS_BETWEEN_LINES
+        if msg == "" or too_soon or self.n == self._shown_n:
             return False
-        self._shown_n = self.n
+        self._shown_at, self._shown_n = now, self.n
         self.fp.write(f"{self}\n")
         self.fp.flush()
         return True
@@ -40,7 +46,8 @@ class _LogLines(tqdm):
         pass
 
     def close(self) -> None:
-        if not self.disable and self._shown_n is not None:
+        if not self.disable and self._shown_at is not None:
+            self._shown_at = -math.inf
             self.display()
         self.leave = False  # or tqdm adds an empty line
         super().close()

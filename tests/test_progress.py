@@ -35,7 +35,10 @@ def test_a_log_holds_whole_lines(monkeypatch, leave):
 def test_the_last_line_tells_where_a_bar_ended(monkeypatch):
     log = log_to(monkeypatch, 1000)
     with progress(total=9, delay=0) as bar:
-        bar.update(4)
+        for _ in range(4):
+            bar.update()
+            bar.refresh()
+            tqdm.write("said", file=log)
     assert re.findall(r" (\d)\.00/9\.00 \[.*\n", log.getvalue()) == ["0", "4"]
 
 

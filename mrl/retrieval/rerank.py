@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 
@@ -18,7 +19,8 @@ from mrl.retrieval.selection import descending, pack, unpack
 # them on its list is through with it. A shortlist of 200 at 2048 dims is 1.6 MB, which read from memory takes longer
 # than the arithmetic.
 _BLOCK_BYTES = 2**23
-_MAX_PAIRS = 2**22  # of a query and a database vector at a time: some 40 bytes each
+_MAX_BYTES = 2**29  # of queries and lists at a time
+_PAIR_BYTES = 100  # about what a place on a list takes while it is ordered
 
 
 def rerank(
@@ -124,7 +126,7 @@ def _rerank(queries: Vectors, database: Vectors, shortlist: np.ndarray, dim: int
     num_queries, length = shortlist.shape
     indices = np.empty(shortlist.shape, dtype=np.int64)
     scores = np.empty(shortlist.shape, dtype=np.float32)
-    step = max(1, _MAX_PAIRS // max(length, 1))
+    step = max(1, _MAX_BYTES // (_PAIR_BYTES * length + 4 * dim))
     with progress_bar(show=progress, total=shortlist.size, desc=f"rerank at {dim}", unit="pair") as bar:
         for first in range(0, num_queries, step):
             rows = np.arange(first, min(first + step, num_queries))
@@ -188,6 +190,10 @@ def _products(queries: Tensor, vectors: Tensor, counts: Tensor, columns: Tensor)
     matrix has, straight from the two factors. Gathering a query's vectors first takes several times longer.
     """
     starts = torch.nn.functional.pad(counts.cumsum(dim=0), (1, 0))
+    # torch refuses more entries than the dense product has, which lists that name a vector twice can come to.
+    missing = math.ceil(len(columns) / len(queries)) - len(vectors)
+    if missing > 0:
+        vectors = torch.nn.functional.pad(vectors, (0, 0, 0, missing))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR tensor support")  # says that it is in beta
         pairs = torch.sparse_csr_tensor(

@@ -38,13 +38,24 @@ def shortlist():
 
 @pytest.mark.parametrize("dim", [1, 3, 8, 48])
 @pytest.mark.parametrize("block_bytes", [2**23, 30_000, 1])
-@pytest.mark.parametrize("max_pairs", [2**22, 130, 1])
-def test_equals_a_loop_whatever_is_looked_at_together(vectors, shortlist, dim, block_bytes, max_pairs, monkeypatch):
+@pytest.mark.parametrize("max_bytes", [2**29, 20_000, 1])
+def test_equals_a_loop_whatever_is_looked_at_together(vectors, shortlist, dim, block_bytes, max_bytes, monkeypatch):
     monkeypatch.setattr(module, "_BLOCK_BYTES", block_bytes)
-    monkeypatch.setattr(module, "_MAX_PAIRS", max_pairs)
+    monkeypatch.setattr(module, "_MAX_BYTES", max_bytes)
     if dim == 1:  # all cosines are 1 or -1 up to rounding
         vectors = [np.abs(np.sign(each)) * 2.0 for each in vectors]
     np.testing.assert_array_equal(rerank(*vectors, shortlist, dim), slow_rerank(*vectors, shortlist, dim))
+
+
+@pytest.mark.parametrize("block_bytes", [2**23, 1])
+@pytest.mark.parametrize("num_queries", [1, 4])
+def test_a_list_may_name_a_vector_twice(vectors, block_bytes, num_queries, monkeypatch):
+    monkeypatch.setattr(module, "_BLOCK_BYTES", block_bytes)
+    queries, database = vectors[0][:num_queries], vectors[1]
+    shortlist = np.tile([[3, 7, 3, 3, 499, 7]], (num_queries, 1))
+    np.testing.assert_array_equal(
+        rerank(queries, database, shortlist, 48), slow_rerank(queries, database, shortlist, 48)
+    )
 
 
 def test_fault_2_the_shortlist_stays_as_it_is_and_nothing_is_shared_with_it(vectors, shortlist):
@@ -143,10 +154,15 @@ def test_refuses_what_does_not_fit(vectors, shortlist):
         funnel_search(*vectors, 8, [(16, 501)])
 
 
-def test_a_vector_that_is_not_finite_is_refused_by_its_row(vectors, shortlist):
-    vectors[1][shortlist[3, 0], 5] = np.nan
+@pytest.mark.parametrize("max_bytes", [2**29, 1])
+def test_a_vector_that_is_not_finite_is_refused_by_its_row(vectors, shortlist, max_bytes, monkeypatch):
+    monkeypatch.setattr(module, "_MAX_BYTES", max_bytes)
+    monkeypatch.setattr(module, "_BLOCK_BYTES", 1)
+    queries, database = vectors
+    wrong = database.copy()
+    wrong[shortlist[3, 0], 5] = np.nan
     with pytest.raises(UserError, match=f"row {shortlist[3, 0]} of the database"):
-        rerank(*vectors, shortlist, 8)
-    vectors[0][20, 0] = np.inf
-    with pytest.raises(UserError, match="row 20 of the queries|row .* of the database"):
-        rerank(*vectors, shortlist, 8)
+        rerank(queries, wrong, shortlist, 8)
+    queries[20, 0] = np.inf
+    with pytest.raises(UserError, match="row 20 of the queries"):
+        rerank(queries, database, shortlist, 8)

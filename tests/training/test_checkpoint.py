@@ -119,11 +119,12 @@ def test_kill_9_while_saving_leaves_a_loadable_checkpoint(tmp_path):
     assert (state["model"] == state["step"]).all()
 
 
-def test_a_start_on_other_processes_says_what_changes(tmp_path, capsys):
+def test_a_start_on_other_processes_says_what_changes(tmp_path):
+    said = []
     open_run(tmp_path, "never", CONFIG)
     for step, world_size, micro_batch_size in ((0, 1, 8), (1, 1, 8), (2, 2, 8), (3, 4, 4)):
-        record_start(tmp_path, Process(0, world_size, torch.device("cpu")), micro_batch_size, step)
-    assert capsys.readouterr().out.splitlines() == [
+        record_start(tmp_path, Process(0, world_size, torch.device("cpu")), micro_batch_size, step, said.append)
+    assert said == [
         "resumed on 2 processes (1 before): same batches and learning rate",
         "resumed on 4 processes (2 before): same batches and learning rate, but BatchNorm "
         "sees 4 images at a time (8 before)",
