@@ -17,7 +17,7 @@ from mrl.retrieval.selection import MAX_ROWS, Best
 Vectors = np.ndarray | Tensor
 Neighbours = tuple[np.ndarray, np.ndarray]
 
-_ROW_MULTIPLE = 64
+_CHUNK_ROWS = 64
 _SMALLEST_NORM = 1e-12  # as torch.nn.functional.normalize: a zero vector scores 0
 
 
@@ -55,26 +55,27 @@ def exact_search(
 
     Raises:
         UserError: ``k`` or a size does not fit the database, the two widths differ, or a vector
-            holds NaN or infinity (or its length is beyond float32); the message names its row.
+            holds NaN or infinity up to the largest size (or its length is beyond float32); the
+            message names its row.
     """
     _check(queries, database, k, dims)
     num_queries, num_rows = len(queries), len(database)
     sizes = sorted(set(dims))
+    queries, database = queries[:, : sizes[-1]], database[:, : sizes[-1]]  # what lies beyond need not be read
     best = {dim: Best(num_queries, k, device) for dim in sizes}
     query_scales = _query_scales(queries, sizes, device, query_rows)
+    blocks = _blocks(num_rows, database_rows)
     # Matrix products round differently in the last columns of a block of odd size, and equal vectors would score
-    # apart: all blocks have one size, a multiple of 64, the last filled up with zero vectors.
-    block_rows = math.ceil(num_rows / math.ceil(num_rows / database_rows))
-    block_rows += -block_rows % _ROW_MULTIPLE
+    # apart: all blocks have one size, a multiple of 64, filled up with zero vectors.
+    block_rows = len(blocks[0]) * _CHUNK_ROWS
+    block = torch.empty(block_rows, sizes[-1], device=device)
     products = torch.empty(min(query_rows, num_queries), block_rows, device=device)
     with progress_bar(show=progress, total=num_rows * num_queries, desc="search", unit="pair") as bar:
-        for start in range(0, num_rows, block_rows):
-            block = _read(database, start, block_rows, device)
-            count = len(block)
-            row_scales = inverse_lengths(block, sizes, range(start, start + count), "database")
-            if count < block_rows:
-                block = torch.nn.functional.pad(block, (0, 0, 0, block_rows - count))
-                row_scales = torch.nn.functional.pad(row_scales, (0, block_rows - count), value=1.0)
+        for starts in blocks:
+            read = _read_chunks(database, starts, block)
+            count, indices = len(read), torch.from_numpy(read).to(device)
+            row_scales = inverse_lengths(block[:count], sizes, read, "database")
+            row_scales = torch.nn.functional.pad(row_scales, (0, block_rows - count), value=1.0)
             for first in range(0, num_queries, query_rows):
                 some = _read(queries, first, query_rows, device)
                 rows = slice(first, first + len(some))
@@ -83,7 +84,7 @@ def exact_search(
                     product = products[: len(some)]
                     product.addmm_(some[:, done:dim], block[:, done:dim].T, beta=min(done, 1))
                     product[:, count:] = -torch.inf
-                    best[dim].add(rows, product, row_scales[size], query_scales[size, rows, None], start)
+                    best[dim].add(rows, product, row_scales[size], query_scales[size, rows, None], indices)
                     done = dim
                 bar.update(count * len(some))
     found = {dim: best[dim].ordered() for dim in dims}
@@ -103,6 +104,29 @@ def _check(queries: Vectors, database: Vectors, k: int, dims: Sequence[int]) -> 
         raise UserError(f"a database of {len(database)} vectors is too large; allowed are up to {MAX_ROWS}")
     if not dims or not all(1 <= dim <= database.shape[1] for dim in dims):
         raise UserError(f"prefix sizes {list(dims)} must be one or more of 1 to {database.shape[1]}")
+
+
+def _blocks(num_rows: int, block_rows: int) -> list[np.ndarray]:
+    """The first rows of the chunks of each block; together the blocks hold every row once.
+
+    A block's chunks come from all over the database. Databases are often sorted by class, and a query whose class came
+    last would find better neighbours in every block before; so the first block has some of each class, and later ones
+    little that is better. On Tiny-ImageNet that halves the time of a search.
+    """
+    starts = np.arange(0, num_rows, _CHUNK_ROWS)
+    num_blocks = min(len(starts), math.ceil(num_rows / block_rows))
+    return [starts[block::num_blocks] for block in range(num_blocks)]
+
+
+def _read_chunks(vectors: Vectors, starts: np.ndarray, block: Tensor) -> np.ndarray:
+    """Write the chunks that begin at ``starts`` into ``block``, zeros behind them; returns the index of each row."""
+    indices = (starts[:, None] + np.arange(_CHUNK_ROWS)).reshape(-1)
+    indices = indices[indices < len(vectors)]
+    for chunk, start in enumerate(starts.tolist()):
+        rows = _read(vectors, start, _CHUNK_ROWS, block.device)
+        block[chunk * _CHUNK_ROWS :][: len(rows)] = rows
+    block[len(indices) :] = 0
+    return indices
 
 
 def _read(vectors: Vectors, start: int, count: int, device: torch.device | str) -> Tensor:

@@ -47,24 +47,24 @@ class Best:
         self.keys = torch.full((num_queries, k), _NOTHING, device=device)
         self.worst = torch.full((num_queries, 1), -torch.inf, device=device)
 
-    def add(self, rows: slice, products: Tensor, row_scales: Tensor, query_scales: Tensor, start: int) -> None:
-        """Let the scores of database rows from ``start`` on compete for the places of the queries ``rows``.
+    def add(self, rows: slice, products: Tensor, row_scales: Tensor, query_scales: Tensor, indices: Tensor) -> None:
+        """Let the scores of database rows compete for the places of the queries ``rows``.
 
-        A score is a product times its database row's scale times its query's scale. All earlier
-        database rows have lower indices, so a score must be higher than the worst kept to displace
-        it. Scores are read in groups: only a group whose maximum is high enough is looked into.
+        A score is a product times its database row's scale times its query's scale. The database's
+        rows come in any order, each once. Scores are read in groups: only a group whose maximum
+        reaches the worst kept is looked into.
 
         Args:
             rows: Which queries.
             products: ``(B, n)``, contiguous, n a multiple of 64; minus infinity never competes.
             row_scales: ``(n,)``, above 0.
             query_scales: ``(B, 1)``, above 0.
-            start: Database row of the first column.
+            indices: ``(n,)`` int64, the database row of each column.
         """
         worst, k, width = self.worst[rows], self.keys.shape[1], products.shape[1]
         group_size = _group_size(width, k)
         tops = _group_maxima(products, row_scales, group_size).mul_(query_scales)
-        floor = torch.nextafter(worst, torch.full_like(worst, torch.inf))
+        floor = worst.clamp(min=torch.finfo(torch.float32).min)
         promising = tops >= floor
         if tops.shape[1] > k and promising.sum() > 2 * k * len(products):
             # At least k scores reach the k-th highest maximum, so nothing below it can stay.
@@ -80,7 +80,7 @@ class Best:
         wanted = _true_places(scores >= floor.index_select(0, query))
         if len(wanted):
             chosen = columns.view(-1).index_select(0, wanted)
-            keys = pack(scores.view(-1).index_select(0, wanted), start + chosen)
+            keys = pack(scores.view(-1).index_select(0, wanted), indices.index_select(0, chosen))
             self._insert(rows, query.index_select(0, wanted // group_size), keys)
 
     def _insert(self, rows: slice, query: Tensor, keys: Tensor) -> None:

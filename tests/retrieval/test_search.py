@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from mrl.errors import UserError
+from mrl.retrieval import search as module
 from mrl.retrieval.search import exact_search
 
 
@@ -54,6 +55,23 @@ def test_equals_faiss(vectors):
     index = faiss.IndexFlatIP(16)
     index.add(database)
     np.testing.assert_array_equal(exact_search(*vectors, 10, [16])[16][0], index.search(queries, 10)[1])
+
+
+@pytest.mark.parametrize("num_rows", [1, 63, 64, 1003, 20_000])
+@pytest.mark.parametrize("block_rows", [1, 64, 200, 8192])
+def test_every_block_has_rows_from_all_over_the_database(num_rows, block_rows):
+    blocks = module._blocks(num_rows, block_rows)
+    database = torch.arange(num_rows, dtype=torch.float32)[:, None]
+    block = torch.empty(len(blocks[0]) * 64, 1)
+    seen = []
+    for starts in blocks:
+        indices = module._read_chunks(database, starts, block)
+        assert torch.equal(block[: len(indices), 0], torch.from_numpy(indices).float())
+        assert not block[len(indices) :].any()
+        assert len(indices) <= max(64, block_rows + 63)
+        assert np.diff(indices, prepend=0, append=num_rows).max() <= 64 * len(blocks)
+        seen.extend(indices)
+    assert sorted(seen) == list(range(num_rows))
 
 
 @pytest.mark.parametrize("database_rows", [64, 100, 777, 8192])
@@ -177,7 +195,8 @@ def test_refuses_other_widths_and_vectors_that_are_not_finite(vectors):
         exact_search(queries[:, :40], database, 1, [8])
     database[700, 40] = np.nan
     with pytest.raises(UserError, match="row 700 of the database"):
-        exact_search(queries, database, 1, [8], database_rows=64)
+        exact_search(queries, database, 1, [8, 41], database_rows=64)
+    exact_search(queries, database, 1, [8, 40], database_rows=64)  # what is not looked at may be anything
     queries[20, 0] = np.inf
     with pytest.raises(UserError, match="row 20 of the queries"):
         exact_search(queries, database[:700], 1, [8], query_rows=8)

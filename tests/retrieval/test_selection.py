@@ -33,10 +33,11 @@ def test_the_best_of_blocks_are_those_of_a_stable_sort(k, order):
         "few values": np.round(scores),
     }[order]
     best = Best(9, k, "cpu")
-    for start in range(0, 640, 128):
-        block = torch.from_numpy(scores[:, start : start + 128].copy())
+    for indices in rng.permutation(640).reshape(5, 128):
+        block = torch.from_numpy(scores[:, indices])
         for rows in (slice(0, 5), slice(5, 9)):
-            best.add(rows, block[rows], torch.ones(128), torch.ones(len(block[rows]), 1), start)
+            few = block[rows].contiguous(), torch.ones(128), torch.ones(len(block[rows]), 1)
+            best.add(rows, *few, torch.from_numpy(indices))
     indices, found = best.ordered()
     expected = np.argsort(-scores, axis=1, kind="stable")[:, :k]
     np.testing.assert_array_equal(indices, expected)
