@@ -8,7 +8,7 @@ percent. Last comes the fastest that is at most 0.1 point behind the full width 
 the others. The contenders take turns within each repeat; ratios are medians of the ratios of each repeat. A contender
 finds a shortlist on a prefix, by exact FAISS or FAISS's HNSW graph (efSearch is the shortlist's size), which `funnel`
 orders at four times that prefix and, the best 50 of them, at full width; a shortlist of 50 or less, or where four times
-the prefix is the full width, is ordered at full width at once.
+the prefix is the full width or more, is ordered at full width at once.
 
 ``--run`` takes the embeddings that eval.py has left in a run directory: val are the queries, train the database, with
 ``--mirrored`` the mirrored training images too, which are embedded if they are not yet. Without it embeddings are

@@ -32,9 +32,9 @@ class _LogLines(tqdm):
     _shown_n: float | None = None
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:
-        # tqdm asks for more lines than are due: beside whatever else is printed, for one.
+        # tqdm asks for more lines than are due: beside whatever else is printed, for one. It measures the time too.
         now = time.monotonic()
-        too_soon = self._shown_at is not None and now - self._shown_at < _SECONDS_BETWEEN_LINES
+        too_soon = self._shown_at is not None and now - self._shown_at < 0.9 * _SECONDS_BETWEEN_LINES
         if msg == "" or too_soon or self.n == self._shown_n:
             return False
         self._shown_at, self._shown_n = now, self.n

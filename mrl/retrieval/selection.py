@@ -40,12 +40,12 @@ class Best:
 
     Attributes:
         keys: ``(Q, k)`` int64 of `pack`, in no order.
-        worst: ``(Q, 1)`` float32, the lowest score kept; minus infinity while there are fewer than k.
+        lowest: ``(Q, 1)`` int64, the lowest of them; below every key while there are fewer than k.
     """
 
     def __init__(self, num_queries: int, k: int, device: torch.device | str) -> None:
         self.keys = torch.full((num_queries, k), _NOTHING, device=device)
-        self.worst = torch.full((num_queries, 1), -torch.inf, device=device)
+        self.lowest = torch.full((num_queries, 1), _NOTHING, device=device)
 
     def add(self, rows: slice, products: Tensor, row_scales: Tensor, query_scales: Tensor, indices: Tensor) -> None:
         """Let the scores of database rows compete for the places of the queries ``rows``.
@@ -59,12 +59,16 @@ class Best:
             products: ``(B, n)``, contiguous, n a multiple of 64; minus infinity never competes.
             row_scales: ``(n,)``, above 0.
             query_scales: ``(B, 1)``, above 0.
-            indices: ``(n,)`` int64, the database row of each column.
+            indices: int64, the database row of each column; columns of minus infinity at the end need none.
         """
-        worst, k, width = self.worst[rows], self.keys.shape[1], products.shape[1]
+        k, width = self.keys.shape[1], products.shape[1]
         group_size = _group_size(width, k)
         tops = _group_maxima(products, row_scales, group_size).mul_(query_scales)
-        floor = worst.clamp(min=torch.finfo(torch.float32).min)
+        index, worst = unpack(self.lowest[rows])
+        worst = torch.where(self.lowest[rows] == _NOTHING, -torch.inf, worst)
+        # A score that only equals the worst needs a lower index. Where none is left, many equals cost nothing more.
+        above = torch.nextafter(worst, torch.full_like(worst, torch.inf))
+        floor = torch.where(indices.min() < index, worst, above).clamp_(min=torch.finfo(torch.float32).min)
         promising = tops >= floor
         if tops.shape[1] > k and promising.sum() > 2 * k * len(products):
             # At least k scores reach the k-th highest maximum, so nothing below it can stay.
@@ -94,8 +98,7 @@ class Best:
         both[query, k + place] = keys
         best = _largest(both, k)
         self.keys[rows] = best
-        lowest = best.amin(dim=1, keepdim=True)
-        self.worst[rows] = torch.where(lowest == _NOTHING, -torch.inf, unpack(lowest)[1])
+        self.lowest[rows] = best.amin(dim=1, keepdim=True)
 
     def ordered(self) -> tuple[Tensor, Tensor]:
         """Indices ``(Q, k)`` int64 and scores ``(Q, k)`` float32, best first."""

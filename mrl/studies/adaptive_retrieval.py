@@ -153,8 +153,7 @@ def _values(hit: np.ndarray, relevant: np.ndarray) -> dict[str, float]:
 
 
 def _search(queries: np.ndarray, database: np.ndarray, k: int, dim: int, device: torch.device | str) -> np.ndarray:
-    # Only the prefix is read, as if it alone were stored.
-    return exact_search(queries[:, :dim], database[:, :dim], k, [dim], device=device)[dim][0]
+    return exact_search(queries, database, k, [dim], device=device)[dim][0]  # which reads no more than the prefix
 
 
 def _rerank(queries: np.ndarray, database: np.ndarray, shortlist: np.ndarray, dim: int, stages: Stages) -> np.ndarray:

@@ -93,6 +93,18 @@ def test_fault_25_equal_scores_come_by_lower_index(k, database_rows):
             assert len(np.unique(scores[query])) == len(np.unique(which[expected])), "twins score exactly the same"
 
 
+@pytest.mark.parametrize("dim", [12, 100])
+def test_fault_25_twins_score_the_same_for_a_single_query_too(dim):
+    rng = np.random.default_rng(2)
+    originals = rng.standard_normal((5, 2048)).astype(np.float32)
+    which = rng.integers(5, size=1300)
+    for query in rng.standard_normal((20, 1, 2048)).astype(np.float32):
+        indices, scores = exact_search(query, originals[which], 1300, [dim], database_rows=256)[dim]
+        assert len(np.unique(scores)) == 5
+        for of_one in np.split(indices[0], np.flatnonzero(np.diff(scores[0])) + 1):
+            assert (np.diff(of_one) > 0).all()
+
+
 @pytest.mark.parametrize("value", [0.0, 1.0])
 def test_a_database_of_equals_answers_in_order_also_where_all_are_zero(value):
     indices, scores = exact_search(np.ones((3, 4)), np.full((300, 4), value), 5, [4], database_rows=64)[4]
@@ -174,6 +186,16 @@ def test_a_vector_too_long_for_float32_is_refused_by_its_row(vectors):
     vectors[1][5] *= 1e20
     with pytest.raises(UserError, match="row 5 of the database is too long"):
         exact_search(*vectors, 1, [8])
+
+
+@pytest.mark.parametrize("which", ["database", "queries"])
+def test_parts_that_fit_float32_may_not_fit_together(vectors, which):
+    wrong = vectors[which == "database"]
+    wrong[9] = 0
+    wrong[9, [0, 8]] = 1.5e19  # squares to 2.25e38; float32 ends at 3.4e38
+    exact_search(*vectors, 1, [8])
+    with pytest.raises(UserError, match=f"row 9 of the {which} is too long"):
+        exact_search(*vectors, 1, [8, 16])
 
 
 def test_no_queries_find_nothing(vectors):
