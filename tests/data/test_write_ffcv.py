@@ -221,7 +221,7 @@ def test_what_a_killed_writer_left_is_no_obstacle_and_a_finished_file_is_kept(ro
         (["--jpeg_share", "1.5"], "--jpeg_share is 1.5; allowed: 0"),
         (["--quality", "0"], "--quality is 0; allowed: 1 to 100"),
         (["--num_threads", "0"], "--num_threads is 0; allowed: 1 or more"),
-        (["--root", "nowhere"], "data.root is 'nowhere', which is not a folder"),
+        pytest.param(["--root", "nowhere"], "data.root is 'nowhere', which is not a folder", marks=needs_ffcv),
     ],
 )
 def test_bad_settings_are_refused(root, capsys, words, message):
