@@ -20,19 +20,19 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from mrl import distributed
+from mrl.distributed import Process
 from mrl.errors import UserError
 from mrl.figures import figures_of, save
-from mrl.files import write_text
-from mrl.interop.raivn import import_checkpoint
-from mrl.interop.wandb_report import report_evaluation
-from mrl.results import Row, provenance, read_rows, text_table, write_rows
-from mrl.studies.cascade import headlines
-from mrl.studies.class_table import read_class_table
+from mrl.interop.authors import import_checkpoint
+from mrl.interop.wandb import report_evaluation
+from mrl.results import Row, read_rows, text_table, write_rows
+from mrl.rundir import atomic_write_text, provenance
+from mrl.studies.adaptive_classification import headlines
 from mrl.studies.embed_runs import embed_runs
-from mrl.studies.further import FurtherImages, further_studies, read_folder
+from mrl.studies.hierarchy import read_class_table
 from mrl.studies.run import run_studies
-from mrl.training import distributed
-from mrl.training.distributed import Process
+from mrl.studies.transfer import TransferImages, read_folder, transfer_studies
 
 SHOWN = {
     "classification": ("top_1", "top_5"),
@@ -48,7 +48,7 @@ def evaluate(args: argparse.Namespace, process: Process) -> None:
     beside = first.parent if first.name not in ("", "..") else first.resolve().parent
     out = Path(args.out) if args.out else beside / "eval"
     names = name_runs([Path(run) for run in args.runs if Path(run).resolve() != out.resolve()])
-    further = further_images(args)
+    further = transfer_images(args)
     table = read_class_table(args.superclasses, "superclass") if args.superclasses else None
     embedded = embed_runs(names, further, args.batch_size, args.force, process, args.precision)
     if not process.is_main:
@@ -57,14 +57,14 @@ def evaluate(args: argparse.Namespace, process: Process) -> None:
     record = {"command": sys.argv, "runs": {name: str(run) for name, run in names.items()}}
     record["precision"] = args.precision
     record |= provenance(process.world_size)
-    write_text(out / "provenance.json", json.dumps(record, indent=2) + "\n")
+    atomic_write_text(out / "provenance.json", json.dumps(record, indent=2) + "\n")
     rows: list[Row] = []
     # Written run by run, so that a study that fails loses those of its own run alone.
     for run in embedded:
         rows += run_studies(run, process.device, table)
         write_rows(rows, out / "results.jsonl")
     for run in embedded:
-        rows += further_studies(run, further, process.device)
+        rows += transfer_studies(run, further, process.device)
         write_rows(rows, out / "results.jsonl")
     show(rows, out)
     print(f"rows: {out / 'results.jsonl'}")
@@ -92,7 +92,7 @@ def name_runs(runs: Sequence[Path]) -> dict[str, Path]:
     return dict(zip(names, runs, strict=True))
 
 
-def further_images(args: argparse.Namespace) -> FurtherImages:
+def transfer_images(args: argparse.Namespace) -> TransferImages:
     """The images beside the runs' own that the command line names.
 
     Raises:
@@ -101,7 +101,7 @@ def further_images(args: argparse.Namespace) -> FurtherImages:
     for pair in args.retrieval:
         if len(pair) > 2:
             raise UserError(f"--retrieval {' '.join(pair)}: give queries, or queries and a database")
-    return FurtherImages(
+    return TransferImages(
         robustness=[read_folder("--robustness", text) for text in args.robustness],
         few_shot=[read_folder("--few_shot", text) for text in args.few_shot],
         retrieval=[[read_folder("--retrieval", text) for text in pair] for pair in args.retrieval],

@@ -20,18 +20,16 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from mrl.backbones import build_backbone
-from mrl.config import Config
+from mrl import distributed
+from mrl.config import Config, parse_command_line, to_yaml
 from mrl.data import BACKENDS, Images, build_data, check_rand_augment
-from mrl.data.order import eval_rows, train_rows
+from mrl.data.transforms import eval_indices, train_indices
+from mrl.distributed import Process
 from mrl.errors import UserError
-from mrl.losses import check_weights, nested_cross_entropy
-from mrl.models import MatryoshkaClassifier, ModelInfo, build_model, freeze, save_model
+from mrl.matryoshka import check_weights, nested_cross_entropy
+from mrl.model import MatryoshkaClassifier, ModelInfo, build_backbone, build_model, freeze, save_model
 from mrl.progress import progress
-from mrl.recipes import parse_command_line, to_yaml
-from mrl.training import distributed
-from mrl.training.augmentation import make_augmentation, seed_step
-from mrl.training.checkpoint import (
+from mrl.rundir import (
     check_run,
     load_checkpoint,
     open_run,
@@ -39,14 +37,11 @@ from mrl.training.checkpoint import (
     refuse_other_data,
     save_checkpoint,
 )
+from mrl.training.augmentation import make_augmentation, seed_step
 from mrl.training.compiling import compile_or_stay_eager
-from mrl.training.distributed import Process
-from mrl.training.optimizer import build_optimizer, set_lr
+from mrl.training.logging import FiniteCheck, MetricAccumulator, Tracker, gpu_memory_advice, stop_signals
+from mrl.training.optim import build_optimizer, lr_at, px_at, set_lr
 from mrl.training.profiling import StepProfiler
-from mrl.training.schedules import lr_at, px_at
-from mrl.training.stopping import gpu_memory_advice, stop_signals
-from mrl.training.sums import FiniteCheck, PrefixSums
-from mrl.training.tracking import Tracker
 
 
 def train(config: Config, process: Process) -> int:
@@ -58,7 +53,7 @@ def train(config: Config, process: Process) -> int:
         check_run(directory, config.run.resume, to_yaml(config))
     distributed.barrier()
     resumed = load_checkpoint(directory)
-    found, missing = distributed.any_process(resumed is not None, resumed is None)
+    found, missing = distributed.all_reduce_any(resumed is not None, resumed is None)
     if found and missing:
         raise UserError(f"{directory} is not the same folder on all machines; run.dir must be one that they share")
 
@@ -68,7 +63,7 @@ def train(config: Config, process: Process) -> int:
     data_seen = {"num_images": num_images, "classes": classes, "backend": BACKENDS[type(images["train"])]}
     accumulation_steps, batch_size = config.train.accumulation_steps, config.data.batch_size
     split = (process.rank, process.world_size, accumulation_steps)
-    micro_batch_size = len(train_rows(num_images, batch_size, seed, 0, *split)[0])
+    micro_batch_size = len(train_indices(num_images, batch_size, seed, 0, *split)[0])
     steps_per_epoch = num_images // batch_size
     total_steps = config.train.epochs * steps_per_epoch
 
@@ -88,7 +83,7 @@ def train(config: Config, process: Process) -> int:
     ema = ModelEmaV3(model, config.train.ema_decay) if config.train.ema_decay > 0 else None
     augment = make_augmentation(config.data, micro_batch_size, len(classes), device)
 
-    step, sums, finite = 0, PrefixSums(dims, device), FiniteCheck(dims, process)
+    step, sums, finite = 0, MetricAccumulator(dims, device), FiniteCheck(dims, process)
     if resumed is not None:
         refuse_other_data(directory, resumed["data"], data_seen)
         step = resumed["step"]
@@ -123,11 +118,11 @@ def train(config: Config, process: Process) -> int:
         logged_step, waited = step, 0.0
 
         # A run that stopped at the end of an epoch, before or in its validation, begins with that validation.
-        validated = step == 0 or not distributed.any_process(process.is_main and not tracker.validated(step))[0]
+        validated = step == 0 or not distributed.all_reduce_any(process.is_main and not tracker.validated(step))[0]
         for epoch in range(
             step // steps_per_epoch if validated else (step - 1) // steps_per_epoch, config.train.epochs
         ):
-            rows = train_rows(num_images, batch_size, seed, epoch, *split, start_step=step - epoch * steps_per_epoch)
+            rows = train_indices(num_images, batch_size, seed, epoch, *split, start_step=step - epoch * steps_per_epoch)
             batches = images["train"].train_batches(rows, epoch, px_at(epoch, config.data.train_px))
             model.train()
             while step < (epoch + 1) * steps_per_epoch:
@@ -177,10 +172,10 @@ def train(config: Config, process: Process) -> int:
                     sums.values.zero_()
                     logged_at, logged_step, waited = time.monotonic(), step, 0.0
                 save_due = time.monotonic() - saved_at > 60 * config.train.checkpoint_minutes
-                stop, save = distributed.any_process(bool(stopped_by), save_due and process.is_main)
+                stop, save = distributed.all_reduce_any(bool(stopped_by), save_due and process.is_main)
                 if stop or save or epoch_ends:
                     finite.refuse_non_finite()
-                    all_sums = distributed.sum_over_processes(sums.values)
+                    all_sums = distributed.all_reduce_sum(sums.values)
                     if process.is_main:
                         parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "scaler": scaler}
                         parts |= {} if ema is None else {"ema": ema.module}
@@ -195,7 +190,7 @@ def train(config: Config, process: Process) -> int:
 
             if (epoch + 1) % config.train.eval_every_epochs == 0 or epoch + 1 == config.train.epochs:
                 final: MatryoshkaClassifier = model if ema is None else ema.module
-                distributed.same_buffers(final)
+                distributed.broadcast_buffers(final)
                 scores = validate(final, images["val"], micro_batch_size, process, autocast)
                 if process.is_main:
                     save_model(final, describe(config, final, classes), directory)
@@ -239,8 +234,8 @@ def validate(
 ) -> dict[str, float]:
     """``{top_1/dim, val_loss/dim}`` over the validation images, each counted once at any number of processes."""
     model.eval()
-    rows = eval_rows(len(images), batch_size, process.rank, process.world_size)
-    sums = PrefixSums(model.head.nesting_list, process.device)
+    rows = eval_indices(len(images), batch_size, process.rank, process.world_size)
+    sums = MetricAccumulator(model.head.nesting_list, process.device)
     batches = images.eval_batches(rows)
     for inputs, labels in progress(
         batches, show=process.is_main, desc="validate", total=len(rows), unit="batch", leave=False

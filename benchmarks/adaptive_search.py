@@ -12,8 +12,8 @@ the prefix is the full width or more, is ordered at full width at once.
 
 ``--run`` takes the embeddings that eval.py has left in a run directory: val are the queries, train the database, with
 ``--mirrored`` the mirrored training images too, which are embedded if they are not yet. Without it embeddings are
-synthetic: each class has a centre whose coordinates are normal with a standard deviation that falls as 1 / sqrt(1 + i),
-so that, as in a trained nested embedding, early coordinates say most, and an image is its centre plus noise of the same
+synthetic: each class has a center whose coordinates are normal with a standard deviation that falls as 1 / sqrt(1 + i),
+so that, as in a trained nested embedding, early coordinates say most, and an image is its center plus noise of the same
 shape times ``--noise``. Needs faiss (pip install faiss-cpu).
 """
 
@@ -33,14 +33,14 @@ import numpy as np
 import torch
 
 from benchmarks.search import faiss, flat_index, report, take_turns, unit
+from mrl import distributed
+from mrl.config import read_config
 from mrl.data import build_data
 from mrl.errors import UserError
-from mrl.models import load
-from mrl.recipes import read_config
+from mrl.model import load
 from mrl.retrieval.embeddings import EmbeddingMetadata, embed_split, embeddings_path, file_sha256
 from mrl.retrieval.rerank import funnel
 from mrl.studies.embed_runs import refuse_other_classes
-from mrl.training import distributed
 
 FULL = "faiss full width"
 LAST_LENGTH = 50
@@ -52,13 +52,13 @@ def clustered(num_queries: int, num_rows: int, width: int, num_classes: int, noi
     """Synthetic embeddings; see the module."""
     rng = np.random.default_rng(0)
     falling = (1 / np.sqrt(1 + np.arange(width))).astype(np.float32)
-    centres = rng.standard_normal((num_classes, width), dtype=np.float32)
+    centers = rng.standard_normal((num_classes, width), dtype=np.float32)
 
     def images(count: int) -> tuple[np.ndarray, np.ndarray]:
         labels = rng.integers(num_classes, size=count)
         vectors = rng.standard_normal((count, width), dtype=np.float32)
         vectors *= noise
-        vectors += centres[labels]
+        vectors += centers[labels]
         vectors *= falling
         return vectors, labels
 
@@ -178,7 +178,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--run", type=Path, help="run directory whose embeddings are searched; default: synthetic ones")
     parser.add_argument("--mirrored", action="store_true", help="with --run: mirrored training images in the database")
     parser.add_argument("--num_queries", type=int, default=4000, help="queries, searched at once")
-    parser.add_argument("--shortlist_sizes", type=int, nargs="+", default=[50, 200], help="neighbours handed on")
+    parser.add_argument("--shortlist_sizes", type=int, nargs="+", default=[50, 200], help="neighbors handed on")
     parser.add_argument("--shortlist_dims", type=int, nargs="+", default=[16, 32, 64, 128, 256], help="first prefixes")
     parser.add_argument("--repeats", type=int, default=5, help="counted repeats")
     parser.add_argument("--rows", type=int, default=200_000, help="synthetic: database vectors")

@@ -4,9 +4,9 @@
     python -m benchmarks.databases --vectors vectors.npy --queries 100      # those of python -m mrl.embed
 
 Prints one JSON line a contender. All answer the same queries in one batch, and take turns within each
-repeat. ``recall`` is the share of the k exact neighbours at full width that were found. Milvus Lite and
+repeat. ``recall`` is the share of the k exact neighbors at full width that were found. Milvus Lite and
 Qdrant's in-process client are what their makers offer for tests and small sets; their servers are faster.
-Synthetic embeddings are those of benchmarks.adaptive_search: class centres whose early coordinates say most, and noise.
+Synthetic embeddings are those of benchmarks.adaptive_search: class centers whose early coordinates say most, and noise.
 Needs faiss-cpu, qdrant-client, pymilvus and milvus-lite (pip install -r requirements-extras.txt).
 """
 
@@ -30,7 +30,7 @@ from mrl import exact_search, funnel_search
 from mrl.errors import UserError
 from mrl.interop import milvus, qdrant
 from mrl.interop.faiss import prefix_index
-from mrl.retrieval.vector_file import open_vectors
+from mrl.retrieval.embeddings import open_vectors
 
 try:
     import faiss
@@ -44,9 +44,9 @@ def synthetic(rows: int, width: int, classes: int, noise: float) -> np.ndarray:
     """Embeddings ``(rows, width)`` of random classes."""
     generator = np.random.default_rng(0)
     scale = 1 / np.sqrt(1 + np.arange(width, dtype=np.float32))
-    centres = generator.standard_normal((classes, width), dtype=np.float32)
+    centers = generator.standard_normal((classes, width), dtype=np.float32)
     spread = noise * generator.standard_normal((rows, width), dtype=np.float32)
-    return scale * (centres[generator.integers(classes, size=rows)] + spread)
+    return scale * (centers[generator.integers(classes, size=rows)] + spread)
 
 
 def contenders(args: argparse.Namespace, queries: np.ndarray, database: np.ndarray, folder: Path) -> dict[str, Any]:
@@ -113,8 +113,8 @@ def main() -> None:
     parser.add_argument("--noise", type=float, default=1.0, help="synthetic: spread within a class over that between")
     parser.add_argument("--queries", type=int, default=50, help="vectors taken out of the database as queries")
     parser.add_argument("--shortlist_dim", type=int, default=16, help="prefix size of the first search")
-    parser.add_argument("--shortlist_size", type=int, default=200, help="neighbours that are ordered at full width")
-    parser.add_argument("--k", type=int, default=10, help="neighbours wanted")
+    parser.add_argument("--shortlist_size", type=int, default=200, help="neighbors that are ordered at full width")
+    parser.add_argument("--k", type=int, default=10, help="neighbors wanted")
     parser.add_argument("--repeats", type=int, default=3, help="counted repeats")
     args = parser.parse_args()
     faiss.omp_set_num_threads(torch.get_num_threads())

@@ -38,12 +38,10 @@ from torchvision.transforms import v2
 
 from mrl.config import DataConfig
 from mrl.data import FolderImages, cores_per_process
-from mrl.data.beton import Beton, import_ffcv
-from mrl.data.crops import Transform, normalise
-from mrl.data.ffcv import FFCVImages
-from mrl.data.listing import list_images
+from mrl.data.ffcv import FFCVFile, FFCVImages, import_ffcv
+from mrl.data.folder import list_images
 from mrl.data.memory import MemoryImages
-from mrl.data.order import train_rows
+from mrl.data.transforms import Transform, normalize, train_indices
 from mrl.data.write_ffcv import Settings, write
 from mrl.errors import UserError
 
@@ -62,14 +60,14 @@ def memory_epoch(num_images: int, px: int, batch_size: int, device: torch.device
     """Batches of random pixels kept in memory; what they show does not change the speed."""
     pixels = torch.randint(0, 256, (num_images, 3, px, px), dtype=torch.uint8)
     images = MemoryImages(pixels, torch.zeros(num_images, dtype=torch.int64), ["a"], transform_for(px), device)
-    return lambda epoch: images.train_batches(train_rows(num_images, batch_size, 0, epoch), epoch, px)
+    return lambda epoch: images.train_batches(train_indices(num_images, batch_size, 0, epoch), epoch, px)
 
 
 def folder_epoch(root: Path, px: int, batch_size: int, num_workers: int, device: torch.device) -> Epoch:
     """Batches by this package's folder backend."""
     found = list_images(root, "train")
     images = FolderImages(found.paths, found.labels, found.classes, transform_for(px), device, num_workers)
-    return lambda epoch: images.train_batches(train_rows(len(images), batch_size, 0, epoch), epoch, px)
+    return lambda epoch: images.train_batches(train_indices(len(images), batch_size, 0, epoch), epoch, px)
 
 
 def torchvision_epoch(root: Path, px: int, batch_size: int, num_workers: int, device: torch.device) -> Epoch:
@@ -94,24 +92,24 @@ def torchvision_epoch(root: Path, px: int, batch_size: int, num_workers: int, de
     return lambda epoch: ((images.to(device), labels.to(device)) for images, labels in loader)
 
 
-def write_betons(root: Path) -> dict[str, Beton]:
+def write_ffcv_files(root: Path) -> dict[str, FFCVFile]:
     """FFCV files of the photographs below ``root/train``, one for each of `JPEG_SHARES`."""
     images = list_images(root, "train")
-    betons = {}
+    ffcv_files = {}
     for name, share in JPEG_SHARES.items():
         path = root / f"{share}.beton"
-        betons[name] = Beton(path, write(images, "train", path, Settings(jpeg_share=share), cores_per_process()))
-    return betons
+        ffcv_files[name] = FFCVFile(path, write(images, "train", path, Settings(jpeg_share=share), cores_per_process()))
+    return ffcv_files
 
 
-def ffcv_epoch(beton: Beton, px: int, batch_size: int, num_workers: int, device: torch.device) -> Epoch:
+def ffcv_epoch(beton: FFCVFile, px: int, batch_size: int, num_workers: int, device: torch.device) -> Epoch:
     """Batches by this package's ffcv backend."""
     images = FFCVImages(beton, transform_for(px), device, ThreadPoolExecutor(num_workers))
-    return lambda epoch: images.train_batches(train_rows(len(images), batch_size, 0, epoch), epoch, px)
+    return lambda epoch: images.train_batches(train_indices(len(images), batch_size, 0, epoch), epoch, px)
 
 
-def ffcv_loader_epoch(beton: Beton, px: int, batch_size: int, num_workers: int, device: torch.device) -> Epoch:
-    """Batches by FFCV's own Loader, normalised in torch as ours are (its own needs cupy on a GPU)."""
+def ffcv_loader_epoch(beton: FFCVFile, px: int, batch_size: int, num_workers: int, device: torch.device) -> Epoch:
+    """Batches by FFCV's own Loader, normalized in torch as ours are (its own needs cupy on a GPU)."""
     from ffcv.fields.decoders import IntDecoder, RandomResizedCropRGBImageDecoder
     from ffcv.loader import Loader, OrderOption
     from ffcv.transforms import RandomHorizontalFlip, Squeeze, ToDevice, ToTensor, ToTorchImage
@@ -130,7 +128,7 @@ def ffcv_loader_epoch(beton: Beton, px: int, batch_size: int, num_workers: int, 
         },
     )
     torch.set_num_threads(num_threads)  # FFCV sets it
-    return lambda epoch: ((normalise(images, DEFAULTS.mean, DEFAULTS.std), labels) for images, labels in loader)
+    return lambda epoch: ((normalize(images, DEFAULTS.mean, DEFAULTS.std), labels) for images, labels in loader)
 
 
 def link_photographs(source: Path, root: Path, num_images: int) -> None:
@@ -221,19 +219,19 @@ def main() -> None:
         link_photographs(args.images, Path(folder), args.num_images)
         try:
             import_ffcv()
-            betons = write_betons(Path(folder))
+            ffcv_files = write_ffcv_files(Path(folder))
         except UserError as error:
             print(f"without FFCV: {error}", file=sys.stderr)
-            betons = {}
+            ffcv_files = {}
         for px in args.px:
             settings = (px, args.batch_size, args.num_workers, device)
             epochs = {
                 "torchvision ImageFolder (PIL)": torchvision_epoch(Path(folder), *settings),
                 "folder backend": folder_epoch(Path(folder), *settings),
             }
-            epochs |= {f"ffcv backend, {name}": ffcv_epoch(beton, *settings) for name, beton in betons.items()}
-            if betons:
-                epochs["FFCV's Loader, 50% JPEG"] = ffcv_loader_epoch(betons["50% JPEG"], *settings)
+            epochs |= {f"ffcv backend, {name}": ffcv_epoch(beton, *settings) for name, beton in ffcv_files.items()}
+            if ffcv_files:
+                epochs["FFCV's Loader, 50% JPEG"] = ffcv_loader_epoch(ffcv_files["50% JPEG"], *settings)
             measured = measure(epochs, args.repeats, device)
             shape = {"px": px, "batch_size": args.batch_size, "workers": args.num_workers}
             report(measured, "torchvision ImageFolder (PIL)", **shape, load=round(os.getloadavg()[0], 1), **about)

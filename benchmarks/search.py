@@ -25,7 +25,7 @@ import torch
 
 from mrl import exact_search, rerank
 from mrl.errors import UserError
-from mrl.nesting import default_nesting_list
+from mrl.matryoshka import default_nesting_list
 
 try:
     import faiss
@@ -116,7 +116,7 @@ def sizes(args: argparse.Namespace, rng: np.random.Generator) -> None:
             rows=args.rows,
             queries=args.queries,
             width=args.width,
-            same_neighbours_as_faiss=round(float(min(same)), 6),
+            same_neighbors_as_faiss=round(float(min(same)), 6),
         )
 
 
@@ -165,8 +165,8 @@ def main() -> None:
     parser.add_argument("--queries", type=int, default=500, help="queries of sizes")
     parser.add_argument("--rerank_queries", type=int, default=10_000, help="queries of rerank")
     parser.add_argument("--width", type=int, default=2048, help="coordinates of an embedding")
-    parser.add_argument("--ks", type=int, nargs="+", default=[1, 10, 200], help="neighbours per query")
-    parser.add_argument("--shortlist_size", type=int, default=200, help="neighbours to re-rank")
+    parser.add_argument("--ks", type=int, nargs="+", default=[1, 10, 200], help="neighbors per query")
+    parser.add_argument("--shortlist_size", type=int, default=200, help="neighbors to re-rank")
     parser.add_argument("--repeats", type=int, default=5, help="counted repeats")
     args = parser.parse_args()
     faiss.omp_set_num_threads(torch.get_num_threads())

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from mrl import exact_search
-from mrl.nesting import default_nesting_list
+from mrl.matryoshka import default_nesting_list
 from mrl.progress import progress
 
 CHUNK_ROWS = 10_000
@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1_281_167, help="database vectors")
     parser.add_argument("--width", type=int, default=2048, help="coordinates of an embedding")
     parser.add_argument("--queries", type=int, default=500, help="queries")
-    parser.add_argument("--k", type=int, default=200, help="neighbours per query")
+    parser.add_argument("--k", type=int, default=200, help="neighbors per query")
     parser.add_argument("--scratch", metavar="DIR", help="where the file of rows x width x 4 bytes goes, for a while")
     args = parser.parse_args()
     rng = np.random.default_rng(0)

@@ -30,12 +30,11 @@ from torch import Tensor, nn
 
 from benchmarks.authors_loop import authors_step, build_authors_model
 from mrl import NestedLinear, nested_cross_entropy
-from mrl.backbones import build_backbone
-from mrl.models import build_model
-from mrl.nesting import default_nesting_list
-from mrl.training.distributed import Process
-from mrl.training.optimizer import build_optimizer
-from mrl.training.sums import FiniteCheck, PrefixSums
+from mrl.distributed import Process
+from mrl.matryoshka import default_nesting_list
+from mrl.model import build_backbone, build_model
+from mrl.training.logging import FiniteCheck, MetricAccumulator
+from mrl.training.optim import build_optimizer
 
 Step = Callable[[], None]
 AUTHORS = "authors' loop"
@@ -56,7 +55,7 @@ def training_step(
     optimizer = build_optimizer(model, "sgd", 0.1, 0.9, 1e-4)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     weights = torch.ones(len(dims), device=device)
-    sums, finite = PrefixSums(dims, device), FiniteCheck(dims, Process(0, 1, device))
+    sums, finite = MetricAccumulator(dims, device), FiniteCheck(dims, Process(0, 1, device))
 
     def step() -> None:
         with torch.autocast(device.type, DTYPES[precision]):

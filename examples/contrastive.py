@@ -1,4 +1,4 @@
-"""Train nested embeddings without labels: two crops of an image should be neighbours, at every prefix size.
+"""Train nested embeddings without labels: two crops of an image should be neighbors, at every prefix size.
 
     python -m examples.contrastive                                   # handwritten digits, CPU, about a minute
     python -m examples.contrastive --images DIR --px 64 --epochs 20  # DIR/train/<class>/ and DIR/val/<class>/
@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mrl
-from mrl.backbones import build_backbone
 from mrl.config import DataConfig
 from mrl.data import Images, build_data
-from mrl.data.order import eval_rows, train_rows
-from mrl.nesting import default_nesting_list
+from mrl.data.transforms import eval_indices, train_indices
+from mrl.matryoshka import default_nesting_list
+from mrl.model import build_backbone
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -28,7 +28,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 def info_nce(first: Tensor, second: Tensor, temperature: float) -> Tensor:
     """Cross-entropy of finding each embedding's partner in the batch, both ways; a scalar.
 
-    It normalises what it is given, so `MatryoshkaLoss` has every prefix normalised on its own.
+    It normalizes what it is given, so `MatryoshkaLoss` has every prefix normalized on its own.
     """
     cosines = F.normalize(first, dim=-1) @ F.normalize(second, dim=-1).T
     partner = torch.arange(len(first), device=first.device)
@@ -39,7 +39,7 @@ def info_nce(first: Tensor, second: Tensor, temperature: float) -> Tensor:
 def embed(network: nn.Module, images: Images) -> Tensor:
     """Raw embeddings ``(N, D)`` of a split."""
     network.eval()
-    return torch.cat([network(batch).cpu() for batch, _ in images.eval_batches(eval_rows(len(images), 256))])
+    return torch.cat([network(batch).cpu() for batch, _ in images.eval_batches(eval_indices(len(images), 256))])
 
 
 def one_nn(network: nn.Module, images: dict[str, Images], dims: tuple[int, ...]) -> str:
@@ -78,7 +78,7 @@ def main() -> None:
     print(f"1-NN before: {one_nn(network, images, dims)}", flush=True)
     for epoch in range(args.epochs):
         network.train()
-        rows = train_rows(len(images["train"]), args.batch_size, 0, epoch)
+        rows = train_indices(len(images["train"]), args.batch_size, 0, epoch)
         # A crop depends on the image and the epoch alone: the same rows of two epochs are two crops of the same images.
         views = (images["train"].train_batches(rows, 2 * epoch + view, args.px) for view in (0, 1))
         total = 0.0

@@ -1,14 +1,12 @@
 """Matryoshka Representation Learning for vision: one embedding, every prefix of it an embedding too."""
 
 from mrl.errors import UserError
-from mrl.heads import NestedLinear
 from mrl.interop import load
-from mrl.losses import MatryoshkaLoss, nested_cross_entropy
-from mrl.models import MatryoshkaClassifier
-from mrl.nesting import prefix, unit_prefix
+from mrl.matryoshka import MatryoshkaLoss, NestedLinear, nested_cross_entropy, prefix, unit_prefix
+from mrl.model import MatryoshkaClassifier
 from mrl.retrieval.rerank import funnel_search, rerank
 from mrl.retrieval.search import exact_search
-from mrl.studies.thresholds import fit_thresholds, route
+from mrl.studies.adaptive_classification import fit_thresholds, route
 
 __version__ = "0.1.0"
 __all__ = [

@@ -20,16 +20,23 @@ from pathlib import Path
 
 import torch
 
+from mrl import distributed
 from mrl.data import cores_per_process
-from mrl.data.evaluated import evaluated_images
-from mrl.data.listing import IMAGE_EXTENSIONS, read_tree
+from mrl.data.folder import IMAGE_EXTENSIONS, evaluated_images, read_tree
+from mrl.distributed import Process
 from mrl.errors import UserError
-from mrl.models import load
-from mrl.nesting import prefix
-from mrl.retrieval.embeddings import EmbeddingMetadata, embed_split, file_sha256
-from mrl.retrieval.vector_file import VectorInfo, ids_sha256, info_path, open_vectors, write_vectors
-from mrl.training import distributed
-from mrl.training.distributed import Process
+from mrl.matryoshka import prefix
+from mrl.model import load
+from mrl.retrieval.embeddings import (
+    EmbeddingMetadata,
+    VectorInfo,
+    embed_split,
+    file_sha256,
+    ids_sha256,
+    info_path,
+    open_vectors,
+    write_vectors,
+)
 
 
 def embed_folder(args: argparse.Namespace, process: Process) -> None:
@@ -61,7 +68,7 @@ def embed_folder(args: argparse.Namespace, process: Process) -> None:
         split=out.name,
         resize_px=model.info.resize_px,
         crop_px=model.info.crop_px,
-        normalisation=f"mean {model.info.mean}, std {model.info.std}",
+        normalization=f"mean {model.info.mean}, std {model.info.std}",
         flip=False,
         classes_sha256=info.ids_sha256,
     )

@@ -69,7 +69,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     to_st.add_argument("--dim", type=int, help="fix the size: unit vectors of it; default: left to truncate_dim")
     to_st.set_defaults(export=_sentence_transformers)
 
-    to_onnx = add("onnx", "an ONNX file: normalised images in, unit embeddings out", "FILE.onnx")
+    to_onnx = add("onnx", "an ONNX file: normalized images in, unit embeddings out", "FILE.onnx")
     to_onnx.add_argument("--dim", type=int, help="prefix size; default: the full width")
     to_onnx.set_defaults(export=_onnx)
     return parser.parse_args(argv)

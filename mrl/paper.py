@@ -48,7 +48,7 @@ def paper_superclasses() -> dict[str, str]:
 
 
 def _rows(table: dict[str, Any]) -> Iterator[Row]:
-    # One training run, its seed not stated; Resize 256, centre crop 224.
+    # One training run, its seed not stated; Resize 256, center crop 224.
     source = Source(DATASET, RUN, seed=0, resize_px=256, crop_px=224, flip=table["flip"])
     for method, facts in table["rows"].items():
         for value, rest in _points(table, facts):

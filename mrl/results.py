@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import platform
-import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from mrl.errors import UserError
-from mrl.files import write_text
+from mrl.rundir import atomic_write_text
 
 METHODS = ("MRL", "MRL-E", "FF", "FF truncated")
 
@@ -30,7 +24,7 @@ def method_name(nesting_list: Sequence[int], tied: bool) -> str:
 
 @dataclass(frozen=True)
 class Row:
-    """One number and all that is needed to read it without its neighbours.
+    """One number and all that is needed to read it without its neighbors.
 
     Attributes:
         study: Experiment, e.g. "classification".
@@ -39,7 +33,7 @@ class Row:
         method: One of `METHODS`, or a baseline's name.
         dim: Prefix size in use; None where several are (adaptive retrieval).
         shortlist_dim: Adaptive retrieval: prefix size of the first search.
-        shortlist_size: Adaptive retrieval: how many neighbours it hands on.
+        shortlist_size: Adaptive retrieval: how many neighbors it hands on.
         rerank_dim: Adaptive retrieval: prefix size that orders them.
         metric: What `value` is, e.g. "top_1".
         value: 0 to 1; a mean cosine, whose metric begins with "cosine", -1 to 1.
@@ -50,7 +44,7 @@ class Row:
         n: Number of images that `value` is a mean over.
         seed: Seed of the training run.
         resize_px: Shorter side of an image after resizing.
-        crop_px: Side of its centre crop.
+        crop_px: Side of its center crop.
         flip: Whether the mirrored image took part.
     """
 
@@ -103,7 +97,7 @@ class Source:
 
 def write_rows(rows: Iterable[Row], path: str | Path) -> None:
     """Write one JSON object a line, to a temporary name first, so that ``path`` is never half there."""
-    write_text(Path(path), "".join(json.dumps(dataclasses.asdict(row)) + "\n" for row in rows))
+    atomic_write_text(Path(path), "".join(json.dumps(dataclasses.asdict(row)) + "\n" for row in rows))
 
 
 def read_rows(path: str | Path) -> list[Row]:
@@ -166,45 +160,3 @@ def _one_table(title: str, rows: Sequence[Row]) -> str:
 def method_order(method: str) -> tuple[int, str]:
     """Sort key that puts the paper's methods first, in its order, then others by name."""
     return (METHODS.index(method) if method in METHODS else len(METHODS), method)
-
-
-def provenance(world_size: int = 1) -> dict[str, Any]:
-    """When, with what code, on what machine: a dict for provenance.json, beside every result."""
-    commit, dirty = _git_state(Path(__file__).resolve().parent.parent)
-    return {
-        "time_utc": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "git_commit": commit,
-        "git_dirty": dirty,
-        "python": platform.python_version(),
-        **{package: version(package) for package in ("torch", "timm", "numpy")},
-        "platform": platform.platform(),
-        "cpu": _cpu_name(),
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "world_size": world_size,
-    }
-
-
-def _git_state(root: Path) -> tuple[str | None, bool | None]:
-    """Commit of the checkout at ``root`` and whether files differ from it; Nones where ``root`` is not a checkout."""
-    # A copy installed below some other checkout (a virtual environment) must not claim that one's commit.
-    if not (root / ".git").exists():
-        return None, None
-    try:
-        commit = _git(root, "rev-parse", "HEAD")
-        return commit, bool(_git(root, "status", "--porcelain"))
-    except (OSError, subprocess.SubprocessError):
-        return None, None
-
-
-def _git(root: Path, *words: str) -> str:
-    command = ["git", "-C", str(root), *words]
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=30).stdout.strip()
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()

@@ -1,9 +1,9 @@
 """Find the images most like one, at several prefix sizes of the same vectors.
 
     python -m mrl.search --vectors vectors.npy --image X.jpg
-    python -m mrl.search --vectors vectors.npy --image X.jpg --dims 8 64 512 --k 5 --out neighbours
+    python -m mrl.search --vectors vectors.npy --image X.jpg --dims 8 64 512 --k 5 --out neighbors
 
-Prints the neighbours and draws them, a row per size. The vectors are those of python -m mrl.embed; a
+Prints the neighbors and draws them, a row per size. The vectors are those of python -m mrl.embed; a
 full-width file can be searched at every size, a shorter one up to its own.
 """
 
@@ -18,19 +18,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mrl.data.evaluated import evaluated_images
-from mrl.data.folder import read_image
+from mrl.data.folder import evaluated_images, read_image
 from mrl.errors import UserError
 from mrl.figures import save
-from mrl.figures.neighbours import neighbour_grid
-from mrl.models import load
-from mrl.retrieval.embeddings import file_sha256
+from mrl.figures.neighbors import neighbor_grid
+from mrl.model import load
+from mrl.retrieval.embeddings import VectorFile, file_sha256, open_vectors
 from mrl.retrieval.search import exact_search
-from mrl.retrieval.vector_file import VectorFile, open_vectors
 
 
 def search(args: argparse.Namespace) -> None:
-    """Search, print the neighbours, draw them."""
+    """Search, print the neighbors, draw them."""
     path = Path(args.vectors)
     database = open_vectors(path)
     dims = args.dims or default_dims(database)
@@ -46,8 +44,8 @@ def search(args: argparse.Namespace) -> None:
         dim: [(read_image(str(folder / database.ids[row])), f"{s:.3f}") for row, s in zip(i[0], scores[0], strict=True)]
         for dim, (i, scores) in found.items()
     }
-    figure = neighbour_grid(read_image(args.image), rows)
-    for drawn in save(figure, args.out or path.with_name("neighbours")):
+    figure = neighbor_grid(read_image(args.image), rows)
+    for drawn in save(figure, args.out or path.with_name("neighbors")):
         print(f"figure: {drawn}")
 
 
@@ -100,8 +98,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--vectors", required=True, metavar="FILE.npy", help="what python -m mrl.embed has written")
     parser.add_argument("--image", required=True, help="the image to find others like")
     parser.add_argument("--dims", type=int, nargs="+", help="prefix sizes; default: the trained ones")
-    parser.add_argument("--k", type=int, default=6, help="neighbours at each size; default: 6")
-    parser.add_argument("--out", metavar="STEM", help="the figure, without .png; default: neighbours, at the vectors")
+    parser.add_argument("--k", type=int, default=6, help="neighbors at each size; default: 6")
+    parser.add_argument("--out", metavar="STEM", help="the figure, without .png; default: neighbors, at the vectors")
     parser.add_argument("--run", help="where the model is now, if it was moved since")
     parser.add_argument("--images", metavar="DIR", help="where the images are now, if they were moved since")
     args = parser.parse_args(argv)

@@ -64,7 +64,7 @@ def clean(notebook: Any) -> None:
 
 
 def shrink(png: str) -> str:
-    """A PNG in base64 with 256 colours, which look the same here and take a third of the room."""
+    """A PNG in base64 with 256 colors, which look the same here and take a third of the room."""
     from PIL import Image
 
     file = io.BytesIO()

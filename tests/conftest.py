@@ -9,11 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from mrl.backbones import build_backbone
-from mrl.config import Config, DataConfig, HeadConfig, ModelConfig, RunConfig
-from mrl.files import write_text
-from mrl.models import ModelInfo, build_model, save_model
-from mrl.recipes import to_yaml
+from mrl.config import Config, DataConfig, HeadConfig, ModelConfig, RunConfig, to_yaml
+from mrl.model import ModelInfo, build_backbone, build_model, save_model
+from mrl.rundir import atomic_write_text
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -77,10 +75,10 @@ def make_saved_run(tmp_path_factory):
         px = (data.eval_resize_px, data.eval_px)
         about = (backbone, kwargs or {}, stem_stride, blurpool, dims, False, names, *px, data.mean, data.std)
         save_model(model, ModelInfo(*about), run)
-        write_text(run / "config.yaml", to_yaml(config))
+        atomic_write_text(run / "config.yaml", to_yaml(config))
         lines = [{"step": 5, "loss/8": 1.0}, {"step": 9, "epoch": 1, **{f"top_1/{dim}": 0.1 for dim in dims}}]
         lines += [{"step": 10, "epoch": 2, **{f"top_1/{dim}": value for dim, value in TOP_1.items()}}, {"step": 11}]
-        write_text(run / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+        atomic_write_text(run / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
         return run
 
     return make

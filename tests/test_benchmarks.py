@@ -8,8 +8,7 @@ import torch
 from benchmarks import training_step
 from benchmarks.authors_loop import SummedLosses, build_authors_model
 from mrl import nested_cross_entropy
-from mrl.backbones import build_backbone
-from mrl.models import build_model
+from mrl.model import build_backbone, build_model
 
 
 def test_the_authors_loop_sums_the_same_losses_of_the_same_model():

@@ -8,7 +8,7 @@ import torch
 import mrl
 from mrl import embed, search
 from mrl.data.folder import FolderImages
-from mrl.retrieval.vector_file import open_vectors
+from mrl.retrieval.embeddings import open_vectors
 
 
 def embed_words(run, pictures, out, *more):
@@ -96,7 +96,7 @@ def test_an_image_that_is_none_is_named(saved_run, pictures, tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
-def test_search_prints_and_draws_the_neighbours_of_every_size(saved_run, pictures, vectors, capsys):
+def test_search_prints_and_draws_the_neighbors_of_every_size(saved_run, pictures, vectors, capsys):
     assert search.main(search_words(vectors, pictures, "--k", 3)) == 0
     printed = capsys.readouterr().out
     model, stored = mrl.load(saved_run), open_vectors(vectors)

@@ -14,12 +14,10 @@ import torch
 from torchvision.io import write_png
 
 import eval as script  # not `eval`, which is Python's own
-from mrl.backbones import build_backbone
-from mrl.config import Config, DataConfig, HeadConfig, RunConfig
+from mrl.config import Config, DataConfig, HeadConfig, RunConfig, to_yaml
 from mrl.data import build_data
 from mrl.errors import UserError
-from mrl.models import MatryoshkaClassifier, ModelInfo, build_model, load, save_model
-from mrl.recipes import to_yaml
+from mrl.model import MatryoshkaClassifier, ModelInfo, build_backbone, build_model, load, save_model
 from mrl.results import read_rows, write_rows
 from mrl.studies import embed_runs
 

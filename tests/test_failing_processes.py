@@ -15,10 +15,10 @@ import torch
 from torchvision.io import write_png
 
 import train
-from mrl.data.listing import list_images
-from mrl.data.order import train_rows
+from mrl import distributed
+from mrl.data.folder import list_images
+from mrl.data.transforms import train_indices
 from mrl.errors import UserError
-from mrl.training import distributed
 
 REPOSITORY = Path(train.__file__).parent
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
@@ -32,7 +32,7 @@ SCRIPT = """
 import os, sys
 sys.path.insert(0, os.getcwd())
 import train
-from mrl.training import distributed
+from mrl import distributed
 
 distributed.SECONDS_TO_END = 1.5
 sys.exit(train.main())
@@ -51,7 +51,7 @@ def root(tmp_path):
 
 
 def test_an_image_that_only_one_process_reads_and_cannot_ends_both_with_that_error(root, tmp_path):
-    [of_main, of_other] = (train_rows(32, 4, 0, 0, rank, 2) for rank in (0, 1))
+    [of_main, of_other] = (train_indices(32, 4, 0, 0, rank, 2) for rank in (0, 1))
     path = Path(list_images(root, "train").paths[of_other[3][0]])
     assert of_other[3][0] not in [row for rows in of_main for row in rows]
     path.write_bytes(b"no image")
@@ -80,7 +80,7 @@ def meet_an_accident(rank, port, accident, told, log):
     distributed.SECONDS_TO_END = 0.1
     distributed.start()
     told.put((rank, distributed.agree(7), distributed.agree(rank)))
-    with distributed.one_first(), log.open("a") as file:
+    with distributed.local_main_first(), log.open("a") as file:
         time.sleep(0.2 * (rank == 0))
         file.write(f"{rank}")
     distributed.barrier()

@@ -118,7 +118,7 @@ def test_different_models_of_one_method_and_seed_are_not_averaged():
     np.testing.assert_allclose(lines["MRL: small"][1], [50, 60])
 
 
-def test_lines_differ_in_colour_marker_and_dashes_also_where_there_are_many():
+def test_lines_differ_in_color_marker_and_dashes_also_where_there_are_many():
     runs = [row for i in range(5) for row in rows_of("MRL", f"run_{i}", {8: 0.1 * i + 0.2})]
     for rows in (ROWS, runs):
         lines = accuracy_by_dim(rows).axes[0].lines

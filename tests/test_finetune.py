@@ -5,8 +5,7 @@ import torch
 
 import mrl
 import train
-from mrl.backbones import build_backbone
-from mrl.models import build_model, freeze
+from mrl.model import build_backbone, build_model, freeze
 
 SMALL = ["--model.kwargs", '{"channels": [8, 16, 32, 64], "stem_width": 8}', "--optim.warmup_epochs", "0.5"]
 DIMS = [8, 16, 32, 64]

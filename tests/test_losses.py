@@ -4,7 +4,7 @@ import torch.nn.functional as F
 
 from mrl import MatryoshkaLoss, nested_cross_entropy
 from mrl.errors import UserError
-from mrl.losses import check_weights
+from mrl.matryoshka import check_weights
 
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])

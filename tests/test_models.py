@@ -7,9 +7,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 import mrl
-from mrl.backbones import BlurConv2d, add_blurpool, build_backbone
 from mrl.errors import UserError
-from mrl.models import ModelInfo, build_model, freeze, save_model
+from mrl.model import BlurConv2d, ModelInfo, add_blurpool, build_backbone, build_model, freeze, save_model
 
 WIDTHS = {"resnet10t": 512, "vit_tiny_patch16_224": 192, "convnext_atto": 320, "efficientnet_b0": 1280}
 
@@ -237,5 +236,5 @@ def test_a_backbone_can_start_from_another_run(tmp_path):
 def test_unknown_names_and_arguments_are_refused():
     with pytest.raises(UserError, match=r"'resnet5O' is not a timm model; similar names: .*resnet50"):
         build_backbone("resnet5O")
-    with pytest.raises(UserError, match="do not fit resnet10t.*colour"):
-        build_backbone("resnet10t", kwargs={"colour": "red"})
+    with pytest.raises(UserError, match="do not fit resnet10t.*color"):
+        build_backbone("resnet10t", kwargs={"color": "red"})

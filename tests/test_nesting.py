@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mrl.errors import UserError
-from mrl.nesting import check_nesting_list, default_nesting_list, prefix, unit_prefix
+from mrl.matryoshka import check_nesting_list, default_nesting_list, prefix, unit_prefix
 
 
 def test_default_sizes_are_the_papers():

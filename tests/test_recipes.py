@@ -12,14 +12,12 @@ import torch
 import eval as eval_script
 import mrl
 import train
-from mrl.backbones import build_backbone
-from mrl.config import Config
+from mrl.config import RECIPES, Config, parse_command_line, read_config, to_yaml
 from mrl.errors import UserError
-from mrl.losses import check_weights
-from mrl.models import build_model, save_model
-from mrl.recipes import RECIPES, parse_command_line, read_config, to_yaml
+from mrl.matryoshka import check_weights
+from mrl.model import build_backbone, build_model, save_model
 from mrl.training.augmentation import make_augmentation
-from mrl.training.optimizer import build_optimizer
+from mrl.training.optim import build_optimizer
 from train import describe, make_model
 
 FIELDS = """

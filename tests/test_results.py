@@ -7,7 +7,8 @@ import pytest
 
 from mrl import results
 from mrl.errors import UserError
-from mrl.results import Source, method_name, provenance, read_rows, text_table, write_rows
+from mrl.results import Source, method_name, read_rows, text_table, write_rows
+from mrl.rundir import provenance
 
 SOURCE = Source("digits", "run_a", 3, 32, 28, False)
 ROWS = [

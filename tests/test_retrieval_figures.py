@@ -124,12 +124,12 @@ def test_the_papers_sizes_between_are_drawn_in_figure_5_alone():
 
 def test_baselines_stand_beside_mrl_in_three_panels_each_in_its_own_style():
     figure = baselines_by_dim(ROWS)
-    assert [axes.get_title() for axes in figure.axes] == ["linear classification", "1-nearest neighbour", "retrieval"]
+    assert [axes.get_title() for axes in figure.axes] == ["linear classification", "1-nearest neighbor", "retrieval"]
     assert legend(figure)[-2:] == ["FF PCA", "FF random coordinates"]
     for axes in figure.axes:
         styles = {(line.get_color(), line.get_marker(), line.get_linestyle()) for line in axes.lines}
         assert len(styles) == len(axes.lines) == 6
-        assert len({line.get_marker() for line in axes.lines}) == 6, "told apart without colour"
+        assert len({line.get_marker() for line in axes.lines}) == 6, "told apart without color"
 
 
 def test_figure_8_has_every_row_once_against_multiply_adds_and_against_time():

@@ -16,8 +16,8 @@ from torchvision.io import write_png
 
 import mrl
 import train
-from mrl.training.distributed import Process
-from mrl.training.tracking import Tracker
+from mrl.distributed import Process
+from mrl.training.logging import Tracker
 
 REPOSITORY = Path(train.__file__).parent
 TIMES = {"images_per_second", "data_wait"}

@@ -15,10 +15,10 @@ from torchvision.io import write_jpeg
 
 import train
 from mrl.data import write_ffcv
+from mrl.distributed import Process
 from mrl.studies.embed_runs import embed_runs
-from mrl.studies.further import FurtherImages
-from mrl.training.distributed import Process
-from mrl.training.tracking import Tracker
+from mrl.studies.transfer import TransferImages
+from mrl.training.logging import Tracker
 
 pytestmark = pytest.mark.ffcv
 REPOSITORY = Path(train.__file__).parent
@@ -140,7 +140,7 @@ def test_both_backends_give_the_same_validation_embeddings(tmp_path, imagenet, c
     for backend in ("folder", "ffcv"):
         config = tmp_path / "a" / "config.yaml"
         config.write_text(config.read_text().replace("backend: folder", f"backend: {backend}"))
-        (embedded,) = embed_runs({"a": tmp_path / "a"}, FurtherImages(), 4, True, Process(0, 1, torch.device("cpu")))
+        (embedded,) = embed_runs({"a": tmp_path / "a"}, TransferImages(), 4, True, Process(0, 1, torch.device("cpu")))
         assert f"{backend} backend" in capsys.readouterr().out
         sets[backend] = {name: np.array(getattr(embedded, name).vectors) for name in ("train", "val", "val_flip")}
     folder, ffcv = sets["folder"], sets["ffcv"]

@@ -1,7 +1,7 @@
 """Images for training and evaluation, behind one batch contract.
 
-A batch is ``(images, labels)``: ``(B, 3, H, W)`` float32, normalised, channels_last, and ``(B,)``
-int64, both on the device. Which rows make it up is for `mrl.data.order` to say.
+A batch is ``(images, labels)``: ``(B, 3, H, W)`` float32, normalized, channels_last, and ``(B,)``
+int64, both on the device. Which rows make it up is for `mrl.data.transforms` to say.
 """
 
 from __future__ import annotations
@@ -14,17 +14,14 @@ from pathlib import Path
 
 import torch
 
+from mrl import distributed
 from mrl.config import DataConfig
-from mrl.data.beton import Beton, import_ffcv, read_description
-from mrl.data.crops import Transform
-from mrl.data.digits import DIGIT_CLASSES, load_digits
-from mrl.data.ffcv import FFCVImages
-from mrl.data.folder import FolderImages
+from mrl.data.ffcv import FFCVFile, FFCVImages, import_ffcv, read_description
+from mrl.data.folder import FolderImages, ImageList, list_images, shown
 from mrl.data.imagenet import list_imagenet
-from mrl.data.listing import ImageList, list_images, shown
-from mrl.data.memory import MemoryImages, check_fits, decode_images
+from mrl.data.memory import DIGIT_CLASSES, MemoryImages, check_fits, decode_images, load_digits
+from mrl.data.transforms import Transform
 from mrl.errors import UserError
-from mrl.training import distributed
 
 Images = MemoryImages | FolderImages | FFCVImages
 BACKENDS: dict[type, str] = {MemoryImages: "memory", FolderImages: "folder", FFCVImages: "ffcv"}
@@ -68,10 +65,10 @@ def build_data(
         check_classes({split: DIGIT_CLASSES for split in splits}, data.num_classes)
         images = {split: MemoryImages(*digits[split], DIGIT_CLASSES, transform, device) for split in splits}
     elif backend == "ffcv":
-        betons = open_betons(data, splits)
-        check_classes({split: beton.classes for split, beton in betons.items()}, data.num_classes)
+        ffcv_files = open_ffcv_files(data, splits)
+        check_classes({split: beton.classes for split, beton in ffcv_files.items()}, data.num_classes)
         pool = ThreadPoolExecutor(max(1, num_workers), thread_name_prefix="decode")
-        images = {split: FFCVImages(beton, transform, device, pool) for split, beton in betons.items()}
+        images = {split: FFCVImages(beton, transform, device, pool) for split, beton in ffcv_files.items()}
         reason += f", {max(1, num_workers)} threads"
     else:
         lists = list_splits(data, splits, is_main)
@@ -124,7 +121,7 @@ def choose_backend(data: DataConfig, splits: Sequence[str]) -> tuple[str, str]:
     return "ffcv", f"auto: {' and '.join(names)} found"
 
 
-def open_betons(data: DataConfig, splits: Sequence[str]) -> dict[str, Beton]:
+def open_ffcv_files(data: DataConfig, splits: Sequence[str]) -> dict[str, FFCVFile]:
     """The FFCV file of each split.
 
     Raises:
@@ -132,17 +129,17 @@ def open_betons(data: DataConfig, splits: Sequence[str]) -> dict[str, Beton]:
     """
     if data.root is None:
         raise UserError(f"data.root is not given; data.backend ffcv needs the folder that holds {splits[0]}.beton")
-    betons = {}
+    ffcv_files = {}
     for split in splits:
         path = Path(data.root) / f"{split}.beton"
         if not path.is_file():
             command = f"python -m mrl.data.write_ffcv --root {data.root} --split {split}"
             raise UserError(f"{path} is missing; write it with {command}, or use data.backend folder")
-        betons[split] = Beton(path, read_description(path))
+        ffcv_files[split] = FFCVFile(path, read_description(path))
     told = "".join((Path(data.root) / f"{split}.beton.json").read_text() for split in splits)
     if not distributed.agree(int.from_bytes(hashlib.sha256(told.encode()).digest()[:7], "big")):
         raise UserError(f"data.root {data.root} does not hold the same .beton files on all machines; copy them again")
-    return betons
+    return ffcv_files
 
 
 def list_splits(data: DataConfig, splits: Sequence[str], is_main: bool = True) -> dict[str, ImageList]:
@@ -154,7 +151,7 @@ def list_splits(data: DataConfig, splits: Sequence[str], is_main: bool = True) -
     if data.root is None:
         raise UserError(f"data.root is not given; data.name {data.name} needs the folder that holds train/ and val/")
     list_split = list_imagenet if data.name == "imagenet" else list_images
-    with distributed.one_first():  # it lists and keeps the list, the others read that
+    with distributed.local_main_first():  # it lists and keeps the list, the others read that
         lists = {split: list_split(data.root, split, is_main) for split in splits}
     if not distributed.agree(digest(data.root, lists)):
         raise UserError(f"data.root {data.root} does not hold the same images on all machines; copy them there again")

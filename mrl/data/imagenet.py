@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mrl.data.listing import Folder, ImageList, images_by_class, read_tree, shown, split_folder
+from mrl.data.folder import Folder, ImageList, images_by_class, read_tree, shown, split_folder
 from mrl.errors import UserError
 
 KAGGLE_FOLDER = Path("ILSVRC/Data/CLS-LOC")
@@ -24,7 +24,7 @@ def list_imagenet(root: str | Path, split: str, show_progress: bool = False) -> 
     """The images of ImageNet's train/ or val/ below ``root``, or below ``root``'s ILSVRC/Data/CLS-LOC.
 
     Raises:
-        UserError: Files are missing, classes are no wnids, or flat validation images cannot be labelled with certainty.
+        UserError: Files are missing, classes are no wnids, or flat validation images cannot be labeled with certainty.
     """
     root = Path(root)
     images_root = root / KAGGLE_FOLDER if (root / KAGGLE_FOLDER).is_dir() else root
@@ -82,9 +82,9 @@ def label_flat(top: Path, folder: Folder, places: Sequence[Path]) -> ImageList:
 
 
 def _sorted_by_class(top: Path, folder: Folder, wnid_of: dict[str, str], truth: Path) -> ImageList:
-    unlabelled = [image for image in folder.images if Path(image).stem not in wnid_of]
-    if unlabelled:
-        raise UserError(f"{truth} does not label {len(unlabelled):,} images of {top}: {shown(unlabelled)}")
+    unlabeled = [image for image in folder.images if Path(image).stem not in wnid_of]
+    if unlabeled:
+        raise UserError(f"{truth} does not label {len(unlabeled):,} images of {top}: {shown(unlabeled)}")
     missing = sorted(wnid_of.keys() - {Path(image).stem for image in folder.images})
     if missing:
         raise UserError(f"{top} lacks {len(missing):,} of the {len(wnid_of):,} images in {truth}: {shown(missing)}")

@@ -1,4 +1,7 @@
-"""Small sets: every image decoded once and kept on the device, cropped there in batches."""
+"""Small sets: every image decoded once and kept on the device, cropped there in batches.
+
+scikit-learn's handwritten digits: 1,797 real images of 8x8 pixels that come with the package.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,8 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
-from mrl.data.crops import Transform, crop_and_resize, normalise, resize_and_centre_crop
 from mrl.data.folder import read_image
+from mrl.data.transforms import Transform, crop_and_resize, normalize, resize_and_center_crop
 from mrl.errors import UserError
 from mrl.progress import progress
 
@@ -26,7 +29,7 @@ class MemoryImages:
         images: ``(N, 3, S, S)`` uint8, S = ``transform.eval_resize_px``.
         labels: ``(N,)`` int64.
         classes: Names of the classes.
-        transform: Crops and normalisation.
+        transform: Crops and normalization.
         device: Where the images are kept and batches are wanted.
     """
 
@@ -53,15 +56,15 @@ class MemoryImages:
             sides = np.full(len(batch_rows), images.shape[-1])
             boxes, flipped = self._transform.train_boxes(epoch, batch_rows, sides, sides)
             crops = crop_and_resize(images.float(), boxes, flipped, px)
-            yield normalise(crops, self._transform.mean, self._transform.std), labels
+            yield normalize(crops, self._transform.mean, self._transform.std), labels
 
     def eval_batches(self, rows: Sequence[np.ndarray], flip: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
-        """Centre crops for each array of rows; ``flip`` mirrors every one."""
+        """Center crops for each array of rows; ``flip`` mirrors every one."""
         for batch_rows in map(np.asarray, rows):
             images, labels = self._take(batch_rows)
-            centres = functional.center_crop(images, [self._transform.eval_px] * 2)
-            centres = functional.horizontal_flip(centres) if flip else centres
-            yield normalise(centres, self._transform.mean, self._transform.std), labels
+            centers = functional.center_crop(images, [self._transform.eval_px] * 2)
+            centers = functional.horizontal_flip(centers) if flip else centers
+            yield normalize(centers, self._transform.mean, self._transform.std), labels
 
     def _take(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
         index = torch.from_numpy(rows)
@@ -71,7 +74,7 @@ class MemoryImages:
 
 
 def decode_images(paths: Sequence[str], px: int, num_threads: int, title: str, show_progress: bool) -> Tensor:
-    """The images in ``paths``, ``(N, 3, px, px)`` uint8 on the CPU: shorter side resized to ``px``, centre cut out.
+    """The images in ``paths``, ``(N, 3, px, px)`` uint8 on the CPU: shorter side resized to ``px``, center cut out.
 
     Raises:
         UserError: An image cannot be read.
@@ -81,7 +84,7 @@ def decode_images(paths: Sequence[str], px: int, num_threads: int, title: str, s
     def decode(start: int) -> int:
         stop = min(start + IMAGES_PER_TASK, len(paths))
         for row in range(start, stop):
-            images[row] = resize_and_centre_crop(read_image(paths[row]), px, px)
+            images[row] = resize_and_center_crop(read_image(paths[row]), px, px)
         return stop - start
 
     with (
@@ -116,3 +119,24 @@ def check_fits(num_images: int, px: int, device: torch.device) -> None:
                 f"data.backend memory needs {needed / 2**30:,.1f} GiB for {num_images:,} images of {px} px, "
                 f"but there are {there / 2**30:,.1f} GiB of {where}; use data.backend folder"
             )
+
+
+VAL_EVERY = 5
+DIGIT_CLASSES = tuple(str(digit) for digit in range(10))
+
+
+def load_digits(px: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """Splits train and val: images ``(N, 3, px, px)`` uint8, labels ``(N,)`` int64.
+
+    Every fifth image of each class, in the order of the set, is in val.
+    """
+    from sklearn import datasets
+
+    digits = datasets.load_digits()
+    labels = torch.from_numpy(digits.target.astype(np.int64))
+    gray = torch.from_numpy(digits.images).float()[:, None] * (255 / 16)
+    images = functional.resize(gray, [px, px], antialias=True).round().to(torch.uint8).repeat(1, 3, 1, 1)
+    is_val = torch.zeros(len(labels), dtype=torch.bool)
+    for digit in range(10):
+        is_val[(labels == digit).nonzero()[VAL_EVERY - 1 :: VAL_EVERY]] = True
+    return {"train": (images[~is_val], labels[~is_val]), "val": (images[is_val], labels[is_val])}

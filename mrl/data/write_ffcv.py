@@ -26,13 +26,12 @@ from typing import Any
 import numpy as np
 
 from mrl.data import cores_per_process
-from mrl.data.beton import Beton, Description, import_ffcv
-from mrl.data.folder import read_image
+from mrl.data.ffcv import Description, FFCVFile, import_ffcv
+from mrl.data.folder import ImageList, list_images, read_image
 from mrl.data.imagenet import list_imagenet
-from mrl.data.listing import ImageList, list_images
 from mrl.errors import UserError
-from mrl.files import write_text
 from mrl.progress import progress
+from mrl.rundir import atomic_write_text
 
 NUM_READ_BACK = 100
 MIN_PAGE_BYTES = 8 << 20  # FFCV's default
@@ -90,7 +89,7 @@ def write(images: ImageList, split: str, out: Path, settings: Settings, num_thre
         num_bytes = unfinished.stat().st_size
         description = Description(split, images.classes, counts, num_bytes, asdict(settings))
         _read_back(unfinished, description, images, settings)
-        write_text(Path(f"{out}.json"), description.to_json())
+        atomic_write_text(Path(f"{out}.json"), description.to_json())
         os.replace(unfinished, out)
     except OSError as error:
         raise UserError(f"writing {out} failed, nothing was left there: {error}") from error
@@ -187,7 +186,7 @@ def _write_file(path: Path, encoded: Iterator[Any], labels: np.ndarray, settings
 
 def _read_back(path: Path, description: Description, images: ImageList, settings: Settings) -> None:
     """Nothing, if the file holds every label, and a sample of its images as they are encoded again now."""
-    beton = Beton(path, description)
+    beton = FFCVFile(path, description)
     scratch = beton.scratch()
     if not np.array_equal(beton.labels, images.labels):
         raise UserError(f"{path} was written with other labels than it was given; is the disk sound?")

@@ -45,7 +45,7 @@ def accuracy_by_dim(rows: Sequence[Row], metric: str = "top_1") -> Figure:
     """
     trained = trained_dims(rows)
     shown = [row for row in rows if row.method in METHODS and is_trained(row, trained)]
-    panels = {("classification", metric): "linear classification", ("retrieval", metric): "1-nearest neighbour"}
+    panels = {("classification", metric): "linear classification", ("retrieval", metric): "1-nearest neighbor"}
     return panels_by_dim(shown, panels)
 
 

@@ -54,7 +54,7 @@ def cascade_by_expected_dim(rows: Sequence[Row]) -> Figure:
     random draws of the fitting images. On ImageNet the paper's points are dashed.
 
     Args:
-        rows: Of one dataset, from `mrl.studies.cascade`.
+        rows: Of one dataset, from `mrl.studies.adaptive_classification`.
 
     Raises:
         UserError: There is nothing to draw, or the rows are of several datasets.
@@ -96,7 +96,7 @@ def first_correct_histogram(rows: Sequence[Row]) -> Figure:
     standard deviation. On ImageNet the paper's values of the same methods are dashed.
 
     Args:
-        rows: Of one dataset, from `mrl.studies.oracle`.
+        rows: Of one dataset, from `mrl.studies.adaptive_classification`.
 
     Raises:
         UserError: There is nothing to draw, or the rows are of several datasets.

@@ -1,4 +1,4 @@
-"""Coarse to fine, seen: neighbours of the same queries, and where the classifier of each size looks."""
+"""Coarse to fine, seen: neighbors of the same queries, and where the classifier of each size looks."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from mrl.errors import UserError
-from mrl.retrieval.search import Neighbours
-from mrl.studies.grad_cam import grad_cams
-from mrl.studies.logits import predict
+from mrl.retrieval.search import Neighbors
+from mrl.studies.classification import predict
+from mrl.studies.geometry import grad_cams
 from mrl.studies.opened_run import OpenedRun
 
 RIGHT, WRONG = "#009E73", "#D55E00"
 
 
-def neighbours_of(run: OpenedRun, found: Mapping[int, Neighbours], query: int, images: np.ndarray) -> Figure:
+def neighbors_of(run: OpenedRun, found: Mapping[int, Neighbors], query: int, images: np.ndarray) -> Figure:
     """The training images nearest to validation image ``images[query]``, a row per size of ``found``.
 
     Args:
@@ -35,14 +35,14 @@ def neighbours_of(run: OpenedRun, found: Mapping[int, Neighbours], query: int, i
     }
     image = images[[query]]
     [picture], [name] = run.pictures("val", image), _names(run, run.val.labels[image])
-    return neighbours_by_dim(picture, name, shown)
+    return neighbors_by_dim(picture, name, shown)
 
 
 def grad_cams_of(run: OpenedRun, images: np.ndarray, dims: Sequence[int]) -> Figure:
     """What the predictions of sizes ``dims`` rest on, in the validation images of rows ``images``.
 
     Raises:
-        UserError: A size has no classifier; or as `mrl.studies.grad_cam.grad_cams`.
+        UserError: A size has no classifier; or as `mrl.studies.geometry.grad_cams`.
     """
     if unknown := sorted(set(dims) - set(run.dims)):
         raise UserError(f"sizes {unknown} have no classifier; those of {run.source.run} are {list(run.dims)}")
@@ -53,25 +53,23 @@ def grad_cams_of(run: OpenedRun, images: np.ndarray, dims: Sequence[int]) -> Fig
     return grad_cam_sheet(run.pictures("val", images), _names(run, run.val.labels[images]), heat, dims, said)
 
 
-def neighbours_by_dim(
-    query: np.ndarray, name: str, neighbours: Mapping[int, tuple[np.ndarray, Sequence[str]]]
-) -> Figure:
-    """One query and a row of its nearest neighbours per size, best first.
+def neighbors_by_dim(query: np.ndarray, name: str, neighbors: Mapping[int, tuple[np.ndarray, Sequence[str]]]) -> Figure:
+    """One query and a row of its nearest neighbors per size, best first.
 
-    A neighbour of another class has a dashed frame and its name in another colour.
+    A neighbor of another class has a dashed frame and its name in another color.
 
     Args:
         query: ``(H, W, 3)``, 0 to 1.
         name: Its class.
-        neighbours: ``{dim: (images (K, H, W, 3), their K classes)}``.
+        neighbors: ``{dim: (images (K, H, W, 3), their K classes)}``.
     """
-    num_columns = 1 + max(len(names) for _, names in neighbours.values())
-    figure = Figure(figsize=(0.82 * num_columns + 0.5, 0.98 * len(neighbours)), layout="constrained")
+    num_columns = 1 + max(len(names) for _, names in neighbors.values())
+    figure = Figure(figsize=(0.82 * num_columns + 0.5, 0.98 * len(neighbors)), layout="constrained")
     FigureCanvasAgg(figure)
-    grid = figure.subplots(len(neighbours), num_columns, squeeze=False)
+    grid = figure.subplots(len(neighbors), num_columns, squeeze=False)
     for axes in grid.flat:
         _bare(axes)
-    for line, (dim, (images, names)) in zip(grid, neighbours.items(), strict=True):
+    for line, (dim, (images, names)) in zip(grid, neighbors.items(), strict=True):
         line[0].set_ylabel(f"{dim} dims", fontsize=8)
         for axes, image, of_image in zip(line[1:], images, names, strict=False):
             axes.imshow(image, interpolation="nearest")
@@ -104,9 +102,9 @@ def grad_cam_sheet(
             _bare(axes)
         line[0].imshow(images[i], interpolation="nearest")
         line[0].set_title(f"image of {names[i]}", fontsize=7, pad=2)
-        grey = images[i].mean(axis=-1)
+        gray = images[i].mean(axis=-1)
         for axes, dim, of_size, classes in zip(line[1:], dims, heat, said, strict=True):
-            axes.imshow(grey, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            axes.imshow(gray, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
             axes.imshow(of_size[i], cmap="inferno", vmin=0, vmax=1, alpha=0.6)
             right = classes[i] == names[i]
             axes.set_title(f"{dim} dims: {classes[i]}", fontsize=7, pad=2, color=RIGHT if right else WRONG)

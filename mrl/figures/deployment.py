@@ -14,7 +14,7 @@ from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from mrl.errors import UserError
 from mrl.figures.style import METHOD_STYLES, NothingToDraw, Style, add_legend, metric_label, title
 from mrl.results import Row
-from mrl.studies.deployment import BYTES_PER_NUMBER, CascadePoint
+from mrl.studies.adaptive_classification import BYTES_PER_NUMBER, CascadePoint
 
 PLAIN, RERANKED, FUNNEL = "one search, no reranking (numbers: its dims)", "shortlist, reranked at full width", "funnel"
 STYLES: dict[str, Style] = {
@@ -75,7 +75,7 @@ def cascade_in_use(cascades: Sequence[CascadePoint], alone: Sequence[CascadePoin
     """Accuracy of the cascade and of single sizes against measured microseconds and bytes read, per image.
 
     Args:
-        cascades: See `mrl.studies.deployment.cascade_points`.
+        cascades: See `mrl.studies.adaptive_classification.cascade_points`.
         alone: Likewise.
         cap: The cascade to look at, by its largest size; its points are ringed.
         heading: What the images are, for the title.

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from mrl.figures.style import METHOD_STYLES, OTHER_STYLES, Style, add_legend, dim_axis
 from mrl.studies.geometry import Blocks
 
-MOST_CLASSES_COLOURED = 10
+MOST_CLASSES_COLORED = 10
 OF_CLASS, RANDOM = "pairs of one class", "random pairs"
 
 
@@ -54,9 +54,9 @@ def block_statistics(by_run: Mapping[str, Blocks]) -> Figure:
 
 
 def prefix_maps(maps: Mapping[int, np.ndarray], labels: np.ndarray, classes: Sequence[str]) -> Figure:
-    """A panel per size: the images as t-SNE places their prefixes, coloured by class.
+    """A panel per size: the images as t-SNE places their prefixes, colored by class.
 
-    Of more than 10 classes the ten with the most images are coloured, the rest is grey. Names of one character
+    Of more than 10 classes the ten with the most images are colored, the rest is gray. Names of one character
     stand beside the middle of their class.
 
     Args:
@@ -68,11 +68,11 @@ def prefix_maps(maps: Mapping[int, np.ndarray], labels: np.ndarray, classes: Seq
     FigureCanvasAgg(figure)
     all_axes = figure.subplots(1, len(maps), squeeze=False)[0]
     counts = np.bincount(labels, minlength=len(classes))
-    coloured = np.sort(np.argsort(-counts, kind="stable")[:MOST_CLASSES_COLOURED])
+    colored = np.sort(np.argsort(-counts, kind="stable")[:MOST_CLASSES_COLORED])
     for axes, (dim, places) in zip(all_axes, maps.items(), strict=True):
-        others = ~np.isin(labels, coloured)
+        others = ~np.isin(labels, colored)
         axes.scatter(*places[others].T, s=5, color="0.85", linewidths=0)
-        for number, c in enumerate(coloured):
+        for number, c in enumerate(colored):
             some = places[labels == c]
             axes.scatter(*some.T, s=7, color=f"C{number}", linewidths=0, label=classes[c])
             if len(classes[c]) == 1 and len(some):
@@ -85,7 +85,7 @@ def prefix_maps(maps: Mapping[int, np.ndarray], labels: np.ndarray, classes: Seq
         axes.set_yticks([])
         axes.spines[:].set_color("0.8")
     if max(map(len, classes)) > 1:
-        add_legend(figure, [classes[c] for c in coloured], entry_inches=1.6)
+        add_legend(figure, [classes[c] for c in colored], entry_inches=1.6)
     return figure
 
 

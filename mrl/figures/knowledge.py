@@ -34,7 +34,7 @@ def accuracy_of_groups_and_classes(rows: Sequence[Row], trained: Sequence[int]) 
     The number of images in the title is that of the queries taken, which may be some of the validation images.
 
     Args:
-        rows: Of one run, from `mrl.studies.prefix_knowledge.knowledge` and `mrl.studies.classification`.
+        rows: Of one run, from `mrl.studies.hierarchy.knowledge` and `mrl.studies.classification`.
         trained: The sizes that were.
 
     Raises:
@@ -102,7 +102,7 @@ def sizes_each_class_needs(needed: np.ndarray, dims: Sequence[int], classes: Seq
     """Which classes need more dims: a bar per class, the longest first; of more than 30, those that need most.
 
     Args:
-        needed: ``(C,)`` of `mrl.studies.prefix_knowledge.sizes_needed`.
+        needed: ``(C,)`` of `mrl.studies.hierarchy.sizes_needed`.
         dims: All sizes, ascending.
         classes: C names.
     """

@@ -32,7 +32,7 @@ from mrl.results import METHODS, Row
 
 BASELINE_PANELS = {
     ("classification", "top_1"): "linear classification",
-    ("retrieval", "top_1"): "1-nearest neighbour",
+    ("retrieval", "top_1"): "1-nearest neighbor",
     ("retrieval", "map@10"): "retrieval",
 }
 PAIRS, FUNNELS = "adaptive_retrieval", "funnel_retrieval"
@@ -215,7 +215,7 @@ def _draw_series(
             look |= {"markerfacecolor": style["color"], "zorder": 4}
         if costs != sorted(costs):
             look["linestyle"] = "none"  # times of small searches may not rise with the size
-        if max(map(len, drawn)) == 1 or style["marker"] == ".":  # grey points are too many for bars
+        if max(map(len, drawn)) == 1 or style["marker"] == ".":  # gray points are too many for bars
             axes.plot(costs, values, **look)
         else:
             spread = [100 * statistics.stdev(row.value for row in same) if len(same) > 1 else 0.0 for same in drawn]

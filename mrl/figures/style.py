@@ -1,4 +1,4 @@
-"""What all figures share: colours, markers, axes of sizes, the legend, saving."""
+"""What all figures share: colors, markers, axes of sizes, the legend, saving."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ Style = dict[str, Any]
 METRIC_LABELS = {"top_1": "top-1 accuracy (%)", "top_5": "top-5 accuracy (%)"}
 METRIC_NAMES = {"map": "mAP", "precision": "precision", "recall": "recall"}
 METHOD_LABELS = {"FF": "FF (one model per size)", "FF truncated": "FF, plain truncation"}
-# Colours of Okabe and Ito, which the colour-blind can tell apart; marker and line style tell the same in grey.
+# Colors of Okabe and Ito, which the color-blind can tell apart; marker and line style tell the same in gray.
 METHOD_STYLES: dict[str, Style] = {
     "MRL": {"color": "#0072B2", "marker": "o", "linestyle": "-"},
     "MRL-E": {"color": "#D55E00", "marker": "s", "linestyle": "--"},
     # Larger, since it lies under the others where all agree.
     "FF": {"color": "#000000", "marker": "D", "linestyle": ":", "markersize": 8},
     "FF truncated": {"color": "#009E73", "marker": "v", "linestyle": "-."},
-    # Of one kind, one colour: singular vectors, random coordinates.
+    # Of one kind, one color: singular vectors, random coordinates.
     "FF PCA": {"color": "#CC79A7", "marker": "^", "linestyle": "-"},
     "FF SVD": {"color": "#56B4E9", "marker": "P", "linestyle": "--"},
     "FF low-rank classifier": {"color": "#56B4E9", "marker": "h", "linestyle": "-"},
@@ -90,7 +90,7 @@ def title(figure: Figure, text: str) -> None:
 
 
 def draw_paper(axes: Axes, points: Iterable[tuple[float, float]], label: str, style: Style) -> None:
-    """The paper's values as a thin dashed line in the colour of ours, under all others; nothing if there are none."""
+    """The paper's values as a thin dashed line in the color of ours, under all others; nothing if there are none."""
     if in_order := sorted(points):
         look: dict[str, Any] = {"color": style["color"], "linewidth": 1, "dashes": (6, 3), "zorder": 1}
         axes.plot(*zip(*in_order, strict=True), label=PAPER.format(label), **look)

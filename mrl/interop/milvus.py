@@ -12,7 +12,7 @@ import numpy as np
 
 from mrl.errors import UserError
 from mrl.retrieval.rerank import check_stages
-from mrl.retrieval.search import Neighbours
+from mrl.retrieval.search import Neighbors
 
 INSERT_ROWS = 1000  # a request to a server may hold 64 MB
 
@@ -61,7 +61,7 @@ def upload(
 
 def funnel_search(
     client: Any, collection: str, queries: np.ndarray, shortlist_dim: int, stages: Sequence[tuple[int, int]]
-) -> Neighbours:
+) -> Neighbors:
     """As `mrl.funnel_search`: a search of all queries, then a filtered search per query and stage.
 
     Args:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from mrl.errors import UserError
-from mrl.models import MatryoshkaClassifier, load
-from mrl.nesting import prefix, unit_prefix
+from mrl.matryoshka import prefix, unit_prefix
+from mrl.model import MatryoshkaClassifier, load
 
 INPUT, OUTPUT = "images", "embedding"
 
@@ -30,8 +30,8 @@ class _Encoder(nn.Module):
 def export_onnx(run: str | Path, out: str | Path, dim: int | None = None) -> tuple[int, int]:
     """``(dim, crop_px)`` of the file, after writing it to ``out``.
 
-    Its input ``images`` is ``(B, 3, crop_px, crop_px)`` float32, normalised as `preprocess` does, for any B;
-    its output ``embedding`` is ``(B, dim)`` of length 1. Its metadata say how to normalise, and which
+    Its input ``images`` is ``(B, 3, crop_px, crop_px)`` float32, normalized as `preprocess` does, for any B;
+    its output ``embedding`` is ``(B, dim)`` of length 1. Its metadata say how to normalize, and which
     sizes were trained. A vector of full width can be cut further, if it is scaled to length 1 again.
 
     Args:

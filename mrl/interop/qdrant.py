@@ -10,7 +10,7 @@ import numpy as np
 
 from mrl.errors import UserError
 from mrl.retrieval.rerank import check_stages
-from mrl.retrieval.search import Neighbours
+from mrl.retrieval.search import Neighbors
 
 
 def _models() -> Any:
@@ -51,7 +51,7 @@ def upload(
 
 def funnel_search(
     client: Any, collection: str, queries: np.ndarray, shortlist_dim: int, stages: Sequence[tuple[int, int]]
-) -> Neighbours:
+) -> Neighbors:
     """As `mrl.funnel_search`, by nested prefetches: one request for all queries.
 
     Args:

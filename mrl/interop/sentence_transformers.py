@@ -16,8 +16,8 @@ from torch import Tensor
 from mrl.data.folder import read_image
 from mrl.errors import UserError
 from mrl.interop.hub import FILES, new_folder
-from mrl.models import MatryoshkaClassifier, load, save_model
-from mrl.nesting import prefix, unit_prefix
+from mrl.matryoshka import prefix, unit_prefix
+from mrl.model import MatryoshkaClassifier, load, save_model
 
 try:
     from sentence_transformers import SentenceTransformer
@@ -31,13 +31,13 @@ except ImportError as error:
 class MatryoshkaImages(InputModule):
     """Images in, embeddings ``(B, D)`` out, as sentence-transformers wants them.
 
-    sentence-transformers cuts to ``truncate_dim`` after all modules, and normalises after that only if
-    ``encode`` is told to. So nothing is normalised here unless ``dim`` fixes the size: a Normalize in
+    sentence-transformers cuts to ``truncate_dim`` after all modules, and normalizes after that only if
+    ``encode`` is told to. So nothing is normalized here unless ``dim`` fixes the size: a Normalize in
     the module list would come before the cut.
 
     Args:
         model: What embeds, its ``info`` filled.
-        dim: Prefix size, cut and normalised here; None for raw embeddings of full width.
+        dim: Prefix size, cut and normalized here; None for raw embeddings of full width.
     """
 
     config_file_name = "matryoshka.json"

@@ -7,8 +7,8 @@ from pathlib import Path
 from safetensors.torch import save
 
 from mrl.errors import UserError
-from mrl.files import write_whole
-from mrl.models import ModelInfo, load
+from mrl.model import ModelInfo, load
+from mrl.rundir import atomic_write
 
 INSTEAD = "use the run in Python (mrl.load) or export it as ONNX"
 
@@ -17,7 +17,7 @@ def export_backbone(run: str | Path, out: str | Path) -> str:
     """The line of Python that loads it, after writing the backbone's state dict to ``out``.
 
     ``timm.create_model`` takes the file as its ``checkpoint_path`` and returns raw embeddings
-    ``(B, D)``: take a prefix, then normalise it. The head stays behind.
+    ``(B, D)``: take a prefix, then normalize it. The head stays behind.
 
     Args:
         run: A finished run directory, or a folder that was exported for the Hub.
@@ -33,7 +33,7 @@ def export_backbone(run: str | Path, out: str | Path) -> str:
     assert model.info is not None  # load fills it
     _check_is_timm(run, model.info)
     content = save({key: value.contiguous() for key, value in model.backbone.state_dict().items()})
-    write_whole(out, lambda file: file.write(content))
+    atomic_write(out, lambda file: file.write(content))
     settings = "".join(f", {key}={value!r}" for key, value in model.info.kwargs.items())
     return f"timm.create_model({model.info.backbone!r}, num_classes=0, checkpoint_path={str(out)!r}{settings})"
 

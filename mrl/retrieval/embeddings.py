@@ -1,4 +1,7 @@
-"""Embeddings of a whole split, computed once and kept on disk."""
+"""Embeddings of a whole split, computed once and kept on disk.
+
+Vectors of a folder of images as three files that any tool reads: vectors.npy, vectors.ids.txt, vectors.json.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mrl.data.order import eval_rows
+from mrl import distributed
+from mrl.data.transforms import eval_indices
+from mrl.distributed import Process
 from mrl.errors import UserError
-from mrl.files import write_text
 from mrl.progress import progress
-from mrl.training import distributed
-from mrl.training.distributed import Process
+from mrl.rundir import atomic_write, atomic_write_text
 
 Embed = Callable[[Tensor], Tensor]
 _MISSING, _FILLED, _NOT_FINITE = 0, 1, 2
@@ -37,8 +40,8 @@ class EmbeddingMetadata:
         dataset: Name of the data.
         split: train, val, or the name of other images.
         resize_px: Shorter side of an image after resizing.
-        crop_px: Side of its centre crop.
-        normalisation: What is taken from the pixels and what they are divided by, as text.
+        crop_px: Side of its center crop.
+        normalization: What is taken from the pixels and what they are divided by, as text.
         flip: Whether the images are mirrored.
         classes_sha256: Of the names of the classes, and of the files' where the data have no other name to go by.
         precision: Arithmetic of the forward pass, "fp32" or "bf16" (autocast); what is stored is float32.
@@ -49,7 +52,7 @@ class EmbeddingMetadata:
     split: str
     resize_px: int
     crop_px: int
-    normalisation: str
+    normalization: str
     flip: bool
     classes_sha256: str
     precision: str = "fp32"
@@ -60,7 +63,7 @@ class EmbeddingSet:
     """One row per image, in dataset order.
 
     Attributes:
-        vectors: ``(N, D)`` float32 as the head reads them, not normalised; memory-mapped, read-only.
+        vectors: ``(N, D)`` float32 as the head reads them, not normalized; memory-mapped, read-only.
         labels: ``(N,)`` int64.
         metadata: What they are of.
     """
@@ -78,7 +81,7 @@ class Images(Protocol):
     def __len__(self) -> int: ...
 
     def eval_batches(self, rows: Sequence[np.ndarray], flip: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images on the device, normalised, and their labels, for each array of rows."""
+        """Images on the device, normalized, and their labels, for each array of rows."""
         ...
 
 
@@ -154,7 +157,7 @@ def embed_split(
         except UserError as error:
             failure = error
         # Nobody waits for a process that has met an error: all of them end here.
-        [failed] = distributed.any_process(failure is not None)
+        [failed] = distributed.all_reduce_any(failure is not None)
         if failure is not None:
             raise failure
         if failed:
@@ -197,7 +200,7 @@ def _prepare(directory: Path, metadata: EmbeddingMetadata, num_images: int, widt
     np.lib.format.open_memmap(directory / "vectors.npy", "w+", np.float32, (num_images, width))
     np.save(directory / "labels.npy", np.full(num_images, -1, dtype=np.int64))
     np.save(directory / "filled.npy", np.full(num_images, _MISSING, dtype=np.uint8))
-    write_text(directory / "unfinished.json", json.dumps(dataclasses.asdict(metadata), indent=2) + "\n")
+    atomic_write_text(directory / "unfinished.json", json.dumps(dataclasses.asdict(metadata), indent=2) + "\n")
 
 
 def _open_files(directory: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -212,7 +215,7 @@ def _fill(
 ) -> None:
     """Embed the rows of this process that are not filled yet; stops at the first batch that is not finite."""
     vectors, labels, filled = _open_files(directory)
-    shares = eval_rows(len(images), batch_size, process.rank, process.world_size)
+    shares = eval_indices(len(images), batch_size, process.rank, process.world_size)
     rows = [missing for share in shares if len(missing := share[filled[share] != _FILLED])]
     autocast = torch.autocast(process.device.type, torch.bfloat16, enabled=metadata.precision == "bf16")
     with progress(
@@ -248,3 +251,88 @@ def _check_filled(directory: Path, images: Images) -> None:
     if not np.array_equal(labels, images.labels.numpy()):
         raise RuntimeError(f"the images in {directory} did not come in dataset order: their labels differ")
     vectors.flush()  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True)
+class VectorInfo:
+    """What the vectors are of: the content of vectors.json.
+
+    Attributes:
+        run: Directory of the model that made them.
+        checkpoint_sha256: SHA-256 of its weights.
+        trained_dims: Prefix sizes that it was trained at.
+        dim: Length of a vector.
+        images: The folder that the ids are relative to.
+        ids_sha256: SHA-256 of the ids, a line each.
+    """
+
+    run: str
+    checkpoint_sha256: str
+    trained_dims: tuple[int, ...]
+    dim: int
+    images: str
+    ids_sha256: str
+
+
+@dataclass(frozen=True)
+class VectorFile:
+    """One row per image.
+
+    Attributes:
+        vectors: ``(N, dim)`` float32 of length 1; memory-mapped, read-only.
+        ids: Paths of the N images, relative to ``info.images``.
+        info: What they are of.
+    """
+
+    vectors: np.ndarray
+    ids: list[str]
+    info: VectorInfo
+
+
+def ids_path(path: Path) -> Path:
+    """Where the ids of the vectors in ``path`` are: vectors.ids.txt beside vectors.npy."""
+    return path.with_name(f"{path.stem}.ids.txt")
+
+
+def info_path(path: Path) -> Path:
+    """Where the description of the vectors in ``path`` is: vectors.json beside vectors.npy."""
+    return path.with_suffix(".json")
+
+
+def ids_sha256(ids: Sequence[str]) -> str:
+    """SHA-256 of ids in their order."""
+    return hashlib.sha256(_lines(ids)).hexdigest()
+
+
+def _lines(ids: Sequence[str]) -> bytes:
+    return b"".join(os.fsencode(name) + b"\n" for name in ids)
+
+
+def write_vectors(finished: Path, path: Path, ids: Sequence[str], info: VectorInfo) -> None:
+    """Move the array file ``finished`` to ``path`` and write ids and description beside it."""
+    info_path(path).unlink(missing_ok=True)  # first away and last there: it says that the others are whole
+    atomic_write(ids_path(path), lambda file: file.write(_lines(ids)))
+    os.replace(finished, path)
+    atomic_write_text(info_path(path), json.dumps(dataclasses.asdict(info), indent=2) + "\n")
+
+
+def open_vectors(path: str | Path) -> VectorFile:
+    """The vectors that `write_vectors` wrote.
+
+    Raises:
+        UserError: One of the three files is missing or does not fit the others.
+    """
+    path = Path(path)
+    try:
+        content = json.loads(info_path(path).read_text(encoding="utf-8"))
+        info = VectorInfo(**content | {"trained_dims": tuple(content["trained_dims"])})
+        lines = ids_path(path).read_bytes().split(b"\n")[:-1]
+        vectors = np.load(path, mmap_mode="r")
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path} cannot be read as vectors of python -m mrl.embed: {error}") from error
+    ids = [os.fsdecode(line) for line in lines]
+    if vectors.dtype != np.float32 or vectors.shape != (len(ids), info.dim) or ids_sha256(ids) != info.ids_sha256:
+        raise UserError(
+            f"{path} {vectors.shape} and the {len(ids)} ids beside it are not of one pass; run mrl.embed again"
+        )
+    return VectorFile(vectors, ids, info)

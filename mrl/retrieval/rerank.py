@@ -12,8 +12,7 @@ from torch import Tensor
 
 from mrl.errors import UserError
 from mrl.progress import progress as progress_bar
-from mrl.retrieval.search import Neighbours, Vectors, exact_search, inverse_lengths
-from mrl.retrieval.selection import descending, pack, unpack
+from mrl.retrieval.search import Neighbors, Vectors, descending, exact_search, inverse_lengths, pack, unpack
 
 # Database vectors looked at together: few enough to stay in the processor's cache until every query that has one of
 # them on its list is through with it. A shortlist of 200 at 2048 dims is 1.6 MB, which read from memory takes longer
@@ -32,7 +31,7 @@ def rerank(
     by lower index. ``shortlist`` itself stays as it is.
 
     Args:
-        queries: ``(Q, D)``, raw (not normalised), an array or a tensor; computed with on the CPU.
+        queries: ``(Q, D)``, raw (not normalized), an array or a tensor; computed with on the CPU.
         database: ``(N, D)``, likewise; may be a memory-mapped file larger than the memory.
         shortlist: ``(Q, S)`` rows of the database in any order.
         dim: Prefix size, 1 to D.
@@ -53,15 +52,15 @@ def funnel_search(
     *,
     device: torch.device | str = "cpu",
     progress: bool = False,
-) -> Neighbours:
-    """Neighbours ``(indices, scores)`` of the last stage, each ``(Q, length)``, best first.
+) -> Neighbors:
+    """Neighbors ``(indices, scores)`` of the last stage, each ``(Q, length)``, best first.
 
-    An exact search at ``shortlist_dim`` finds the first stage's ``length`` neighbours; then each
+    An exact search at ``shortlist_dim`` finds the first stage's ``length`` neighbors; then each
     stage keeps the best ``length`` of the list so far and orders them at its ``dim``. One stage
     ``[(2048, 200)]`` is the paper's adaptive retrieval, several are its funnel.
 
     Args:
-        queries: ``(Q, D)``, raw (not normalised).
+        queries: ``(Q, D)``, raw (not normalized).
         database: ``(N, D)``, likewise.
         shortlist_dim: Prefix size of the first search.
         stages: ``(dim, length)`` of each stage; lengths may not grow.
@@ -85,9 +84,9 @@ def funnel(
     stages: Sequence[tuple[int, int]],
     *,
     progress: bool = False,
-) -> Neighbours:
+) -> Neighbors:
     """As `funnel_search`, from a ``shortlist`` ``(Q, S)``, best first, that some other search has found."""
-    check_stages(stages, np.shape(shortlist)[-1], "neighbours of the shortlist")
+    check_stages(stages, np.shape(shortlist)[-1], "neighbors of the shortlist")
     for dim, length in stages:
         shortlist, scores = _rerank(queries, database, shortlist[:, :length], dim, progress)
     return shortlist, scores
@@ -120,7 +119,7 @@ def _check(queries: Vectors, database: Vectors, shortlist: np.ndarray, dim: int)
         raise UserError(f"prefix size {dim} must be one of 1 to {database.shape[1]}")
 
 
-def _rerank(queries: Vectors, database: Vectors, shortlist: np.ndarray, dim: int, progress: bool) -> Neighbours:
+def _rerank(queries: Vectors, database: Vectors, shortlist: np.ndarray, dim: int, progress: bool) -> Neighbors:
     shortlist = np.asarray(shortlist)
     _check(queries, database, shortlist, dim)
     num_queries, length = shortlist.shape

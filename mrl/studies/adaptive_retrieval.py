@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from mrl.nesting import check_nesting_list
+from mrl.matryoshka import check_nesting_list
 from mrl.progress import progress
 from mrl.results import Row, Source
-from mrl.retrieval.cost import mflops_per_query
-from mrl.retrieval.metrics import hits, mean_average_precision, num_relevant, top_k_hit
+from mrl.retrieval.metrics import hits, mean_average_precision, mflops_per_query, num_relevant, top_k_hit
 from mrl.retrieval.rerank import rerank
 from mrl.retrieval.search import exact_search
 from mrl.studies.retrieval import check_labels, thin
@@ -157,7 +156,7 @@ def _search(queries: np.ndarray, database: np.ndarray, k: int, dim: int, device:
 
 
 def _rerank(queries: np.ndarray, database: np.ndarray, shortlist: np.ndarray, dim: int, stages: Stages) -> np.ndarray:
-    """Neighbours after all stages on a shortlist found at ``dim``, which stays as it is."""
+    """Neighbors after all stages on a shortlist found at ``dim``, which stays as it is."""
     for rerank_dim, length in stages:
         if rerank_dim != dim:
             shortlist = rerank(queries, database, shortlist[:, :length], rerank_dim)

@@ -1,4 +1,6 @@
-"""What a fixed-feature model gives at small sizes without nested training (paper, sections 4.1 and 4.2, tables 1, 2).
+"""A linear classifier fit on fixed embeddings (paper, section 4.1, baseline "linear probe" of table 1).
+
+What a fixed-feature model gives at small sizes without nested training (paper, sections 4.1 and 4.2, tables 1, 2).
 
 Each baseline is a change of coordinates after which the first ``dim`` of them are taken, so every one
 is scored by the same code as the prefixes of MRL.
@@ -11,17 +13,103 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mrl.errors import UserError
 from mrl.progress import progress
 from mrl.results import Row, Source
-from mrl.studies.classification import Classifier, classification, truncations
-from mrl.studies.finite import refuse_not_finite
-from mrl.studies.linear_probe import fit_linear_probe
-from mrl.studies.retrieval import retrieval, thin
+from mrl.studies.classification import Classifier, classification, refuse_not_finite, truncations
+from mrl.studies.retrieval import check_labels, retrieval, thin
 
 BATCH_ROWS = 8192
+
+
+def fit_linear_probe(
+    vectors: np.ndarray,
+    labels: np.ndarray,
+    num_classes: int,
+    *,
+    l2: float = 1e-4,
+    max_iterations: int = 30,
+    device: torch.device | str = "cpu",
+) -> Classifier:
+    """Weight ``(C, dim)`` and bias ``(C,)`` of multinomial logistic regression, for raw ``vectors`` ``(N, dim)``.
+
+    The recipe, since the paper gives none: coordinates scaled to mean 0 and variance 1 over the
+    training images, mean cross-entropy plus ``l2 / 2`` times the squared weights (not the biases) at
+    that scale, minimized from zero by L-BFGS with a strong Wolfe line search over all images at once,
+    no augmentation, no label smoothing. The same input gives the same classifier.
+
+    Args:
+        vectors: Embeddings of the training images; they are held on ``device`` as float32, once.
+        labels: ``(N,)`` whole numbers, 0 to C - 1.
+        num_classes: C.
+        l2: Strength of the penalty.
+        max_iterations: Of L-BFGS, at most; fewer where it converges.
+        device: Where to compute.
+
+    Raises:
+        UserError: A label is not one of the classes, the labels do not fit the embeddings, or one of
+            these holds NaN or infinity; the message names its row.
+    """
+    check_labels(vectors, labels, "training images")
+    if labels.min() < 0 or labels.max() >= num_classes:
+        raise UserError(f"labels go from {labels.min()} to {labels.max()}; the classes are 0 to {num_classes - 1}")
+    z = torch.empty(vectors.shape, dtype=torch.float32, device=device)
+    for start in range(0, len(z), BATCH_ROWS):
+        rows = slice(start, start + BATCH_ROWS)
+        z[rows] = torch.from_numpy(np.array(vectors[rows], dtype=np.float32)).to(device)
+        refuse_not_finite(z[rows], start, "training images' embeddings")
+    mean, deviation = _mean_and_deviation(z)
+    deviation[deviation == 0] = 1
+    z = z.sub_(mean).div_(deviation)
+    truth = torch.from_numpy(np.array(labels, dtype=np.int64)).to(device)
+    weight, bias = _minimize(z, truth, num_classes, l2, max_iterations)
+    weight = weight / deviation
+    return weight, bias - weight @ mean
+
+
+def _mean_and_deviation(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each column of ``z`` ``(N, dim)``: two ``(dim,)`` in float32, computed in float64, in blocks."""
+    # A sum of float32 in float64 is exact where all are equal, so that these deviate by 0.
+    mean = sum(block.double().sum(dim=0) for block in z.split(BATCH_ROWS)) / len(z)
+    squares = sum((block.double() - mean).square_().sum(dim=0) for block in z.split(BATCH_ROWS))
+    return mean.float(), (squares / len(z)).sqrt().float()
+
+
+def _minimize(z: Tensor, labels: Tensor, num_classes: int, l2: float, max_iterations: int) -> tuple[Tensor, Tensor]:
+    weight = torch.zeros(num_classes, z.shape[1], device=z.device, requires_grad=True)
+    bias = torch.zeros(num_classes, device=z.device, requires_grad=True)
+    max_passes = max_iterations * 5 // 4
+    optimizer = torch.optim.LBFGS(
+        [weight, bias],
+        max_iter=max_iterations,
+        max_eval=max_passes,
+        tolerance_grad=1e-5,
+        history_size=10,
+        line_search_fn="strong_wolfe",
+    )
+    with progress(total=max_passes, desc=f"linear probe, {z.shape[1]} dims", unit="pass", leave=False) as bar:
+
+        def loss_and_gradient() -> Tensor:
+            optimizer.zero_grad()
+            total = l2 / 2 * weight.square().sum()
+            total.backward()
+            total = total.detach()
+            # In blocks, for the logits of all images at once may not fit in memory.
+            for rows, truth in zip(z.split(BATCH_ROWS), labels.split(BATCH_ROWS), strict=True):
+                loss = F.cross_entropy(F.linear(rows, weight, bias), truth, reduction="sum") / len(z)
+                loss.backward()
+                total += loss.detach()
+            bar.update()
+            return total
+
+        optimizer.step(loss_and_gradient)
+    return weight.detach(), bias.detach()
+
+
+BATCH_ROWS_BASELINES = 8192
 
 Transform = Callable[[np.ndarray], np.ndarray]  # (N, D) -> (N, width)
 
@@ -41,7 +129,7 @@ def retrieval_baselines(
 ) -> list[Row]:
     """Rows of the `retrieval` study at each size for four baselines on a fixed-feature model of full width.
 
-    "FF PCA" (centred) and "FF SVD" (not centred) are fit on the database; "FF random coordinates" and
+    "FF PCA" (centered) and "FF SVD" (not centered) are fit on the database; "FF random coordinates" and
     "FF random projection" (Gaussian) are means over ``draws``. Random choices follow from the seed of
     the run. All are compared by cosine, as every embedding here is.
 
@@ -70,7 +158,7 @@ def retrieval_baselines(
 
     mean, covariance = moments(database, device)
     uncentred = covariance + mean[:, None] * mean
-    pca, svd = (top_directions(matrix, max(dims)) for matrix in (covariance, uncentred))
+    pca, svd = (principal_components(matrix, max(dims)) for matrix in (covariance, uncentred))
     rows = rows_of("FF PCA", lambda vectors: project(vectors, pca, mean, device=device))
     rows += rows_of("FF SVD", lambda vectors: project(vectors, svd, device=device))
     of_draws: dict[str, list[list[Row]]] = {"FF random coordinates": [], "FF random projection": []}
@@ -160,12 +248,12 @@ def moments(vectors: np.ndarray, device: torch.device | str = "cpu") -> tuple[Te
         mean += block.double().sum(dim=0) / len(vectors)
     covariance = torch.zeros(width, width, dtype=torch.float64, device=device)
     for block in _blocks(vectors, device, "principal directions: covariance"):
-        centred = block - mean.float()
-        covariance += (centred.T @ centred).double() / len(vectors)
+        centered = block - mean.float()
+        covariance += (centered.T @ centered).double() / len(vectors)
     return mean, covariance
 
 
-def top_directions(matrix: Tensor, count: int) -> Tensor:
+def principal_components(matrix: Tensor, count: int) -> Tensor:
     """The eigenvectors ``(D, count)`` of the largest eigenvalues of a symmetric ``matrix``, largest first, float32."""
     return torch.linalg.eigh(matrix).eigenvectors.flip(1)[:, :count].float()
 
@@ -204,8 +292,8 @@ def project(
 def take_coordinates(vectors: np.ndarray, coordinates: np.ndarray) -> np.ndarray:
     """The columns ``coordinates`` of ``vectors``, in that order, as float32, read in blocks."""
     taken = np.empty((len(vectors), len(coordinates)), dtype=np.float32)
-    for start in range(0, len(vectors), BATCH_ROWS):
-        taken[start : start + BATCH_ROWS] = vectors[start : start + BATCH_ROWS][:, coordinates]
+    for start in range(0, len(vectors), BATCH_ROWS_BASELINES):
+        taken[start : start + BATCH_ROWS_BASELINES] = vectors[start : start + BATCH_ROWS_BASELINES][:, coordinates]
     return taken
 
 
@@ -217,7 +305,7 @@ def mean_rows(draws: Sequence[Sequence[Row]]) -> list[Row]:
 
 def _blocks(vectors: np.ndarray, device: torch.device | str, name: str) -> Iterator[Tensor]:
     with progress(total=len(vectors), desc=name, unit="vector") as bar:
-        for start in range(0, len(vectors), BATCH_ROWS):
-            block = np.array(vectors[start : start + BATCH_ROWS], dtype=np.float32)
+        for start in range(0, len(vectors), BATCH_ROWS_BASELINES):
+            block = np.array(vectors[start : start + BATCH_ROWS_BASELINES], dtype=np.float32)
             yield torch.from_numpy(block).to(device)
             bar.update(len(block))

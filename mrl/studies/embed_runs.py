@@ -10,11 +10,11 @@ from typing import Any, Literal
 
 import torch
 
-from mrl.config import Config
+from mrl.config import Config, read_config
 from mrl.data import build_data
+from mrl.distributed import Process
 from mrl.errors import UserError
-from mrl.models import load
-from mrl.recipes import read_config
+from mrl.model import load
 from mrl.results import Source
 from mrl.retrieval.embeddings import (
     EmbeddingMetadata,
@@ -25,10 +25,8 @@ from mrl.retrieval.embeddings import (
     file_sha256,
     open_embeddings,
 )
-from mrl.studies.further import FurtherImages, LabelledFolder
-from mrl.studies.robustness import SYNSET_FILES
-from mrl.studies.run import EmbeddedRun
-from mrl.training.distributed import Process
+from mrl.studies.opened_run import EmbeddedRun
+from mrl.studies.transfer import SYNSET_FILES, LabelledFolder, TransferImages
 
 SPLITS = ("train", "val")
 IMAGENET_CLASSES = 1000
@@ -37,7 +35,7 @@ RESERVED_NAMES = ("imagenet", "tiny_imagenet", "digits", *SYNSET_FILES)
 
 def embed_runs(
     names: dict[str, Path],
-    further: FurtherImages,
+    further: TransferImages,
     batch_size: int,
     force: bool,
     process: Process,
@@ -129,7 +127,7 @@ def describe_embeddings(
         split="val",
         resize_px=source.resize_px,
         crop_px=source.crop_px,
-        normalisation=f"mean {config.data.mean}, std {config.data.std}",
+        normalization=f"mean {config.data.mean}, std {config.data.std}",
         flip=False,
         classes_sha256=classes_sha256(classes),
         precision=precision,

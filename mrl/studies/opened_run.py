@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,15 +14,37 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mrl.config import Config
+from mrl.config import Config, read_config
 from mrl.data import build_data
 from mrl.errors import UserError
-from mrl.models import MatryoshkaClassifier, load
-from mrl.nesting import default_nesting_list
-from mrl.recipes import read_config
+from mrl.matryoshka import NestedLinear, default_nesting_list
+from mrl.model import MatryoshkaClassifier, load
 from mrl.results import Source, method_name
 from mrl.retrieval.embeddings import EmbeddingMetadata, EmbeddingSet, embeddings_path, file_sha256, open_embeddings
 from mrl.studies.classification import Classifier, truncations
+
+
+@dataclass(frozen=True)
+class EmbeddedRun:
+    """All that the studies need of a run: no images, no backbone.
+
+    Attributes:
+        source: What its rows share.
+        head: Its classifier.
+        classes: Names of the classes.
+        train: Embeddings of the training images, the database of retrieval.
+        val: Embeddings of the validation images.
+        val_flip: Those of the mirrored validation images, where the run was trained with mirrored images.
+        further: Those of other images; see `mrl.studies.transfer`.
+    """
+
+    source: Source
+    head: NestedLinear
+    classes: tuple[str, ...]
+    train: EmbeddingSet
+    val: EmbeddingSet
+    val_flip: EmbeddingSet | None
+    further: Mapping[str, EmbeddingSet] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -73,7 +96,7 @@ class OpenedRun:
         return [head.weight_and_bias(g) for g in range(len(head.nesting_list))]
 
     def images(self, split: str, rows: np.ndarray) -> Tensor:
-        """Images ``(B, 3, H, W)`` of a split ("train" or "val") as the model reads them: cut and normalised."""
+        """Images ``(B, 3, H, W)`` of a split ("train" or "val") as the model reads them: cut and normalized."""
         if split not in self._images:
             self._images.update(build_data(self.config.data, 0, torch.device("cpu"), False, splits=(split,)))
         [(images, _)] = self._images[split].eval_batches([np.asarray(rows)])

@@ -11,8 +11,7 @@ import torch
 
 from mrl.errors import UserError
 from mrl.results import Row, Source
-from mrl.retrieval.cost import mflops_per_query
-from mrl.retrieval.metrics import hits, num_relevant, retrieval_metrics
+from mrl.retrieval.metrics import hits, mflops_per_query, num_relevant, retrieval_metrics
 from mrl.retrieval.search import exact_search
 
 STUDY = "retrieval"
@@ -20,9 +19,9 @@ KS = (10, 25, 50, 100)
 
 
 def interpolated_dims(nesting_list: Sequence[int]) -> tuple[int, ...]:
-    """The size half-way between each two neighbours of ``nesting_list``: never trained (paper, figure 5).
+    """The size half-way between each two neighbors of ``nesting_list``: never trained (paper, figure 5).
 
-    Where the list doubles, these are 1.5 times its sizes. Neighbours that differ by 1 have none between them.
+    Where the list doubles, these are 1.5 times its sizes. Neighbors that differ by 1 have none between them.
 
     >>> interpolated_dims([8, 16, 32, 64])
     (12, 24, 48)
@@ -56,7 +55,7 @@ def retrieval(
         database_labels: ``(N,)`` whole numbers.
         dims_by_method: Prefix sizes, trained or not, for each method that the rows are to name.
         source: What the rows are of.
-        ks: How many neighbours the metrics look at.
+        ks: How many neighbors the metrics look at.
         device: Where to search.
 
     Raises:

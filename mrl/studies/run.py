@@ -3,47 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
 
-from mrl.heads import NestedLinear
-from mrl.nesting import default_nesting_list
-from mrl.results import Row, Source, method_name
-from mrl.retrieval.embeddings import EmbeddingSet
+from mrl.matryoshka import default_nesting_list
+from mrl.results import Row, method_name
+from mrl.studies.adaptive_classification import cascade, fixed_feature, oracle
 from mrl.studies.adaptive_retrieval import adaptive_retrieval
 from mrl.studies.baselines import classification_baselines, retrieval_baselines
-from mrl.studies.cascade import cascade, fixed_feature
-from mrl.studies.classification import classification, truncations
+from mrl.studies.classification import classification, predict, truncations
+from mrl.studies.geometry import similarity
 from mrl.studies.hierarchy import build_hierarchy, default_superclasses, hierarchy, per_class, within_superclasses
-from mrl.studies.logits import predict
-from mrl.studies.oracle import oracle
+from mrl.studies.opened_run import EmbeddedRun
 from mrl.studies.retrieval import interpolated_dims, retrieval
-from mrl.studies.similarity import similarity
-
-
-@dataclass(frozen=True)
-class EmbeddedRun:
-    """All that the studies need of a run: no images, no backbone.
-
-    Attributes:
-        source: What its rows share.
-        head: Its classifier.
-        classes: Names of the classes.
-        train: Embeddings of the training images, the database of retrieval.
-        val: Embeddings of the validation images.
-        val_flip: Those of the mirrored validation images, where the run was trained with mirrored images.
-        further: Those of other images; see `mrl.studies.further`.
-    """
-
-    source: Source
-    head: NestedLinear
-    classes: tuple[str, ...]
-    train: EmbeddingSet
-    val: EmbeddingSet
-    val_flip: EmbeddingSet | None
-    further: Mapping[str, EmbeddingSet] = field(default_factory=dict)
 
 
 def run_studies(run: EmbeddedRun, device: torch.device, superclasses: Mapping[str, str] | None = None) -> list[Row]:

@@ -7,8 +7,8 @@ import sys
 
 import torch
 
-from mrl.models import MatryoshkaClassifier
-from mrl.training.distributed import Process
+from mrl.distributed import Process
+from mrl.model import MatryoshkaClassifier
 
 
 def compile_or_stay_eager(

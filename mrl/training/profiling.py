@@ -14,7 +14,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerAction, ProfilerActivity, profile, record_function, schedule
 
-from mrl.training.distributed import Process
+from mrl.distributed import Process
 
 SKIPPED_STEPS = 4  # a first step starts workers, compiles and tries out kernels; the profiler needs one to warm up, too
 PHASES = ("data wait", "forward", "backward", "optimizer")
@@ -40,14 +40,14 @@ class StepProfiler:
         self._say = say
         self._marks: list[tuple[str | None, Any]] = []  # a phase, and when it began; None ends a step
         self._range: record_function | None = None
-        self._summarised = False
+        self._summarized = False
         self._profile: profile | None = None
         if num_steps > 0 and process.is_main:
             gpu = [ProfilerActivity.CUDA] if self._device.type == "cuda" else []
             self._profile = profile(
                 activities=[ProfilerActivity.CPU, *gpu],
                 schedule=schedule(wait=SKIPPED_STEPS - 1, warmup=1, active=num_steps, repeat=1),
-                on_trace_ready=self._summarise,
+                on_trace_ready=self._summarize,
             )
 
     def phase(self, name: str) -> None:
@@ -64,7 +64,7 @@ class StepProfiler:
             return
         self._mark(None)
         self._profile.step()
-        if self._summarised:
+        if self._summarized:
             self._profile = None
 
     def __enter__(self) -> StepProfiler:
@@ -79,10 +79,10 @@ class StepProfiler:
             return
         self._end_range()
         if kind is not None:  # a step that failed has no times, and its GPU perhaps no answers
-            self._summarised = True
+            self._summarized = True
             self._marks.clear()
         self._profile.stop()
-        if not self._summarised:
+        if not self._summarized:
             self._say(f"train.profile_steps: the run ended within the {SKIPPED_STEPS} steps before those to profile")
 
     def _mark(self, name: str | None) -> None:
@@ -105,11 +105,11 @@ class StepProfiler:
         event.record()
         return event
 
-    def _summarise(self, finished: profile) -> None:
+    def _summarize(self, finished: profile) -> None:
         num_steps = sum(name is None for name, _ in self._marks)
         if num_steps == 0:
             return
-        self._summarised = True
+        self._summarized = True
         finished.export_chrome_trace(str(self._path))
         seconds = dict.fromkeys(PHASES, 0.0)
         for (name, start), (_, end) in itertools.pairwise(self._marks):

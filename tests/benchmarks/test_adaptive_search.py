@@ -6,16 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from mrl.backbones import build_backbone
-from mrl.config import Config, DataConfig, HeadConfig, RunConfig
+from mrl import distributed
+from mrl.config import Config, DataConfig, HeadConfig, RunConfig, to_yaml
 from mrl.data import build_data
-from mrl.files import write_text
-from mrl.models import ModelInfo, build_model, save_model
-from mrl.recipes import to_yaml
+from mrl.model import ModelInfo, build_backbone, build_model, save_model
 from mrl.results import Source
 from mrl.retrieval.embeddings import embed_split, embeddings_path
+from mrl.rundir import atomic_write_text
 from mrl.studies.embed_runs import describe_embeddings
-from mrl.training import distributed
 
 pytest.importorskip("faiss")
 from benchmarks import adaptive_search
@@ -34,7 +32,7 @@ def run(tmp_path):
     info = ModelInfo("vit_tiny_patch16_224", VIT, 4, False, dims, False, classes, 16, 16, DATA.mean, DATA.std)
     save_model(model, info, run)
     config = Config(run=RunConfig(name="run"), data=DATA, head=HeadConfig(nesting_list=list(dims)))
-    write_text(run / "config.yaml", to_yaml(config))
+    atomic_write_text(run / "config.yaml", to_yaml(config))
     process = distributed.start()
     images = build_data(DATA, 0, process.device)
     wanted = describe_embeddings(run, config, Source("digits", "run", 0, 16, 16, False), classes, [])

@@ -6,7 +6,7 @@ import torch
 from torchvision.io import write_png
 
 from mrl.config import DataConfig
-from mrl.data.crops import Transform
+from mrl.data.transforms import Transform
 
 
 @pytest.fixture

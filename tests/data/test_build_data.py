@@ -5,13 +5,12 @@ import numpy as np
 import pytest
 import torch
 
+from mrl import distributed
 from mrl.config import DataConfig
 from mrl.data import build_data, cores_per_process
-from mrl.data.digits import load_digits
 from mrl.data.folder import FolderImages
-from mrl.data.memory import MemoryImages, check_fits
+from mrl.data.memory import MemoryImages, check_fits, load_digits
 from mrl.errors import UserError
-from mrl.training import distributed
 
 CPU = torch.device("cpu")
 DIGITS = DataConfig(name="digits", eval_resize_px=32, eval_px=32)
@@ -83,7 +82,7 @@ def test_the_seed_reaches_the_crops(two_classes):
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
-def test_images_in_memory_are_the_centre_square_of_oblong_ones(image_folder):
+def test_images_in_memory_are_the_center_square_of_oblong_ones(image_folder):
     root = image_folder({"train": {"a": 1}, "val": {"a": 1}}, size=(60, 96))
     config = DataConfig(name="folder", root=str(root), backend="memory", eval_resize_px=30, eval_px=30)
     memory = build_data(config, 0, CPU, is_main=False)["val"]

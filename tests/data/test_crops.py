@@ -4,7 +4,13 @@ import torch
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
-from mrl.data.crops import crop_and_resize, normalise, random_resized_crops, resize_and_centre_crop, sample_uniforms
+from mrl.data.transforms import (
+    crop_and_resize,
+    normalize,
+    random_resized_crops,
+    resize_and_center_crop,
+    sample_uniforms,
+)
 
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 
@@ -63,12 +69,12 @@ def test_crops_are_distributed_as_torchvisions(height, width):
 @pytest.mark.parametrize(
     ("height", "width", "ratio", "box"),
     [
-        (10, 100, RATIO, [0, 43, 10, 13]),  # too wide: 10 x 4/3 wide, centred
+        (10, 100, RATIO, [0, 43, 10, 13]),  # too wide: 10 x 4/3 wide, centered
         (100, 10, RATIO, [43, 0, 13, 10]),  # too tall
         (30, 30, (1.3, 4 / 3), [3, 0, 23, 30]),  # square where only wide ones are allowed: 30 / 1.3 tall
     ],
 )
-def test_where_no_try_fits_the_centre_is_taken(height, width, ratio, box):
+def test_where_no_try_fits_the_center_is_taken(height, width, ratio, box):
     boxes, _ = boxes_of(50, height, width, scale=(0.9, 1.0), ratio=ratio)
     expected = v2.RandomResizedCrop(8, (0.9, 1.0), ratio).make_params([torch.empty(3, height, width)])
     assert [expected[key] for key in ("top", "left", "height", "width")] == box
@@ -114,7 +120,7 @@ def test_a_window_of_the_wanted_size_is_copied():
 
 
 @pytest.mark.gpu
-def test_a_gpu_cuts_the_same_crops_to_within_half_a_grey_level():
+def test_a_gpu_cuts_the_same_crops_to_within_half_a_gray_level():
     images = torch.rand(24, 3, 64, 64) * 255
     boxes, flipped = boxes_of(24, 64, 64)
     expected = crop_and_resize(images, boxes, flipped, 48)
@@ -122,16 +128,16 @@ def test_a_gpu_cuts_the_same_crops_to_within_half_a_grey_level():
 
 
 @pytest.mark.parametrize(("height", "width"), [(48, 48), (60, 100), (101, 60), (20, 33)])
-def test_evaluation_crops_as_torchvisions_resize_and_centre_crop(height, width):
+def test_evaluation_crops_as_torchvisions_resize_and_center_crop(height, width):
     image = torch.randint(0, 256, (3, height, width), dtype=torch.uint8)
     expected = v2.Compose([v2.Resize(48, antialias=True), v2.CenterCrop(40)])(image)
-    assert torch.equal(resize_and_centre_crop(image, 48, 40), expected)
+    assert torch.equal(resize_and_center_crop(image, 48, 40), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
 def test_normalised_images_are_float32_channels_last(dtype):
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     images = torch.randint(0, 256, (4, 3, 8, 9), dtype=torch.uint8)
-    out = normalise(images.to(dtype), mean, std)
+    out = normalize(images.to(dtype), mean, std)
     assert out.dtype == torch.float32 and out.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(out, functional.normalize(images / 255, list(mean), list(std)))

@@ -14,16 +14,15 @@ import torch
 from torchvision.io import encode_jpeg
 
 from mrl.data import build_data
-from mrl.data.crops import random_resized_crops
 from mrl.data.folder import FolderImages
 from mrl.data.folder import _start_worker as start_worker
 from mrl.data.memory import MemoryImages
-from mrl.data.order import eval_rows, train_rows
+from mrl.data.transforms import eval_indices, random_resized_crops, train_indices
 from mrl.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
-# One grey level in normalised units is 1 / (255 * 0.224); torchvision rounds twice when it resizes uint8.
+# One gray level in normalized units is 1 / (255 * 0.224); torchvision rounds twice when it resizes uint8.
 TWO_LEVELS = 2 / 255 / 0.224
 
 
@@ -42,7 +41,7 @@ def stacked(batches):
 
 @pytest.mark.parametrize("px", [48, 32, 64])
 def test_both_backends_cut_the_same_training_crops(both, px):
-    rows = train_rows(7, 7, seed=3, epoch=1)
+    rows = train_indices(7, 7, seed=3, epoch=1)
     (memory, labels), (folder, folder_labels) = (stacked(both[n]["train"].train_batches(rows, 1, px)) for n in both)
     assert memory.shape == (7, 3, px, px)
     torch.testing.assert_close(memory, folder, atol=TWO_LEVELS, rtol=0)
@@ -55,7 +54,7 @@ def test_both_backends_cut_the_same_training_crops(both, px):
 
 @pytest.mark.parametrize("flip", [False, True])
 def test_both_backends_evaluate_the_same_pixels(both, flip):
-    rows = eval_rows(5, 2)
+    rows = eval_indices(5, 2)
     (memory, labels), (folder, _) = (stacked(both[name]["val"].eval_batches(rows, flip)) for name in both)
     assert memory.shape == (5, 3, 40, 40)
     assert torch.equal(memory, folder)
@@ -64,7 +63,7 @@ def test_both_backends_evaluate_the_same_pixels(both, flip):
 
 @pytest.mark.parametrize("backend", ["memory", "folder"])
 def test_flip_mirrors_every_image(both, backend):
-    val, rows = both[backend]["val"], eval_rows(5, 5)
+    val, rows = both[backend]["val"], eval_indices(5, 5)
     straight, _ = stacked(val.eval_batches(rows))
     mirrored, _ = stacked(val.eval_batches(rows, flip=True))
     assert torch.equal(straight.flip(3), mirrored)
@@ -74,8 +73,8 @@ def test_flip_mirrors_every_image(both, backend):
 def test_batches_keep_the_contract(both, backend):
     train = both[backend]["train"]
     for images, labels in [
-        *train.train_batches(train_rows(7, 3, 0, 0), 0, 32),
-        *train.eval_batches(eval_rows(7, 3)),
+        *train.train_batches(train_indices(7, 3, 0, 0), 0, 32),
+        *train.eval_batches(eval_indices(7, 3)),
     ]:
         assert images.dtype == torch.float32 and images.is_contiguous(memory_format=torch.channels_last)
         assert labels.dtype == torch.int64 and len(labels) == len(images)
@@ -86,19 +85,19 @@ def test_batches_keep_the_contract(both, backend):
 
 
 @pytest.mark.parametrize("backend", ["memory", "folder"])
-def test_an_image_is_the_same_in_any_batch_on_any_process(both, backend):
+def test_an_image_is_the_same_in_any_batch_on_all_reduce_any(both, backend):
     train = both[backend]["train"]
     whole, _ = stacked(train.train_batches([np.arange(7)], 4, 32))
     single, _ = stacked(train.train_batches([np.array([row]) for row in range(7)], 4, 32))
     torch.testing.assert_close(whole, single, atol=1e-5, rtol=0)
-    shares = [train_rows(7, 6, 0, 4, rank, 2) for rank in (0, 1)]
+    shares = [train_indices(7, 6, 0, 4, rank, 2) for rank in (0, 1)]
     two, _ = stacked([batch for share in shares for batch in train.train_batches(share, 4, 32)])
     torch.testing.assert_close(two, whole[np.concatenate([share[0] for share in shares])], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_the_number_of_workers_changes_nothing(two_classes, num_workers):
-    rows = train_rows(7, 2, 0, 0)
+    rows = train_indices(7, 2, 0, 0)
     expected = build_data(two_classes.config(), 0, CPU, is_main=False)["train"].train_batches(rows, 0, 32)
     found = build_data(two_classes.config(num_workers=num_workers), 0, CPU, is_main=False)["train"].train_batches(
         rows, 0, 32
@@ -110,8 +109,8 @@ def test_the_number_of_workers_changes_nothing(two_classes, num_workers):
 @pytest.mark.parametrize("backend", ["memory", "folder"])
 def test_reading_data_leaves_the_global_generator_alone(both, backend):
     before = torch.get_rng_state()
-    list(both[backend]["train"].train_batches(train_rows(7, 2, 0, 0), 0, 32))
-    list(both[backend]["val"].eval_batches(eval_rows(5, 2)))
+    list(both[backend]["train"].train_batches(train_indices(7, 2, 0, 0), 0, 32))
+    list(both[backend]["val"].eval_batches(eval_indices(5, 2)))
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -126,7 +125,7 @@ def test_labels_stay_distinct_where_float16_would_merge_them(transform):
 
 
 def test_stored_images_are_cropped_where_the_boxes_say(transform):
-    # Each pixel holds its place, so a crop's mean tells its centre.
+    # Each pixel holds its place, so a crop's mean tells its center.
     place = torch.arange(48).float() * 5
     image = torch.stack([place.expand(48, 48), place.expand(48, 48).T, torch.zeros(48, 48)]).to(torch.uint8)
     plain = dataclasses.replace(transform, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
@@ -135,8 +134,8 @@ def test_stored_images_are_cropped_where_the_boxes_say(transform):
     sides = np.full(9, 48)
     boxes, _ = random_resized_crops(5, 6, np.arange(9), sides, sides, (0.25, 1.0), (3 / 4, 4 / 3), True)
     found = crops.mean(dim=(2, 3))[:, :2] * 255 / 5  # left to right, top to bottom
-    centres = np.stack([boxes[:, 1] + (boxes[:, 3] - 1) / 2, boxes[:, 0] + (boxes[:, 2] - 1) / 2], axis=1)
-    torch.testing.assert_close(found.double(), torch.from_numpy(centres), atol=0.05, rtol=0)
+    centers = np.stack([boxes[:, 1] + (boxes[:, 3] - 1) / 2, boxes[:, 0] + (boxes[:, 2] - 1) / 2], axis=1)
+    torch.testing.assert_close(found.double(), torch.from_numpy(centers), atol=0.05, rtol=0)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -150,7 +149,7 @@ def test_a_corrupt_image_names_its_path(two_classes, num_workers, content):
     path.write_bytes(content)
     train = build_data(two_classes.config(num_workers=num_workers), 0, CPU, is_main=False)["train"]
     with pytest.raises(UserError, match="cannot be read as an image") as raised:
-        list(train.train_batches(train_rows(7, 1, 0, 0), 0, 32))
+        list(train.train_batches(train_indices(7, 1, 0, 0), 0, 32))
     assert str(raised.value).startswith(str(path)) and "Traceback" not in str(raised.value)
     with pytest.raises(UserError, match=str(path)):
         build_data(two_classes.config(backend="memory"), 0, CPU, is_main=False)
@@ -186,7 +185,7 @@ def test_an_image_that_cannot_be_read_ends_the_workers_too(two_classes):
     train = build_data(two_classes.config(num_workers=2), 0, CPU, is_main=False)["train"]
     before = set(multiprocessing.active_children())
     with pytest.raises(UserError) as raised:
-        list(train.train_batches(train_rows(7, 1, 0, 0), 0, 32))
+        list(train.train_batches(train_indices(7, 1, 0, 0), 0, 32))
     assert raised.value.__traceback__ is not None  # which holds on to the frames that it went through
     assert set(multiprocessing.active_children()) <= before
 

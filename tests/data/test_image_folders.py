@@ -4,8 +4,7 @@ import torch
 from PIL import Image
 from torchvision.io import encode_png, write_jpeg
 
-from mrl.data.folder import read_image
-from mrl.data.listing import list_images
+from mrl.data.folder import list_images, read_image
 from mrl.errors import UserError
 
 
@@ -66,29 +65,29 @@ def test_an_empty_class_is_named(tmp_path):
         list_images(tmp_path, "train")
 
 
-def colours():
+def colors():
     return np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
 
 
 @pytest.mark.parametrize("extension", ["png", "bmp", "tiff", "ppm"])
 def test_lossless_formats_are_read_exactly(tmp_path, extension):
     path = tmp_path / f"image.{extension}"
-    Image.fromarray(colours()).save(path)
-    assert np.array_equal(read_image(str(path)).numpy(), colours().transpose(2, 0, 1))
+    Image.fromarray(colors()).save(path)
+    assert np.array_equal(read_image(str(path)).numpy(), colors().transpose(2, 0, 1))
 
 
-def test_grey_palette_and_transparent_images_become_rgb(tmp_path):
-    Image.fromarray(colours()[..., 0]).save(tmp_path / "grey.png")
-    for channel in read_image(str(tmp_path / "grey.png")):
-        assert np.array_equal(channel.numpy(), colours()[..., 0])
-    picture = Image.fromarray(colours())
+def test_gray_palette_and_transparent_images_become_rgb(tmp_path):
+    Image.fromarray(colors()[..., 0]).save(tmp_path / "gray.png")
+    for channel in read_image(str(tmp_path / "gray.png")):
+        assert np.array_equal(channel.numpy(), colors()[..., 0])
+    picture = Image.fromarray(colors())
     picture.convert("P").save(tmp_path / "palette.png")
     expected = np.asarray(picture.convert("P").convert("RGB")).transpose(2, 0, 1)
     assert np.array_equal(read_image(str(tmp_path / "palette.png")).numpy(), expected)
     transparent = picture.copy()
     transparent.putalpha(7)
     transparent.save(tmp_path / "transparent.png")
-    assert np.array_equal(read_image(str(tmp_path / "transparent.png")).numpy(), colours().transpose(2, 0, 1))
+    assert np.array_equal(read_image(str(tmp_path / "transparent.png")).numpy(), colors().transpose(2, 0, 1))
 
 
 def test_sixteen_bit_images_keep_their_upper_eight_bits(tmp_path):
@@ -105,8 +104,8 @@ def test_cmyk_jpegs_and_pngs_called_jpeg_are_read(tmp_path):
     red, green, blue = image.float().mean(dim=(1, 2)).tolist()
     assert red > 200 and green < 60 and blue < 60
     path = tmp_path / "n02105855_2933.JPEG"
-    path.write_bytes(encode_png(torch.from_numpy(colours()).permute(2, 0, 1)).numpy().tobytes())
-    assert np.array_equal(read_image(str(path)).numpy(), colours().transpose(2, 0, 1))
+    path.write_bytes(encode_png(torch.from_numpy(colors()).permute(2, 0, 1)).numpy().tobytes())
+    assert np.array_equal(read_image(str(path)).numpy(), colors().transpose(2, 0, 1))
 
 
 def test_a_jpeg_is_decoded_as_pil_does_to_within_rounding(tmp_path):

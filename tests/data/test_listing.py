@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from mrl.data import listing
-from mrl.data.listing import cache_path, list_images, read_tree
+from mrl.data import folder as listing
+from mrl.data.folder import cache_path, list_images, read_tree
 from mrl.errors import UserError
 
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from mrl.data.order import CROP_STREAM, ORDER_STREAM, counter_hash, epoch_order, eval_rows, train_rows
+from mrl.data.transforms import CROP_STREAM, ORDER_STREAM, counter_hash, epoch_order, eval_indices, train_indices
 from mrl.errors import UserError
 
 
@@ -58,7 +58,7 @@ def test_all_processes_together_take_the_global_batches_of_one(world_size, accum
     batch_size, num_rows = 24, 100
     order = epoch_order(num_rows, 7, 1)
     shares = [
-        train_rows(num_rows, batch_size, 7, 1, rank, world_size, accumulation_steps) for rank in range(world_size)
+        train_indices(num_rows, batch_size, 7, 1, rank, world_size, accumulation_steps) for rank in range(world_size)
     ]
     assert {len(share) for share in shares} == {4 * accumulation_steps}
     for step in range(4):
@@ -72,34 +72,34 @@ def test_all_processes_together_take_the_global_batches_of_one(world_size, accum
 
 
 def test_the_incomplete_last_batch_is_left_out():
-    rows = train_rows(10, 4, seed=0, epoch=0)
+    rows = train_indices(10, 4, seed=0, epoch=0)
     assert [len(batch) for batch in rows] == [4, 4]
     assert len(set(np.concatenate(rows))) == 8
 
 
 @pytest.mark.parametrize("start_step", [0, 1, 3, 4])
 def test_starting_in_mid_epoch_gives_the_tail(start_step):
-    whole = train_rows(100, 24, 7, 1, rank=1, world_size=2, accumulation_steps=3)
-    tail = train_rows(100, 24, 7, 1, rank=1, world_size=2, accumulation_steps=3, start_step=start_step)
+    whole = train_indices(100, 24, 7, 1, rank=1, world_size=2, accumulation_steps=3)
+    tail = train_indices(100, 24, 7, 1, rank=1, world_size=2, accumulation_steps=3, start_step=start_step)
     assert len(tail) == len(whole) - 3 * start_step
     assert all(np.array_equal(a, b) for a, b in zip(tail, whole[3 * start_step :], strict=True))
 
 
 def test_a_batch_that_cannot_be_cut_evenly_names_all_numbers():
     with pytest.raises(UserError, match=r"data.batch_size is 100; .* 3 processes x 2 accumulation steps = 6$"):
-        train_rows(1000, 100, 0, 0, world_size=3, accumulation_steps=2)
+        train_indices(1000, 100, 0, 0, world_size=3, accumulation_steps=2)
 
 
 def test_a_batch_larger_than_the_set_is_refused():
     with pytest.raises(UserError, match=r"data.batch_size is 64; allowed: at most the 63 training images"):
-        train_rows(63, 64, 0, 0)
+        train_indices(63, 64, 0, 0)
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 7, 64, 101])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
 @pytest.mark.parametrize("batch_size", [1, 5, 200])
 def test_evaluation_counts_every_row_once_where_the_world_size_does_not_divide(num_rows, world_size, batch_size):
-    shares = [eval_rows(num_rows, batch_size, rank, world_size) for rank in range(world_size)]
+    shares = [eval_indices(num_rows, batch_size, rank, world_size) for rank in range(world_size)]
     batches = [batch for share in shares for batch in share]
     assert np.concatenate(batches).tolist() == list(range(num_rows))
     assert all(0 < len(batch) <= batch_size and batch.dtype == np.int64 for batch in batches)

@@ -11,7 +11,7 @@ from torchvision.io import encode_jpeg
 
 from mrl.config import DataConfig
 from mrl.data import build_data
-from mrl.data.prepare_tiny_imagenet import main, prepare
+from mrl.data.tiny_imagenet import main, prepare
 from mrl.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -9,8 +9,7 @@ from torchvision.transforms.v2 import functional
 
 from mrl.config import DataConfig
 from mrl.data import build_data, check_rand_augment
-from mrl.data.order import counter_hash
-from mrl.data.rand_augment import _posterize, rand_augment
+from mrl.data.transforms import _posterize, counter_hash, rand_augment
 from mrl.errors import UserError
 
 CPU = torch.device("cpu")

@@ -7,9 +7,8 @@ import torch
 from torchvision.io import encode_jpeg, write_png
 
 from mrl.data import write_ffcv
-from mrl.data.beton import Beton, Description, read_description
-from mrl.data.folder import read_image
-from mrl.data.listing import list_images
+from mrl.data.ffcv import Description, FFCVFile, read_description
+from mrl.data.folder import list_images, read_image
 from mrl.data.write_ffcv import Settings, main, write
 from mrl.errors import UserError
 
@@ -37,7 +36,7 @@ def test_a_flat_validation_folder_of_imagenet_gets_the_classes_of_its_ground_tru
         (root / "all" / f"{name}.png").rename(root / "val" / f"{number}.png")
     (root / "val_wnids.txt").write_text("0 n02102040\n1 n01440764\n2 n02102040\n")
     assert main(["--root", str(root), "--split", "val", "--name", "imagenet"]) == 0
-    beton = Beton(root / "val.beton", read_description(root / "val.beton"))
+    beton = FFCVFile(root / "val.beton", read_description(root / "val.beton"))
     assert (beton.classes, beton.labels.tolist()) == (["n01440764", "n02102040"], [0, 1, 1])
     pixels = read_image(str(root / "val" / "1.png")).permute(1, 2, 0).numpy()
     assert np.array_equal(beton.decode(0, beton.scratch()), pixels)
@@ -56,7 +55,7 @@ def test_the_defaults_are_the_papers(root, capsys):
     assert train["num_bytes"] == (root / "train.beton").stat().st_size
     out = capsys.readouterr().out.splitlines()
     assert out[0].startswith(f"{root}/train.beton: 7 images of 2 classes, ")
-    beton = Beton(root / "train.beton", Description(**train))
+    beton = FFCVFile(root / "train.beton", Description(**train))
     assert beton.is_jpeg.tolist() == [False, True, False, True, False, True, False]
     assert beton.labels.tolist() == [0, 0, 0, 1, 1, 1, 1] and beton.labels.dtype == torch.int64
 
@@ -65,7 +64,7 @@ def test_the_defaults_are_the_papers(root, capsys):
 def test_raw_images_are_stored_pixel_by_pixel_and_jpegs_close_to_it(root):
     images = list_images(root, "train")
     write(images, "train", root / "mix.beton", Settings(jpeg_share=0.5, quality=95), 2)
-    beton = Beton(root / "mix.beton", read_description(root / "mix.beton"))
+    beton = FFCVFile(root / "mix.beton", read_description(root / "mix.beton"))
     for row, path in enumerate(images.paths):
         expected = read_image(path).permute(1, 2, 0).numpy()
         found = beton.decode(row, beton.scratch())
@@ -90,7 +89,7 @@ def test_large_images_are_shrunk_by_averaging_and_small_ones_kept(tmp_path):
     write_png(large, str(tmp_path / "train" / "a" / "1.png"))
     write_png(large[:, :20, :30], str(tmp_path / "train" / "a" / "2.png"))
     write(list_images(tmp_path, "train"), "train", tmp_path / "a.beton", Settings(40, jpeg_share=0), 1)
-    beton = Beton(tmp_path / "a.beton", read_description(tmp_path / "a.beton"))
+    beton = FFCVFile(tmp_path / "a.beton", read_description(tmp_path / "a.beton"))
     assert list(zip(beton.heights, beton.widths, strict=True)) == [(20, 40), (20, 30)]
     averaged = large.float().reshape(3, 20, 4, 40, 4).mean(dim=(2, 4)).permute(1, 2, 0)
     assert np.abs(beton.decode(0, beton.scratch()) - averaged.numpy()).max() <= 0.51
@@ -132,7 +131,7 @@ def test_ffcvs_own_loader_reads_the_file_and_we_read_its_writers(root):
     theirs = root / "theirs.beton"
     writer = DatasetWriter(str(theirs), {"image": RGBImageField("raw"), "label": IntField()}, num_workers=2)
     writer.from_indexed_dataset(list(zip(pixels, images.labels.tolist(), strict=True)), chunksize=2)
-    beton = Beton(theirs, Description("train", ["cat", "dog"], [3, 4], theirs.stat().st_size, {}))
+    beton = FFCVFile(theirs, Description("train", ["cat", "dog"], [3, 4], theirs.stat().st_size, {}))
     assert beton.labels.tolist() == images.labels.tolist()
     assert all(np.array_equal(beton.decode(row, beton.scratch()), pixels[row]) for row in range(7))
 
@@ -237,5 +236,5 @@ def test_pages_are_large_enough_for_any_image(tmp_path):
     path.write_bytes(encode_jpeg(torch.zeros(3, 1800, 1800, dtype=torch.uint8)).numpy().tobytes())
     written = write(list_images(tmp_path, "train"), "train", tmp_path / "a.beton", Settings(2000, jpeg_share=0), 1)
     assert written.num_bytes > 3 * 1800**2 > write_ffcv.MIN_PAGE_BYTES
-    beton = Beton(tmp_path / "a.beton", written)
+    beton = FFCVFile(tmp_path / "a.beton", written)
     assert np.array_equal(beton.decode(0, beton.scratch()), np.zeros((1800, 1800, 3)))

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 
 from mrl.errors import UserError
-from mrl.figures.coarse_to_fine import RIGHT, WRONG, grad_cam_sheet, neighbours_by_dim
+from mrl.figures.coarse_to_fine import RIGHT, WRONG, grad_cam_sheet, neighbors_by_dim
 from mrl.figures.deployment import cascade_in_use, retrieval_in_use, size_slider
 from mrl.figures.geometry import block_statistics, cosine_distributions, prefix_maps
 from mrl.figures.knowledge import accuracy_of_groups_and_classes, confusions, sizes_each_class_needs
 from mrl.results import Source
-from mrl.studies.deployment import CascadePoint
+from mrl.studies.adaptive_classification import CascadePoint
 from mrl.studies.geometry import Blocks
 
 SOURCE = Source("digits", "a", 0, 32, 32, False)
@@ -63,9 +63,9 @@ def test_the_class_that_needs_most_stands_first_and_one_without_images_nowhere()
     assert [bar.get_width() for bar in axes.patches] == [3, 1]
 
 
-def test_neighbours_of_another_class_are_dashed():
+def test_neighbors_of_another_class_are_dashed():
     images = np.zeros((2, 4, 4, 3))
-    figure = neighbours_by_dim(images[0], "cat", {8: (images, ["dog", "cat"]), 32: (images, ["cat", "cat"])})
+    figure = neighbors_by_dim(images[0], "cat", {8: (images, ["dog", "cat"]), 32: (images, ["cat", "cat"])})
     frames = [axes.patches[0] for axes in figure.axes if axes.patches]
     assert [frame.get_linestyle() for frame in frames] == ["--", "solid", "solid", "solid"]
     assert [axes.get_ylabel() for axes in figure.axes if axes.get_ylabel()] == ["8 dims", "32 dims"]

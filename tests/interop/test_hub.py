@@ -43,7 +43,7 @@ def test_a_hub_id_gives_the_same_model_as_the_folder(folder, tmp_path, monkeypat
         hub.push_to_hub(folder, "someone/small")
 
 
-def test_the_card_has_sizes_accuracies_shares_licence_and_normalisation(folder):
+def test_the_card_has_sizes_accuracies_shares_license_and_normalization(folder):
     card = ModelCard.load(folder / "README.md")
     card_results = {result.metric_name: result.metric_value for result in card.data.eval_results}
     assert card_results == {f"top-1 at {dim} dims": v for dim, v in {8: 0.5, 16: 0.6, 32: 0.7, 96: 0.8}.items()}

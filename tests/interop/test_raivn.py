@@ -11,10 +11,10 @@ from torch import nn
 
 import eval as script  # not `eval`, which is Python's own
 import mrl
+from mrl.config import read_config
 from mrl.errors import UserError
-from mrl.interop import raivn
-from mrl.interop.raivn import load_checkpoint
-from mrl.recipes import read_config
+from mrl.interop import authors as raivn
+from mrl.interop.authors import load_checkpoint
 from mrl.results import read_rows
 
 DIMS = [8, 16, 32, 64, 128, 256, 512, 1024, 2048]
@@ -241,7 +241,7 @@ def test_files_that_are_none_and_formats_that_are_none_are_refused(tmp_path):
 
 @pytest.fixture(scope="module")
 def imagenet(tmp_path_factory):
-    """One grey image of 8 px in each split of each of ImageNet's classes."""
+    """One gray image of 8 px in each split of each of ImageNet's classes."""
     root = tmp_path_factory.mktemp("imagenet")
     images = np.random.default_rng(0).integers(256, size=(2, 1000, 8, 8), dtype=np.uint8)
     for split, of_split in zip(("train", "val"), images, strict=True):

@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from mrl.config import Config, DataConfig, RunConfig, WandbConfig
+from mrl.config import Config, DataConfig, RunConfig, WandbConfig, to_yaml
 from mrl.errors import UserError
-from mrl.interop.wandb_report import report_evaluation
-from mrl.interop.wandb_workspace import main as workspace
-from mrl.recipes import to_yaml
+from mrl.interop.wandb import main as workspace
+from mrl.interop.wandb import report_evaluation
 from mrl.results import Source
 
 wandb = pytest.importorskip("wandb")
@@ -163,7 +162,7 @@ def test_the_saved_workspace_has_the_charts_and_needs_no_login_to_be_seen(capsys
 
 def test_what_is_charted_is_what_training_and_evaluation_log(capsys):
     pytest.importorskip("wandb_workspaces")
-    from mrl.interop.wandb_report import BY_DIM
+    from mrl.interop.wandb import BY_DIM
 
     assert workspace(["--dry_run"]) == 0
     sections = json.loads(capsys.readouterr().out)["section"]["panelBankConfig"]["sections"]

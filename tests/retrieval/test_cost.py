@@ -1,6 +1,6 @@
 import pytest
 
-from mrl.retrieval.cost import mflops_per_query
+from mrl.retrieval.metrics import mflops_per_query
 
 IMAGENET_1K, IMAGENET_4K = 1_281_167, 4_202_000
 DIMS = [8, 16, 32, 64, 128, 256, 512, 1024, 2048]

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from mrl import distributed
+from mrl.distributed import Process
 from mrl.errors import UserError
 from mrl.retrieval.embeddings import EmbeddingMetadata, embed_split, embeddings_path, open_embeddings
-from mrl.training import distributed
-from mrl.training.distributed import Process
 
 ALONE = Process(0, 1, torch.device("cpu"))
 METADATA = EmbeddingMetadata("0123", "digits", "val", 32, 28, "mean 0, std 1", False, "4567")
@@ -128,7 +128,7 @@ def two_processes(monkeypatch):
     flags = [False, False]
     here = threading.local()
 
-    def any_process(flag):
+    def all_reduce_any(flag):
         flags[here.rank] = flag
         meeting.wait()
         answer = [any(flags)]
@@ -148,7 +148,7 @@ def two_processes(monkeypatch):
         threads = [threading.Thread(target=as_process, args=(rank,)) for rank in (0, 1)]
         with monkeypatch.context() as patch:
             patch.setattr(distributed, "barrier", meeting.wait)
-            patch.setattr(distributed, "any_process", any_process)
+            patch.setattr(distributed, "all_reduce_any", all_reduce_any)
             for thread in threads:
                 thread.start()
             for thread in threads:

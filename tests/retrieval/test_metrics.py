@@ -39,9 +39,9 @@ def test_hand_worked(k, average_precisions, precisions, recalls, any_hit):
     assert recall(HIT, RELEVANT, k) == pytest.approx(np.mean(recalls))
 
 
-def slow_metrics(neighbours, query_labels, database_labels, k):
+def slow_metrics(neighbors, query_labels, database_labels, k):
     sums = np.zeros(4)
-    for found, label in zip(neighbours.tolist(), query_labels.tolist(), strict=True):
+    for found, label in zip(neighbors.tolist(), query_labels.tolist(), strict=True):
         relevant = sum(other == label for other in database_labels.tolist())
         seen, average_precision = 0, 0.0
         for i in range(k):
@@ -55,7 +55,7 @@ def slow_metrics(neighbours, query_labels, database_labels, k):
             seen / k,
             seen / relevant if relevant else 0,
         ]
-    return sums / len(neighbours)
+    return sums / len(neighbors)
 
 
 @pytest.mark.parametrize("k", [1, 3, 10, 25])
@@ -63,13 +63,13 @@ def test_equals_loops_over_queries_also_where_classes_are_smaller_than_k_or_empt
     rng = np.random.default_rng(0)
     database_labels = rng.integers(12, size=90) ** 2
     query_labels = np.append(rng.integers(12, size=40) ** 2, 2**50)  # the last has no relevant image
-    neighbours = np.stack([rng.permutation(90)[:25] for _ in query_labels])
+    neighbors = np.stack([rng.permutation(90)[:25] for _ in query_labels])
     relevant = num_relevant(query_labels, database_labels)
-    found = retrieval_metrics(hits(neighbours, query_labels, database_labels), relevant, [k])
-    expected = slow_metrics(neighbours, query_labels, database_labels, k)
+    found = retrieval_metrics(hits(neighbors, query_labels, database_labels), relevant, [k])
+    expected = slow_metrics(neighbors, query_labels, database_labels, k)
     names = [f"top_{k}", f"map@{k}", f"precision@{k}", f"recall@{k}"]
     np.testing.assert_allclose([found[name] for name in names], expected, rtol=1e-12)
-    assert found["top_1"] == slow_metrics(neighbours, query_labels, database_labels, 1)[0]
+    assert found["top_1"] == slow_metrics(neighbors, query_labels, database_labels, 1)[0]
 
 
 def test_fault_12_average_precision_divides_by_min_k_r_and_recall_by_the_true_r():
@@ -84,8 +84,8 @@ def test_fault_12_average_precision_divides_by_min_k_r_and_recall_by_the_true_r(
 @pytest.mark.parametrize("offset", [0, 2048, 32_768, 65_536, 2**53])
 def test_fault_1_labels_of_any_size_stay_distinct(offset):
     labels = offset + np.arange(4202)
-    neighbours = np.stack([np.arange(4202), (np.arange(4202) + 1) % 4202], axis=1)
-    hit = hits(neighbours, labels, labels)
+    neighbors = np.stack([np.arange(4202), (np.arange(4202) + 1) % 4202], axis=1)
+    hit = hits(neighbors, labels, labels)
     np.testing.assert_array_equal(hit, np.tile([True, False], (4202, 1)))
     np.testing.assert_array_equal(num_relevant(labels, labels), 1)
     np.testing.assert_array_equal(num_relevant(labels[1:], labels[:-1]), np.arange(4201) < 4200)

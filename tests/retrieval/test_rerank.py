@@ -11,7 +11,7 @@ from mrl.retrieval.rerank import funnel, funnel_search, rerank
 
 
 def slow_rerank(queries, database, shortlist, dim):
-    """One query and one neighbour at a time, in float64."""
+    """One query and one neighbor at a time, in float64."""
     orders = []
     for query, found in zip(queries.astype(np.float64), shortlist, strict=True):
         q = query[:dim] / np.linalg.norm(query[:dim])

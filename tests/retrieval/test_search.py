@@ -39,7 +39,7 @@ def test_equals_brute_force_at_block_sizes_that_do_not_divide(vectors, k, databa
         expected_indices, expected_scores = brute_force(*vectors, k, dim)
         assert (indices.dtype, scores.dtype) == (np.int64, np.float32)
         np.testing.assert_allclose(scores, expected_scores, atol=1e-6)
-        # Where float64 sees a difference below the resolution of float32, two neighbours may change places.
+        # Where float64 sees a difference below the resolution of float32, two neighbors may change places.
         np.testing.assert_allclose(
             np.take_along_axis(cosines(*vectors, dim), indices, axis=1), expected_scores, atol=1e-6
         )
@@ -123,7 +123,7 @@ def test_fault_19_the_prefix_is_taken_first_and_normalised_after(vectors):
     other_indices, other_scores = exact_search(*changed, 10, [8])[8]
     np.testing.assert_array_equal(indices, other_indices)
     np.testing.assert_allclose(scores, other_scores, atol=1e-6)
-    # The fault gives other neighbours on these vectors, so this test can fail.
+    # The fault gives other neighbors on these vectors, so this test can fail.
     unit = [each / np.linalg.norm(each, axis=1, keepdims=True) for each in vectors]
     faulty = np.argsort(-(unit[0][:, :8] @ unit[1][:, :8].T), axis=1, kind="stable")[:, :10]
     assert not np.array_equal(faulty, indices)
@@ -172,7 +172,7 @@ def test_of_a_mapped_file_one_block_at_a_time_is_in_memory(vectors, tmp_path, dt
         np.testing.assert_array_equal(found[dim][0], expected[dim][0])
 
 
-def test_fewer_neighbours_are_the_first_of_more_and_one_size_is_as_among_others(vectors):
+def test_fewer_neighbors_are_the_first_of_more_and_one_size_is_as_among_others(vectors):
     more = exact_search(*vectors, 200, [48, 3, 8], database_rows=256)
     assert list(more) == [48, 3, 8]
     for k in (1, 10):

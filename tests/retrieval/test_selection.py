@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from mrl.retrieval.selection import Best, pack, unpack
+from mrl.retrieval.search import Best, pack, unpack
 
 
 def test_a_key_is_larger_for_a_higher_score_and_of_equals_for_a_lower_index():

@@ -15,9 +15,9 @@ DIMS = (4, 8, 16, 32)
 
 def make_sets(num_rows=450, num_queries=31):
     rng = np.random.default_rng(0)
-    centres = rng.standard_normal((9, 32))
+    centers = rng.standard_normal((9, 32))
     labels = rng.integers(9, size=num_rows), rng.integers(9, size=num_queries)
-    database, queries = (centres[of] + 1.5 * rng.standard_normal((len(of), 32)) for of in labels)
+    database, queries = (centers[of] + 1.5 * rng.standard_normal((len(of), 32)) for of in labels)
     return queries.astype(np.float32), labels[1], database.astype(np.float32), labels[0]
 
 

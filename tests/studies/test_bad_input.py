@@ -6,17 +6,14 @@ import torch
 
 from mrl.errors import UserError
 from mrl.results import Source
+from mrl.studies.adaptive_classification import oracle
 from mrl.studies.adaptive_retrieval import adaptive_retrieval
-from mrl.studies.baselines import classification_baselines, retrieval_baselines
-from mrl.studies.classification import classification
-from mrl.studies.few_shot import few_shot
+from mrl.studies.baselines import classification_baselines, fit_linear_probe, retrieval_baselines
+from mrl.studies.classification import classification, predict
+from mrl.studies.geometry import similarity
 from mrl.studies.hierarchy import Hierarchy, hierarchy, per_class, within_superclasses
-from mrl.studies.linear_probe import fit_linear_probe
-from mrl.studies.logits import predict
-from mrl.studies.oracle import oracle
 from mrl.studies.retrieval import retrieval
-from mrl.studies.robustness import robustness
-from mrl.studies.similarity import similarity
+from mrl.studies.transfer import few_shot, robustness
 
 SOURCE = Source("digits", "a_run", 3, 32, 28, False)
 DIMS = (4, 8)
@@ -48,9 +45,9 @@ BY_CLASS = {
 
 def make_sets(num_database=60):
     rng = np.random.default_rng(0)
-    centres = rng.standard_normal((6, 8))
+    centers = rng.standard_normal((6, 8))
     labels = np.arange(48) % 6, np.arange(num_database) % 6
-    queries, database = (centres[of] + rng.standard_normal((len(of), 8)) for of in labels)
+    queries, database = (centers[of] + rng.standard_normal((len(of), 8)) for of in labels)
     return queries.astype(np.float32), labels[0], database.astype(np.float32), labels[1]
 
 
@@ -78,7 +75,7 @@ def test_one_in_the_database_is_refused_naming_its_row(name):
 @pytest.mark.parametrize("name", BY_NAME)
 def test_fault_1_labels_beyond_65536_are_names_and_nothing_more(name):
     queries, query_labels, database, database_labels = make_sets()
-    # Neighbours that float16 (2,048), int16 (32,768) or uint16 (65,536) would take for one or for others.
+    # Neighbors that float16 (2,048), int16 (32,768) or uint16 (65,536) would take for one or for others.
     ids = np.array([2048, 2049, 32_768, 65_536 + 2048, 65_536 + 2049, 2**40 + 32_768])
     plain = BY_NAME[name](queries, query_labels, database, database_labels)
     renamed = BY_NAME[name](queries, ids[query_labels], database, ids[database_labels])

@@ -9,16 +9,16 @@ from mrl.results import Source
 from mrl.studies import baselines, linear_probe
 from mrl.studies.baselines import (
     classification_baselines,
+    fit_linear_probe,
     low_rank,
     mean_rows,
     moments,
+    principal_components,
     project,
     random_projection,
     retrieval_baselines,
     take_coordinates,
-    top_directions,
 )
-from mrl.studies.linear_probe import fit_linear_probe
 from mrl.studies.retrieval import retrieval
 
 SOURCE = Source("digits", "ff", 3, 32, 28, False)
@@ -30,9 +30,9 @@ METHODS = ["FF PCA", "FF SVD", "FF random coordinates", "FF random projection"]
 def sets():
     """Ten classes in 32 dims, all of them informative; positive and off the origin, like pooled activations."""
     rng = np.random.default_rng(0)
-    centres = 3 * rng.random((10, 32))
+    centers = 3 * rng.random((10, 32))
     labels = np.arange(600) % 10, np.arange(110) % 10
-    database, queries = (np.abs(centres[of] + 0.5 * rng.standard_normal((len(of), 32))) for of in labels)
+    database, queries = (np.abs(centers[of] + 0.5 * rng.standard_normal((len(of), 32))) for of in labels)
     return queries.astype(np.float32), labels[1], database.astype(np.float32), labels[0]
 
 
@@ -82,9 +82,9 @@ def test_pca_and_svd_directions_are_numpys(sets):
     mean, covariance = moments(database)
     np.testing.assert_allclose(mean, database.mean(0))
     np.testing.assert_allclose(covariance, np.cov(database.T, bias=True), atol=1e-5)
-    for centre, matrix in ((mean, covariance), (0 * mean, covariance + mean[:, None] * mean)):
-        right = np.linalg.svd(database - centre.numpy(), full_matrices=False)[2][:5]
-        agreement = np.abs((right @ top_directions(matrix, 5).numpy()).diagonal())
+    for center, matrix in ((mean, covariance), (0 * mean, covariance + mean[:, None] * mean)):
+        right = np.linalg.svd(database - center.numpy(), full_matrices=False)[2][:5]
+        agreement = np.abs((right @ principal_components(matrix, 5).numpy()).diagonal())
         np.testing.assert_allclose(agreement, 1, atol=1e-3)
 
 

@@ -5,8 +5,7 @@ import pytest
 
 from mrl.errors import UserError
 from mrl.results import Source
-from mrl.studies.cascade import cascade, dims_saved, draws, fixed_feature, headlines
-from mrl.studies.thresholds import fit_thresholds
+from mrl.studies.adaptive_classification import cascade, dims_saved, draws, fit_thresholds, fixed_feature, headlines
 
 SOURCE = Source("digits", "some_run", 3, 32, 28, True)
 DIMS = (8, 16, 32)

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from mrl.errors import UserError
-from mrl.heads import NestedLinear
+from mrl.matryoshka import NestedLinear
 from mrl.results import Source
 from mrl.studies.classification import classification, true_ranks, truncations
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from mrl.errors import UserError
-from mrl.studies.coarse_to_fine import shown_sizes, telling_queries, undecided_images
+from mrl.studies.geometry import shown_sizes, telling_queries, undecided_images
 
 
 @pytest.mark.parametrize(
@@ -22,7 +22,7 @@ def test_queries_that_gain_most_come_first_one_of_each_class():
     database_labels = np.array([0, 1])
     small = np.array([[1, 1], [1, 0], [0, 0], [1, 1]])
     full = np.array([[0, 0], [0, 0], [1, 0], [0, 0]])
-    # Right neighbours, small and full: query 0 0 -> 2, 1 1 -> 2, 2 (class 1) 0 -> 1, 3 0 -> 2.
+    # Right neighbors, small and full: query 0 0 -> 2, 1 1 -> 2, 2 (class 1) 0 -> 1, 3 0 -> 2.
     found = {8: (small, small), 32: (full, full)}
     labels = np.array([0, 0, 1, 0])
     assert telling_queries(found, labels, database_labels, 2).tolist() == [0, 2]

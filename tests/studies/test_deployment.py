@@ -3,11 +3,9 @@ import pytest
 import torch
 
 from mrl.errors import UserError
-from mrl.heads import NestedLinear
-from mrl.studies.cascade import draws
-from mrl.studies.deployment import cascade_points, run_cascade
-from mrl.studies.logits import predict
-from mrl.studies.thresholds import fit_thresholds, route
+from mrl.matryoshka import NestedLinear
+from mrl.studies.adaptive_classification import cascade_points, draws, fit_thresholds, route, run_cascade
+from mrl.studies.classification import predict
 
 
 @pytest.fixture

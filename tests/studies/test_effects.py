@@ -4,8 +4,7 @@ import pytest
 
 from mrl.errors import UserError
 from mrl.results import Source
-from mrl.studies.comparisons import Comparison, SeedTable
-from mrl.studies.effects import effects, paper_effects
+from mrl.studies.claims import Comparison, SeedTable, effects, paper_effects
 
 DATASET = "tiny"
 

@@ -8,15 +8,13 @@ import torch
 import yaml
 from torchvision.io import write_png
 
-from mrl.backbones import build_backbone
-from mrl.config import Config, DataConfig, HeadConfig
+from mrl.config import Config, DataConfig, HeadConfig, to_yaml
+from mrl.distributed import Process
 from mrl.errors import UserError
-from mrl.models import ModelInfo, build_model, load, save_model
-from mrl.recipes import to_yaml
+from mrl.model import ModelInfo, build_backbone, build_model, load, save_model
 from mrl.studies import embed_runs as module
 from mrl.studies.embed_runs import embed_runs
-from mrl.studies.further import FurtherImages, read_folder
-from mrl.training.distributed import Process
+from mrl.studies.transfer import TransferImages, read_folder
 
 ALONE = Process(0, 1, torch.device("cpu"))
 VIT = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
@@ -54,7 +52,7 @@ def scans(tmp_path):
 
 
 def embed(run, *folders):
-    further = FurtherImages(robustness=[read_folder("--robustness", str(folder)) for folder in folders])
+    further = TransferImages(robustness=[read_folder("--robustness", str(folder)) for folder in folders])
     [embedded] = embed_runs({"run": run}, further, 64, False, ALONE)
     return embedded
 

@@ -5,7 +5,7 @@ import pytest
 
 from mrl.errors import UserError
 from mrl.results import Source
-from mrl.studies.few_shot import few_shot, support_draws
+from mrl.studies.transfer import few_shot, support_draws
 
 SOURCE = Source("digits", "some_run", 3, 32, 28, False)
 
@@ -17,8 +17,8 @@ def values(rows):
 def case(num_images=60, num_classes=4):
     rng = np.random.default_rng(0)
     labels = rng.permutation(np.arange(num_images) % num_classes)
-    centres = rng.standard_normal((num_classes, 8))
-    return (centres[labels] + rng.standard_normal((num_images, 8))).astype(np.float32), labels
+    centers = rng.standard_normal((num_classes, 8))
+    return (centers[labels] + rng.standard_normal((num_images, 8))).astype(np.float32), labels
 
 
 def test_draws_have_the_same_number_of_each_class_and_leave_the_others():

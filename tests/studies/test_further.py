@@ -5,15 +5,21 @@ import pytest
 import torch
 from torchvision.io import write_png
 
-from mrl.data.listing import ImageList
+from mrl.data.folder import ImageList
 from mrl.errors import UserError
-from mrl.heads import NestedLinear
+from mrl.matryoshka import NestedLinear
 from mrl.results import Source
 from mrl.retrieval.embeddings import EmbeddingMetadata, EmbeddingSet
-from mrl.studies.few_shot import few_shot
-from mrl.studies.further import FurtherImages, LabelledFolder, further_studies, places_of, read_folder
-from mrl.studies.robustness import synsets
 from mrl.studies.run import EmbeddedRun
+from mrl.studies.transfer import (
+    LabelledFolder,
+    TransferImages,
+    few_shot,
+    places_of,
+    read_folder,
+    synsets,
+    transfer_studies,
+)
 
 CPU = torch.device("cpu")
 METADATA = EmbeddingMetadata("0123", "pets", "val", 32, 28, "mean 0, std 1", False, "4567")
@@ -28,9 +34,9 @@ def folder_of(name, classes, labels=(), kind="folder"):
 def embeddings(labels, seed):
     """Four classes that can be told apart, in 8 dims."""
     rng = np.random.default_rng(seed)
-    centres = 2 * np.random.default_rng(9).standard_normal((4, 8))
+    centers = 2 * np.random.default_rng(9).standard_normal((4, 8))
     labels = np.asarray(labels, dtype=np.int64)
-    vectors = centres[labels] + rng.standard_normal((len(labels), 8))
+    vectors = centers[labels] + rng.standard_normal((len(labels), 8))
     return EmbeddingSet(vectors.astype(np.float32), labels, METADATA)
 
 
@@ -49,9 +55,9 @@ def values(rows, study):
 
 def test_robustness_is_the_head_on_the_classes_of_the_set_alone():
     images = embeddings(np.arange(30) % 3, 5)
-    sets = FurtherImages(robustness=[folder_of("sketches", ["cat", "ape", "hund"])], renaming={"hund": "dog"})
+    sets = TransferImages(robustness=[folder_of("sketches", ["cat", "ape", "hund"])], renaming={"hund": "dog"})
     run = run_with(sketches=images)
-    rows = further_studies(run, sets, CPU)
+    rows = transfer_studies(run, sets, CPU)
     with torch.no_grad():
         logits = run.head(torch.from_numpy(images.vectors))
     for of_size, dim in zip(logits, (4, 8), strict=True):
@@ -64,15 +70,15 @@ def test_few_shot_takes_the_shots_that_leave_images_and_says_so():
     images = embeddings(np.repeat([0, 1, 2], [9, 6, 8]), 5)
     run = run_with(birds=images)
     with pytest.warns(UserWarning, match="birds: the smallest class has 6 images, so few-shot with 7, 9 is left out"):
-        rows = further_studies(run, FurtherImages(few_shot=[folder_of("birds", "abc")]), CPU)
+        rows = transfer_studies(run, TransferImages(few_shot=[folder_of("birds", "abc")]), CPU)
     alone = few_shot(images.vectors, images.labels, (4, 8), run.source, "MRL", shots=(1, 3, 5))
     assert values(rows, "few_shot") == values(alone, "few_shot")
 
 
 def test_a_fixed_feature_run_is_also_cut_to_smaller_sizes():
-    rows = further_studies(
+    rows = transfer_studies(
         run_with((8,), birds=embeddings(np.arange(44) % 4, 5)),
-        FurtherImages(few_shot=[folder_of("birds", "abcd")]),
+        TransferImages(few_shot=[folder_of("birds", "abcd")]),
         CPU,
     )
     assert {(row.method, row.dim) for row in rows} == {("FF", 8), ("FF truncated", 8)}
@@ -88,9 +94,9 @@ def nearest(queries, labels, database, database_labels, dim):
 
 def test_queries_of_renamed_classes_are_looked_for_in_the_training_images():
     queries = embeddings(np.arange(10) % 2, 5)  # of "drei" and "bee"
-    sets = FurtherImages(retrieval=[[folder_of("v2", ["drei", "bee"])]], renaming={"drei": "dog"})
+    sets = TransferImages(retrieval=[[folder_of("v2", ["drei", "bee"])]], renaming={"drei": "dog"})
     run = run_with(v2=queries)
-    rows = further_studies(run, sets, CPU)
+    rows = transfer_studies(run, sets, CPU)
     trained = np.array([3, 1])[queries.labels]
     for dim in (4, 8):
         expected = nearest(queries.vectors, trained, run.train.vectors, run.train.labels, dim)
@@ -101,8 +107,8 @@ def test_queries_of_renamed_classes_are_looked_for_in_the_training_images():
 
 def test_a_database_of_other_classes_needs_no_class_of_the_run():
     queries, database = embeddings(np.arange(10) % 2, 5), embeddings(np.arange(40) % 3, 6)
-    sets = FurtherImages(retrieval=[[folder_of("q", ["new", "old"]), folder_of("db", ["blue", "new", "old"])]])
-    rows = further_studies(run_with(q=queries, db=database), sets, CPU)
+    sets = TransferImages(retrieval=[[folder_of("q", ["new", "old"]), folder_of("db", ["blue", "new", "old"])]])
+    rows = transfer_studies(run_with(q=queries, db=database), sets, CPU)
     labels = queries.labels + 1  # "new" is class 1 of the database
     for dim in (4, 8):
         expected = nearest(queries.vectors, labels, database.vectors, database.labels, dim)
@@ -116,24 +122,24 @@ def test_queries_of_a_class_that_the_database_lacks_are_refused():
 
 def test_what_does_not_fit_a_run_is_refused_before_anything_is_embedded():
     birds = folder_of("birds", ["gull"], [0, 0])
-    for sets in (FurtherImages(robustness=[birds]), FurtherImages(retrieval=[[birds]])):
+    for sets in (TransferImages(robustness=[birds]), TransferImages(retrieval=[[birds]])):
         with pytest.raises(UserError, match="gull"):
             sets.check("digits", CLASSES, None)
-    FurtherImages(few_shot=[birds]).check("digits", CLASSES, Path("/data/pets/train"))
+    TransferImages(few_shot=[birds]).check("digits", CLASSES, Path("/data/pets/train"))
     with pytest.raises(UserError, match="the run was trained on these"):
-        FurtherImages(few_shot=[birds]).check("digits", CLASSES, Path("/data/birds"))
+        TransferImages(few_shot=[birds]).check("digits", CLASSES, Path("/data/birds"))
     with pytest.raises(UserError, match="gull"):
-        FurtherImages(retrieval=[[birds, folder_of("db", ["tern"])]]).check("digits", CLASSES, None)
+        TransferImages(retrieval=[[birds, folder_of("db", ["tern"])]]).check("digits", CLASSES, None)
 
 
 def test_one_name_for_two_folders_is_refused_and_one_folder_in_two_studies_is_not():
     one = folder_of("birds", "ab")
     other = LabelledFolder("birds", "folder", Path("/elsewhere/birds"), one.listed)
-    assert list(FurtherImages(robustness=[one], few_shot=[one]).folders()) == ["images_birds"]
+    assert list(TransferImages(robustness=[one], few_shot=[one]).folders()) == ["images_birds"]
     with pytest.raises(UserError, match="both called 'birds'"):
-        FurtherImages(robustness=[one], few_shot=[other]).folders()
+        TransferImages(robustness=[one], few_shot=[other]).folders()
     with pytest.raises(UserError, match="give each once"):
-        FurtherImages(retrieval=[[one], [one, one]]).folders()
+        TransferImages(retrieval=[[one], [one, one]]).folders()
 
 
 def fill(folder, classes):
@@ -167,21 +173,23 @@ def test_fault_6_an_unknown_set_or_folder_is_refused(tmp_path):
 def test_imagenet_a_must_hold_its_200_classes():
     wnids = sorted(synsets("imagenet_v2"))
     right = folder_of("imagenet_a", sorted(synsets("imagenet_a")), kind="imagenet_a")
-    FurtherImages(robustness=[right]).check("digits", wnids, None)
+    TransferImages(robustness=[right]).check("digits", wnids, None)
     with pytest.raises(UserError, match="imagenet_a has 200 class folders"):
-        FurtherImages(robustness=[folder_of("imagenet_a", wnids[:200], kind="imagenet_a")]).check("digits", wnids, None)
+        TransferImages(robustness=[folder_of("imagenet_a", wnids[:200], kind="imagenet_a")]).check(
+            "digits", wnids, None
+        )
 
 
 def test_a_class_of_one_image_is_refused_before_anything_is_embedded():
     birds = folder_of("birds", "ab", [0, 1, 1])
     with pytest.raises(UserError, match="class 'a' has one image"):
-        FurtherImages(few_shot=[birds]).check("digits", CLASSES, None)
+        TransferImages(few_shot=[birds]).check("digits", CLASSES, None)
 
 
 def test_a_folder_called_as_the_data_of_the_run_is_refused():
     for sets in (
-        FurtherImages(few_shot=[folder_of("pets", "ab")]),
-        FurtherImages(retrieval=[[folder_of("pets", "ab")]]),
+        TransferImages(few_shot=[folder_of("pets", "ab")]),
+        TransferImages(retrieval=[[folder_of("pets", "ab")]]),
     ):
         with pytest.raises(UserError, match="is called 'pets', as the data of the run are"):
             sets.check("pets", CLASSES, None)

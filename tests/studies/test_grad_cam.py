@@ -5,10 +5,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mrl.backbones import build_backbone
 from mrl.errors import UserError
-from mrl.models import build_model
-from mrl.studies.grad_cam import default_layer, grad_cams
+from mrl.model import build_backbone, build_model
+from mrl.studies.geometry import default_layer, grad_cams
 
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 

@@ -7,18 +7,18 @@ import pytest
 import torch
 
 from mrl.errors import UserError
-from mrl.heads import NestedLinear
+from mrl.matryoshka import NestedLinear
 from mrl.results import Source
-from mrl.studies.class_table import read_class_table
 from mrl.studies.hierarchy import (
     build_hierarchy,
     default_superclasses,
     hierarchy,
     per_class,
+    read_class_table,
     trend,
     within_superclasses,
 )
-from mrl.studies.robustness import synsets
+from mrl.studies.transfer import synsets
 
 SOURCE = Source("animals", "some_run", 3, 32, 28, False)
 SHARED = Path(os.environ.get("MRL_SHARED_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))

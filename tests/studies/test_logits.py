@@ -3,8 +3,8 @@ import pytest
 import torch
 
 from mrl.errors import UserError
-from mrl.heads import NestedLinear
-from mrl.studies.logits import logit_batches, predict
+from mrl.matryoshka import NestedLinear
+from mrl.studies.classification import logit_batches, predict
 
 
 @pytest.fixture(params=[False, True], ids=["separate", "tied"])

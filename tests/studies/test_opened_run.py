@@ -8,7 +8,7 @@ import torch
 import eval as evaluation  # not `eval`, which is Python's own
 import train as training
 from mrl.errors import UserError
-from mrl.studies.logits import predict
+from mrl.studies.classification import predict
 from mrl.studies.opened_run import open_run
 
 VIT = '{"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}'

@@ -5,7 +5,7 @@ import pytest
 
 from mrl.errors import UserError
 from mrl.results import Source
-from mrl.studies.oracle import majority_vote, oracle
+from mrl.studies.adaptive_classification import majority_vote, oracle
 
 SOURCE = Source("digits", "some_run", 3, 32, 28, True)
 

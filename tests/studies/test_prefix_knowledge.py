@@ -3,9 +3,9 @@ import pytest
 
 from mrl.errors import UserError
 from mrl.results import Source
-from mrl.studies import prefix_knowledge
-from mrl.studies.hierarchy import Hierarchy
-from mrl.studies.prefix_knowledge import (
+from mrl.studies import hierarchy as prefix_knowledge
+from mrl.studies.hierarchy import (
+    Hierarchy,
     confusion_counts,
     group_classes,
     knowledge,

@@ -22,11 +22,11 @@ def top_1_by_size(rows):
 def sets():
     """57 queries of 6 classes in a database of 301 of 5: class 5 is not there and class 4 has 3 images."""
     rng = np.random.default_rng(0)
-    centres = rng.standard_normal((6, 16))
+    centers = rng.standard_normal((6, 16))
     database_labels = np.concatenate([np.full(3, 4), rng.integers(4, size=298)])
     query_labels = np.concatenate([np.full(5, 4), np.full(5, 5), rng.integers(4, size=47)])
-    database = centres[database_labels] + rng.standard_normal((301, 16))
-    queries = centres[query_labels] + rng.standard_normal((57, 16))
+    database = centers[database_labels] + rng.standard_normal((301, 16))
+    queries = centers[query_labels] + rng.standard_normal((57, 16))
     return queries, query_labels, database, database_labels
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from mrl.errors import UserError
-from mrl.heads import NestedLinear
+from mrl.matryoshka import NestedLinear
 from mrl.results import Source
-from mrl.studies.robustness import robustness, synsets, trained_classes
+from mrl.studies.transfer import robustness, synsets, trained_classes
 
 SOURCE = Source("imagenet_a", "some_run", 3, 32, 28, False)
 SHARED = Path(os.environ.get("MRL_SHARED_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))

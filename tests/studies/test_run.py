@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from mrl.heads import NestedLinear
+from mrl.matryoshka import NestedLinear
 from mrl.results import Source
 from mrl.retrieval.embeddings import EmbeddingMetadata, EmbeddingSet
 from mrl.studies.run import EmbeddedRun, run_studies

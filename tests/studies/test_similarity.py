@@ -5,7 +5,7 @@ import pytest
 
 from mrl.errors import UserError
 from mrl.results import Source
-from mrl.studies.similarity import positive_pairs, similarity
+from mrl.studies.geometry import positive_pairs, similarity
 
 SOURCE = Source("digits", "some_run", 3, 32, 28, False)
 

@@ -5,7 +5,7 @@ import pytest
 
 import mrl
 from mrl.errors import UserError
-from mrl.studies.thresholds import THRESHOLD_GRID, fit_thresholds, fit_thresholds_jointly, route
+from mrl.studies.adaptive_classification import THRESHOLD_GRID, fit_thresholds, fit_thresholds_jointly, route
 
 DIMS = (8, 16, 32, 64)
 

@@ -8,9 +8,9 @@ import time
 import pytest
 import torch
 
+from mrl.distributed import Process
 from mrl.errors import UserError
-from mrl.training.checkpoint import checkpoint_path, load_checkpoint, open_run, record_start, save_checkpoint
-from mrl.training.distributed import Process
+from mrl.rundir import checkpoint_path, load_checkpoint, open_run, record_start, save_checkpoint
 
 CONFIG = "run: {name: a, resume: never}\noptim: {lr: 0.1}\n"
 
@@ -103,7 +103,7 @@ def test_a_failed_write_keeps_the_previous_checkpoint(tmp_path, monkeypatch):
 
 def test_kill_9_while_saving_leaves_a_loadable_checkpoint(tmp_path):
     program = (
-        "import sys, torch; from pathlib import Path; from mrl.training.checkpoint import *\n"
+        "import sys, torch; from pathlib import Path; from mrl.rundir import *\n"
         "d = Path(sys.argv[1]); open_run(d, 'never', 'run: {name: a}')\n"
         "for step in range(10**9): save_checkpoint(d, {'step': step, 'model': torch.full((300_000,), float(step))})\n"
     )

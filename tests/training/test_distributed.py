@@ -5,11 +5,10 @@ import pytest
 import torch
 from torch import nn
 
-from mrl.backbones import build_backbone
+from mrl import distributed
+from mrl.distributed import Process
 from mrl.errors import UserError
-from mrl.models import build_model
-from mrl.training import distributed
-from mrl.training.distributed import Process
+from mrl.model import build_backbone, build_model
 from mrl.training.profiling import all_reduce_seconds
 
 NUM_PROCESSES, NUM_MICRO_BATCHES = 2, 3

@@ -2,10 +2,9 @@ import pytest
 import torch
 from torch import nn
 
-from mrl.backbones import build_backbone
-from mrl.losses import nested_cross_entropy
-from mrl.models import build_model, freeze
-from mrl.training.optimizer import build_optimizer, set_lr
+from mrl.matryoshka import nested_cross_entropy
+from mrl.model import build_backbone, build_model, freeze
+from mrl.training.optim import build_optimizer, set_lr
 
 
 def decayed_names(model, optimizer):

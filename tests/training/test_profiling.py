@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 
-from mrl.training.distributed import Process
+from mrl.distributed import Process
 from mrl.training.profiling import PHASES, SKIPPED_STEPS, StepProfiler, all_reduce_seconds
 
 ALONE = Process(rank=0, world_size=1, device=torch.device("cpu"))

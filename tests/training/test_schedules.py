@@ -3,7 +3,7 @@ import math
 
 import pytest
 
-from mrl.training.schedules import lr_at, px_at
+from mrl.training.optim import lr_at, px_at
 
 
 def test_the_papers_schedule_at_its_knots():

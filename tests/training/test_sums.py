@@ -1,16 +1,16 @@
 import pytest
 import torch
 
+from mrl.distributed import Process
 from mrl.errors import UserError
-from mrl.training.distributed import Process
-from mrl.training.sums import FiniteCheck, PrefixSums
+from mrl.training.logging import FiniteCheck, MetricAccumulator
 
 ALONE = Process(rank=0, world_size=1, device=torch.device("cpu"))
 
 
 def test_means_are_over_images_not_over_batches():
     """Two batches of 3 and 1 images: a mean of batch means would say 0.5, not 0.25."""
-    sums = PrefixSums([8], ALONE.device)
+    sums = MetricAccumulator([8], ALONE.device)
     logits = torch.eye(2)[[0, 0, 0, 0]][None]  # always class 0
     sums.add(logits[:, :3], torch.tensor([1, 1, 1]), torch.tensor([2.0]))
     sums.add(logits[:, 3:], torch.tensor([0]), torch.tensor([6.0]))
@@ -18,7 +18,7 @@ def test_means_are_over_images_not_over_batches():
 
 
 def test_every_prefix_has_its_own_count():
-    sums = PrefixSums([8, 16], ALONE.device)
+    sums = MetricAccumulator([8, 16], ALONE.device)
     logits = torch.tensor([[[1.0, 0.0], [1.0, 0.0]], [[1.0, 0.0], [0.0, 1.0]]])
     sums.add(logits, torch.tensor([0, 1]), torch.tensor([1.0, 2.0]))
     assert sums.means("loss", "top_1") == {"loss/8": 1.0, "loss/16": 2.0, "top_1/8": 0.5, "top_1/16": 1.0}

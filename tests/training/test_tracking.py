@@ -4,7 +4,7 @@ import json
 import pytest
 
 from mrl.errors import UserError
-from mrl.training.tracking import Tracker
+from mrl.training.logging import Tracker
 
 
 def logged(path):

@@ -1,0 +1,79 @@
+"""The optimizer and its parameter groups.
+
+Schedules as pure functions of the step or epoch: nothing to save, nothing to restore.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+
+from mrl.model import MatryoshkaClassifier
+
+
+def build_optimizer(
+    model: MatryoshkaClassifier,
+    name: Literal["sgd", "adamw"],
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    layer_decay: float = 1.0,
+) -> torch.optim.Optimizer:
+    """SGD with momentum (not Nesterov) or AdamW over the trainable parameters.
+
+    Weight decay reaches parameters with more than one dimension only: no bias and no norm, whatever
+    its name, nor what the backbone itself exempts (a ViT's class token and position embedding).
+
+    With ``layer_decay`` below 1 each group has an ``lr_scale`` of ``layer_decay`` to the power of its distance
+    from the head, which `set_lr` multiplies the learning rate by. What a layer is says the backbone (timm).
+    """
+    exempt: set[str] = getattr(model.backbone, "no_weight_decay", set)()
+    if layer_decay == 1:
+        groups = param_groups_weight_decay(
+            model, weight_decay, no_weight_decay_list=[f"backbone.{parameter}" for parameter in exempt]
+        )
+    else:
+        groups = param_groups_layer_decay(model.backbone, weight_decay, exempt, layer_decay=layer_decay)
+        for group in groups:  # timm counts from the backbone's last layer, which is one below the head
+            group["lr_scale"] *= layer_decay
+        groups += param_groups_weight_decay(model.head, weight_decay)
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr=lr, momentum=momentum)
+    return torch.optim.AdamW(groups, lr=lr)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Give every parameter group its share of the learning rate ``lr`` of this step."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)
+
+
+def lr_at(
+    step: int, total_steps: int, warmup_steps: float, peak: float, schedule: Literal["linear", "cosine"] = "linear"
+) -> float:
+    """The learning rate of optimizer step ``step`` (0 is the first): up in a line to ``peak``, then down toward 0.
+
+    >>> [lr_at(step, total_steps=6, warmup_steps=2, peak=1.0) for step in range(6)]
+    [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
+    """
+    if step < warmup_steps:
+        return peak * min(1.0, (step + 1) / warmup_steps)
+    remaining = (total_steps - step) / (total_steps - warmup_steps)
+    if schedule == "linear":
+        return peak * remaining
+    return peak * 0.5 * (1 - math.cos(math.pi * remaining))
+
+
+def px_at(epoch: int, train_px: int | Sequence[tuple[int, int]]) -> int:
+    """The side of training images in pixels during ``epoch``.
+
+    >>> [px_at(epoch, [(0, 160), (32, 192)]) for epoch in (0, 31, 32, 39)]
+    [160, 160, 192, 192]
+    """
+    if isinstance(train_px, int):
+        return train_px
+    return [px for first_epoch, px in train_px if first_epoch <= epoch][-1]
