@@ -1,8 +1,7 @@
-"""The whole schema of a training run; the defaults are the paper's ResNet-50 on ImageNet.
+"""The schema of a training run, and how a recipe and a command line become one.
 
-A recipe in ``configs/`` lists only what differs. The docstring under each field is its ``--help``.
-
-From a recipe and a command line to a `Config`, and back to a file.
+The defaults are the paper's ResNet-50 on ImageNet; a recipe in ``configs/`` lists only what differs. The docstring
+under a field is its ``--help``.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 from mrl.errors import UserError
 from mrl.matryoshka import check_nesting_list, check_weights
 
-# timm's own parser takes misspelt parts in silence.
+# timm's own parser accepts misspelled parts silently.
 RAND_AUGMENT = re.compile(r"rand(-(m\d+|n[1-9]|p(0?\.\d+|[01])|mstd\d+(\.\d+)?|mmax\d+|inc[01]|t(weights|3a|3aw)))*")
 
 
@@ -39,11 +38,11 @@ class RunConfig:
     name: str = "resnet50_mrl"
     """Name of the run; its directory is <run.dir>/<run.name>."""
     dir: str = "runs"
-    """Folder that holds run directories."""
+    """Parent folder of the run directories."""
     seed: int = 0
     """Seed of the initial weights, the order of samples, their crops, and mixup."""
     resume: Literal["never", "auto"] = "never"
-    """never: refuse a run directory that already exists. auto: go on from its last checkpoint, or start if there
+    """never: refuse a run directory that already exists. auto: continue from its last checkpoint, or start if there
     is none."""
 
     def __post_init__(self) -> None:
@@ -53,21 +52,20 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Images, their order and their augmentation."""
+    """Images, their order, and their augmentation."""
 
     name: Literal["imagenet", "tiny_imagenet", "digits", "folder"] = "imagenet"
-    """imagenet, tiny_imagenet, folder: a folder with train/<class>/ and val/<class>/. imagenet: Kaggle's layout too, or
-    val/ as one flat folder with its ground truth (docs/IMAGENET.md). digits: scikit-learn's handwritten digits, no
-    files needed."""
+    """imagenet, tiny_imagenet, folder: a folder with train/<class>/ and val/<class>/. imagenet also reads Kaggle's
+    layout and a flat val/ with its ground truth (docs/IMAGENET.md). digits: scikit-learn's handwritten digits, no files
+    needed."""
     root: str | None = None
     """Folder that holds train/ and val/, or train.beton and val.beton. Not used by digits."""
     backend: Literal["auto", "memory", "folder", "ffcv"] = "auto"
-    """memory: every image decoded once, kept on the device at data.eval_resize_px square. folder: decoded in
-    worker processes as needed. ffcv: train.beton and val.beton (python -m mrl.data.write_ffcv), decoded in threads.
-    auto: memory for digits and tiny_imagenet, else ffcv if those files are there and FFCV is installed, else
-    folder."""
+    """memory: decode every image once and keep it on the device at data.eval_resize_px square. folder: decode in worker
+    processes as needed. ffcv: read train.beton and val.beton (python -m mrl.data.write_ffcv) in threads. auto: memory
+    for digits and tiny_imagenet, else ffcv if its files exist and FFCV is installed, else folder."""
     num_classes: int | None = None
-    """Number of classes to expect; a different number in the data is an error. Default: take what is there."""
+    """Expected number of classes; another number in the data is an error. Default: any."""
     batch_size: int = 1024
     """Images per optimizer step, over all processes together (global). Divisible by processes x
     train.accumulation_steps."""
@@ -75,32 +73,31 @@ class DataConfig:
     """Decoding processes (folder backend) or threads (ffcv) per training process. Default: the CPU cores this
     process may use."""
     train_px: int | list[tuple[int, int]] = field(default_factory=lambda: [(0, 160), (32, 192)])
-    """Side of a training image in pixels: one number, or pairs of first epoch and pixels, e.g. [[0, 160], [32, 192]]
-    for 160 px at first and 192 px from epoch 32 on."""
+    """Side of training images in pixels: one number, or pairs of first epoch and pixels, e.g. [[0, 160], [32, 192]] for
+    160 px, then 192 px from epoch 32 on."""
     crop_scale: tuple[float, float] = (0.08, 1.0)
-    """Random resized crop: smallest and largest share of the image's area. (1, 1) with crop_ratio (1, 1) crops
-    nothing of a square image."""
+    """Random resized crop: smallest and largest share of the image's area."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """Random resized crop: smallest and largest width / height."""
     flip: bool = True
     """Mirror half of the training images left to right."""
     rand_augment: str | None = None
-    """timm's RandAugment of each crop, e.g. rand-m9-mstd0.5-inc1 (magnitude 9 with a spread of 0.5); not with the
-    memory backend. Default: off."""
+    """timm's RandAugment of each crop, e.g. rand-m9-mstd0.5-inc1 (magnitude 9 with a std of 0.5); folder backend only.
+    Default: off."""
     random_erasing: float = 0.0
-    """Share of training images in which a rectangle is replaced by noise (timm); 0 is off."""
+    """Probability that a rectangle of a training image is replaced by noise (timm); 0 is off."""
     mixup: float = 0.0
     """Alpha of mixup (timm); 0 is off."""
     cutmix: float = 0.0
-    """Alpha of cutmix (timm); 0 is off. With both on, each batch takes one of the two at even odds."""
+    """Alpha of cutmix (timm); 0 is off. With both on, each batch uses one of the two with equal probability."""
     eval_resize_px: int = 256
     """Evaluation: shorter side after resizing, in pixels."""
     eval_px: int = 224
     """Evaluation: side of the center crop, in pixels."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    """Mean of red, green, blue (scale 0 to 1) that normalization takes away."""
+    """Per-channel mean for normalization, on the scale 0 to 1."""
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    """Standard deviation of red, green, blue (scale 0 to 1) that normalization divides by."""
+    """Per-channel standard deviation for normalization, on the scale 0 to 1."""
 
     def __post_init__(self) -> None:
         _require(self.batch_size >= 1, "data.batch_size", self.batch_size, "1 or more")
@@ -122,7 +119,7 @@ class DataConfig:
             "data.rand_augment",
             self.rand_augment,
             "null, or rand followed by any of -m9 (magnitude), -n2 (operations), -p0.5 (chance of each), -mstd0.5 "
-            "(spread of the magnitude), -mmax10, -inc1 (harder with the magnitude), -tweights, -t3a, -t3aw",
+            "(std of the magnitude), -mmax10, -inc1 (harder with the magnitude), -tweights, -t3a, -t3aw",
         )
         _require(0 <= self.random_erasing <= 1, "data.random_erasing", self.random_erasing, "0 to 1")
         _require(self.mixup >= 0, "data.mixup", self.mixup, "0 or more")
@@ -142,15 +139,16 @@ class ModelConfig:
     backbone: str = "resnet50"
     """Any timm model name."""
     init: str = "scratch"
-    """scratch: random weights. pretrained: timm's weights (downloaded). Otherwise the path of a weights file
+    """scratch: random weights. pretrained: timm's weights (downloaded). Otherwise a path to a weights file
     (.safetensors, .pt) or a run directory."""
-    blurpool: bool = True
-    """Blur before every strided convolution of 16 channels or more, as FFCV does (not timm's resnetblur50)."""
+    blurpool: bool = False
+    """Blur before every strided convolution of 16 or more input channels, as FFCV does (not timm's resnetblur50). Part
+    of the paper's ResNet recipes."""
     stem_stride: Literal[4, 2, 1] = 4
-    """ResNets: how much the stem shrinks an image. 4: as published. 2: no max-pool. 1: no max-pool and a first
-    convolution of stride 1, for images of 64 px and less."""
+    """ResNets: how much the stem shrinks an image. 4: as published. 2: no max-pool. 1: also no stride in the first
+    convolution, for images of 64 px and less."""
     trainable: Literal["all", "head"] | list[str] = "all"
-    """all, head, or the backbone modules to train beside the head, e.g. [layer4.2]. The rest is frozen, its
+    """all, head, or the backbone modules to train besides the head, e.g. [layer4.2]. The rest is frozen, with its
     BatchNorm in eval mode."""
     kwargs: dict[str, Any] = field(default_factory=dict)
     """Further arguments of timm.create_model, e.g. {drop_path_rate: 0.1, img_size: 64, patch_size: 8}."""
@@ -158,15 +156,15 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class HeadConfig:
-    """The nested classifier: plain, fixed-feature, MRL and MRL-E are values of these fields."""
+    """The nested classifier. Plain, fixed-feature (FF), MRL, and MRL-E models are values of these fields."""
 
     nesting_list: Literal["auto"] | list[int] = "auto"
-    """Trained prefix sizes, ascending, full width last. auto: halve the width down to 8 or just above (2048:
-    8..2048; 768: 12..768). One size d is the fixed-feature model FF-d."""
+    """Trained prefix dims, ascending, full width last. auto: halve the width down to 8 or just above (2048: 8..2048;
+    768: 12..768). A single dim d is the fixed-feature model FF-d."""
     tied: bool = False
-    """One classifier shared by all sizes (MRL-E) instead of one each (MRL)."""
+    """Share one classifier between all dims (MRL-E) instead of one each (MRL)."""
     weights: list[float] | None = None
-    """Weight of each size's loss in the sum, smallest size first. Default: 1 each."""
+    """Weight of each dim's loss in the sum, smallest dim first. Default: 1 each."""
 
     def __post_init__(self) -> None:
         if self.nesting_list != "auto":
@@ -176,7 +174,7 @@ class HeadConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """Optimizer and schedules, written for the global batch size: the number of processes changes nothing."""
+    """Optimizer and schedules, for the global batch size: the number of processes changes nothing."""
 
     name: Literal["sgd", "adamw"] = "sgd"
     """sgd (momentum, not Nesterov) or adamw."""
@@ -185,16 +183,16 @@ class OptimConfig:
     momentum: float = 0.9
     """SGD momentum; not used by adamw."""
     weight_decay: float = 1e-4
-    """Weight decay, on parameters with more than one dimension only (no biases, norms, position embeddings)."""
+    """Weight decay, only on parameters with more than one dimension (not on biases, norms, position embeddings)."""
     layer_decay: float = 1.0
-    """Fine-tuning: the learning rate of each layer of the backbone is this times that of the layer above it, the
-    head's being optim.lr; e.g. 0.75. 1 is off."""
+    """Layer-wise learning rate decay for fine-tuning: each backbone layer learns at this times the rate of the layer
+    above it, the head at optim.lr; e.g. 0.75. 1 is off."""
     warmup_epochs: float = 2.0
-    """Epochs of linear warm-up from 0."""
+    """Epochs of linear warm-up from 0; at most half of train.epochs is used."""
     schedule: Literal["linear", "cosine"] = "linear"
-    """Shape of the fall from the peak to 0 at the last step; the rate changes every step."""
+    """Decay from the peak to 0 at the last step, updated every step."""
     clip_norm: float = 0.0
-    """Largest gradient norm, larger ones are scaled down; 0 is off."""
+    """Maximum gradient norm; larger gradients are scaled down. 0 is off."""
 
     def __post_init__(self) -> None:
         _require(self.lr > 0, "optim.lr", self.lr, "above 0")
@@ -207,34 +205,34 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The loop."""
+    """The training loop."""
 
     epochs: int = 40
-    """Passes over the training set; the last, incomplete batch of each pass is left out."""
+    """Passes over the training set; the last incomplete batch of each is dropped."""
     label_smoothing: float = 0.1
-    """Share of each target spread over all classes, inside the cross-entropy of every size."""
+    """Label smoothing inside the cross-entropy of every dim."""
     accumulation_steps: int = 1
-    """Micro-batches per optimizer step; each process works on batch_size / processes / accumulation_steps images
-    at a time."""
+    """Micro-batches per optimizer step; each process computes batch_size / processes / accumulation_steps images at a
+    time."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
-    """Arithmetic of the forward pass (autocast); fp16 adds loss scaling. On CPUs without bfloat16 fp32 is faster."""
+    """Precision of the forward pass (autocast); fp16 adds loss scaling. On CPUs without bfloat16, fp32 is faster."""
     gradient_precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic in which processes add up their gradients; bf16 halves what they send, for slow networks."""
+    """Precision of the gradient all-reduce; bf16 halves the traffic, for slow networks."""
     sync_batchnorm: bool = False
-    """BatchNorm over the images of all processes, not of each on its own; GPUs only. For few images per GPU."""
+    """Synchronize BatchNorm statistics over all processes (GPUs only); for few images per GPU."""
     compile: bool = False
-    """torch.compile the model; where a first step fails to compile the run says so and goes on without."""
+    """Compile the model with torch.compile."""
     ema_decay: float = 0.0
-    """Decay per step of an exponential moving average of the weights, which is then evaluated and saved; 0 is off."""
+    """Decay per step of an exponential moving average of the weights, which is then validated and saved; 0 is off."""
     eval_every_epochs: int = 1
-    """Validate after every so many epochs, and always after the last."""
+    """Epochs between two validations; the last epoch is always validated."""
     checkpoint_minutes: float = 15.0
-    """Save checkpoints/last.pt at least this often, also in mid-epoch; it is saved after every epoch too."""
+    """Minutes between two checkpoints (checkpoints/last.pt), also in mid-epoch; every epoch ends with one too."""
     log_every_steps: int = 50
-    """Steps between two rows of metrics.jsonl and W&B."""
+    """Steps between two rows of metrics.jsonl and of W&B."""
     profile_steps: int = 0
-    """Steps to profile soon after the start: writes trace.json.gz into the run directory and prints where the time
-    of a step goes; 0 is off."""
+    """Steps to profile soon after the start: write trace.json.gz to the run directory and print where the time goes. 0
+    is off."""
 
     def __post_init__(self) -> None:
         _require(self.epochs >= 1, "train.epochs", self.epochs, "1 or more")
@@ -252,7 +250,7 @@ class WandbConfig:
     """Weights & Biases."""
 
     mode: Literal["disabled", "offline", "online"] = "disabled"
-    """disabled: not used. offline: written below the run directory, to `wandb sync` later. online: needs a login."""
+    """disabled, online (needs a login), or offline (written to the run directory, for `wandb sync` later)."""
     project: str = "mrl"
     """W&B project."""
     entity: str | None = None
@@ -261,7 +259,7 @@ class WandbConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """Everything a run depends on. Saved resolved as config.yaml in the run directory."""
+    """Everything a run depends on; saved with all defaults as config.yaml in the run directory."""
 
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -271,86 +269,27 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
-    def __post_init__(self) -> None:
-        _require(
-            self.optim.warmup_epochs < self.train.epochs,
-            "optim.warmup_epochs",
-            self.optim.warmup_epochs,
-            f"0 to below train.epochs = {self.train.epochs}, or the learning rate would end at its peak",
-        )
-
 
 RECIPES = Path(__file__).resolve().parent.parent / "configs"
 
 
-def _parser(description: str) -> ArgumentParser:
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    usage = "train.py [--config RECIPE] [--section.key VALUE ...]"
-    parser = ArgumentParser(
-        prog="train.py", usage=usage, description=description, exit_on_error=False, allow_abbrev=False
-    )
-    parser.add_argument("--config", action="config", help="a YAML recipe: a path, or a name in configs/")
-    for section in dataclasses.fields(Config):
-        parser.add_class_arguments(section.default_factory, section.name)
-    return parser
-
-
-def _parse(description: str, words: Sequence[str]) -> Config:
-    parser = _parser(description)
-    try:
-        namespace = parser.instantiate(parser.parse_args(words))
-    except ArgumentError as error:
-        raise UserError(_sentence(str(error))) from error
-    return Config(**{section.name: namespace[section.name] for section in dataclasses.fields(Config)})
-
-
-def _sentence(message: str) -> str:
-    """A parser's message on one line, with the keys that an unknown one may stand for."""
-    known = [f"{section.name}.{f.name}" for section in dataclasses.fields(Config) for f in _fields_of(section)]
-    unknown = re.search(r"(?:arguments: --|Key '|[Oo]ption ')([\w.]+).*", message)
-    close = difflib.get_close_matches(unknown[1], known, n=3, cutoff=0.5) if unknown else []
-    return " ".join(message.split()) + (f"; did you mean {' or '.join(close)}?" if close else "")
-
-
-def _fields_of(section: dataclasses.Field) -> tuple[dataclasses.Field, ...]:
-    return dataclasses.fields(section.default_factory)  # type: ignore[arg-type]
-
-
-def find_recipe(name: str) -> str:
-    """The path of a recipe given as a path or as a name in ``configs/``, with or without ``.yaml``.
+def parse_command_line(argv: Sequence[str] | None, description: str) -> Config:
+    """Return the `Config` of ``--config recipe.yaml --section.key value ...``; later arguments win.
 
     Raises:
-        UserError: There is no such file; the message lists the recipes there are.
+        UserError: There is no such recipe, a key is unknown, or a value has the wrong type or is not allowed.
     """
-    for path in (Path(name), RECIPES / name, RECIPES / f"{name}.yaml"):
-        if path.is_file():
-            return str(path)
-    known = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml"))) or "none"
-    raise UserError(f"--config {name!r} is neither a file nor a recipe in {RECIPES}; recipes: {known}")
-
-
-def _find_recipes(argv: Sequence[str]) -> list[str]:
-    found = list(argv)
+    found = list(sys.argv[1:] if argv is None else argv)
     for i, word in enumerate(found):
         if word.startswith("--config="):
             found[i] = "--config=" + find_recipe(word.removeprefix("--config="))
         elif word == "--config" and i + 1 < len(found):
             found[i + 1] = find_recipe(found[i + 1])
-    return found
-
-
-def parse_command_line(argv: Sequence[str] | None, description: str) -> Config:
-    """The `Config` of ``--config recipe.yaml --section.key value ...``; later words win.
-
-    Raises:
-        UserError: There is no such recipe, a key is unknown, a value has the wrong type or is
-            impossible; the sentence names the dotted key and what is allowed.
-    """
-    return _parse(description, _find_recipes(sys.argv[1:] if argv is None else argv))
+    return _parse(description, found)
 
 
 def read_config(path: str | Path) -> Config:
-    """The `Config` in a YAML file such as a run directory's config.yaml.
+    """Return the `Config` in a YAML file such as a run directory's config.yaml.
 
     Raises:
         UserError: There is no such file, or as `parse_command_line`.
@@ -361,6 +300,41 @@ def read_config(path: str | Path) -> Config:
 
 
 def to_yaml(config: Config) -> str:
-    """Every field of ``config`` as YAML, defaults included."""
-    # By way of JSON, which knows lists but no tuples.
+    """Return every field of ``config`` as YAML, defaults included."""
+    # By way of JSON, which has lists but no tuples.
     return yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(config))), sort_keys=False)
+
+
+def find_recipe(name: str) -> str:
+    """Return the path of a recipe given as a path or as a name in ``configs/``, with or without ``.yaml``.
+
+    Raises:
+        UserError: There is no such file; the message lists the recipes.
+    """
+    for path in (Path(name), RECIPES / name, RECIPES / f"{name}.yaml"):
+        if path.is_file():
+            return str(path)
+    known = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml"))) or "none"
+    raise UserError(f"--config {name!r} is neither a file nor a recipe in {RECIPES}; recipes: {known}")
+
+
+def _parse(description: str, argv: Sequence[str]) -> Config:
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    usage = "train.py [--config RECIPE] [--section.key VALUE ...]"
+    parser = ArgumentParser(
+        prog="train.py", usage=usage, description=description, exit_on_error=False, allow_abbrev=False
+    )
+    parser.add_argument("--config", action="config", help="a YAML recipe: a path, or a name in configs/")
+    sections = {section.name: section.default_factory for section in dataclasses.fields(Config)}
+    for name, section in sections.items():
+        parser.add_class_arguments(section, name)
+    try:
+        namespace = parser.instantiate(parser.parse_args(argv))
+    except ArgumentError as error:
+        message = str(error)
+        unknown = re.search(r"(?:arguments: --|Key '|[Oo]ption ')([\w.]+).*", message)
+        known = [f"{name}.{f.name}" for name, section in sections.items() for f in dataclasses.fields(section)]  # type: ignore[arg-type]
+        close = difflib.get_close_matches(unknown[1], known, n=3, cutoff=0.5) if unknown else []
+        hint = f"; did you mean {' or '.join(close)}?" if close else ""
+        raise UserError(" ".join(message.split()) + hint) from error
+    return Config(**{name: namespace[name] for name in sections})

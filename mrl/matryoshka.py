@@ -1,11 +1,11 @@
-"""Nesting lists and prefixes: the idea of the paper (section 3).
+"""Matryoshka Representation Learning in one file: nesting lists, prefixes, nested heads, losses (paper, section 3).
 
-An embedding ``z`` of width ``D`` is trained so that its first ``dim`` coordinates are an embedding
-too, for every ``dim`` of the nesting list (the paper's M).
+An embedding ``z`` of width ``D`` is trained so that its first ``dim`` coordinates are an embedding too, for every
+``dim`` of the nesting list (the paper's M)::
 
-Nested linear classifiers (paper, section 3 and algorithm 2).
-
-Losses over prefixes (paper, equation 1).
+    head = NestedLinear([8, 16, ..., D], num_classes)
+    losses = nested_cross_entropy(head(z), labels)  # (B, D) -> (G, B, C) -> (G,)
+    losses.sum().backward()  # equation 1 with every weight c_m = 1
 """
 
 from __future__ import annotations
@@ -21,11 +21,9 @@ from torch import Tensor, nn
 
 from mrl.errors import UserError
 
-SMALLEST_DIM = 8
-
 
 def default_nesting_list(width: int) -> tuple[int, ...]:
-    """Sizes from halving ``width`` while they stay whole and at least 8, ascending.
+    """Halve ``width`` as long as the result is whole and at least 8; ascending.
 
     >>> default_nesting_list(2048)
     (8, 16, 32, 64, 128, 256, 512, 1024, 2048)
@@ -33,35 +31,27 @@ def default_nesting_list(width: int) -> tuple[int, ...]:
     (12, 24, 48, 96, 192, 384, 768)
     """
     dims = [width]
-    while dims[-1] % 2 == 0 and dims[-1] // 2 >= SMALLEST_DIM:
+    while dims[-1] % 2 == 0 and dims[-1] >= 16:
         dims.append(dims[-1] // 2)
     return tuple(reversed(dims))
 
 
 def check_nesting_list(nesting_list: Sequence[int], width: int | None = None) -> tuple[int, ...]:
-    """The nesting list as a tuple, once it is known to be possible.
-
-    A single size below ``width`` is the fixed-feature baseline. A longer list that stops short of
-    ``width`` leaves coordinates untrained, which is allowed but warned of.
+    """Return the nesting list as a tuple. A list that ends below ``width`` is allowed, with a warning.
 
     Raises:
-        UserError: The list is empty, holds something other than positive whole numbers, is not
-            strictly ascending, or holds a size above ``width``.
+        UserError: It is empty, not strictly ascending, holds anything but positive integers, or exceeds ``width``.
     """
-    dims = tuple(nesting_list)
-    shown = list(dims)
-    if not dims:
-        raise UserError("the nesting list is empty; give at least one prefix size, e.g. [8, 16, 32]")
-    for dim in dims:
-        if isinstance(dim, bool) or not isinstance(dim, int) or dim < 1:
-            raise UserError(f"the nesting list {shown} holds {dim!r}; prefix sizes are whole numbers above 0")
+    dims, given = tuple(nesting_list), list(nesting_list)
+    if not dims or any(isinstance(dim, bool) or not isinstance(dim, int) or dim < 1 for dim in dims):
+        raise UserError(f"the nesting list is {given}; allowed are one or more positive integers, e.g. [8, 16, 32]")
     if any(small >= large for small, large in itertools.pairwise(dims)):
-        raise UserError(f"the nesting list {shown} must be strictly ascending, e.g. {sorted(set(dims))}")
+        raise UserError(f"the nesting list {given} must be strictly ascending, e.g. {sorted(set(dims))}")
     if width is not None and dims[-1] > width:
-        raise UserError(f"the nesting list {shown} asks for {dims[-1]} dims, but the embedding has only {width}")
-    if width is not None and len(dims) > 1 and dims[-1] < width:
+        raise UserError(f"the nesting list {given} asks for {dims[-1]} dims, but the embedding has only {width}")
+    if width is not None and len(dims) > 1 and dims[-1] < width:  # a single dim is the fixed-feature baseline
         warnings.warn(
-            f"the nesting list {shown} leaves coordinates {dims[-1]} to {width - 1} of the embedding untrained; "
+            f"the nesting list {given} leaves coordinates {dims[-1]} to {width - 1} of the embedding untrained; "
             f"end it with {width} to train the full width",
             stacklevel=2,
         )
@@ -69,51 +59,48 @@ def check_nesting_list(nesting_list: Sequence[int], width: int | None = None) ->
 
 
 def prefix(z: Tensor, dim: int) -> Tensor:
-    """The first ``dim`` coordinates of ``z``: ``(..., D) -> (..., dim)``, a view, not normalized.
+    """Return the first ``dim`` coordinates of ``z``: ``(..., D) -> (..., dim)``, a view, not normalized.
 
     Raises:
-        UserError: ``dim`` is not between 1 and the width of ``z``.
+        UserError: ``dim`` is not between 1 and D.
     """
     if not 1 <= dim <= z.shape[-1]:
-        raise UserError(
-            f"cannot take {dim} dims of an embedding of width {z.shape[-1]}; allowed are 1 to {z.shape[-1]}"
-        )
+        raise UserError(f"cannot take {dim} dims of an embedding of width {z.shape[-1]}; allowed: 1 to {z.shape[-1]}")
     return z[..., :dim]
 
 
 def unit_prefix(z: Tensor, dim: int) -> Tensor:
-    """The first ``dim`` coordinates, then scaled to length 1 in float32: ``(..., D) -> (..., dim)``.
+    """Return the first ``dim`` coordinates, then scaled to unit norm in float32: ``(..., D) -> (..., dim)``.
 
-    The order matters: a prefix of a normalized vector is not normalized, and its inner products
-    are not cosines. Retrieval at any size goes through this one function.
+    The order matters: a prefix of a unit vector is not a unit vector. Retrieval at any dim uses this function.
 
     Raises:
-        UserError: ``dim`` is not between 1 and the width of ``z``.
+        UserError: ``dim`` is not between 1 and D.
     """
     return F.normalize(prefix(z, dim).float(), dim=-1)
 
 
 class NestedLinear(nn.Module):
-    """One linear classifier per prefix of the embedding; logits ``(G, B, C)``, smallest prefix first.
+    """One linear classifier per prefix: embeddings ``(B, D)`` to logits ``(G, B, C)``, smallest prefix first.
 
-    The one head of this package. What a model is called follows from two values:
+    The one head of this package. Two values decide what a model is called:
 
-    ========================  =====  =============================================
+    ========================  =====  =====================================================
     nesting_list              tied   model
-    ========================  =====  =============================================
-    ``[D]``                          the plain classifier (FF-D)
-    ``[d]``, d < D                   fixed feature FF-d: reads the first d coordinates
-    ``[8, 16, ..., D]``       False  MRL: a classifier of its own for every size
-    ``[8, 16, ..., D]``       True   MRL-E: one classifier; size d uses its first d columns
-    ========================  =====  =============================================
+    ========================  =====  =====================================================
+    ``[D]``                          plain classifier (FF-D)
+    ``[d]``, d < D                   fixed feature FF-d: reads the first d coordinates only
+    ``[8, 16, ..., D]``       False  MRL: one classifier per dim
+    ``[8, 16, ..., D]``       True   MRL-E: one shared classifier; dim d uses its first d columns
+    ========================  =====  =====================================================
 
     Args:
-        nesting_list: Prefix sizes, strictly ascending.
+        nesting_list: Prefix dims, strictly ascending.
         num_classes: Number of classes C.
-        tied: Share one weight ``(C, D)`` and one bias between all sizes (MRL-E).
+        tied: Share one weight ``(C, D)`` and one bias between all dims (MRL-E; algorithm 2 of the paper).
 
     Raises:
-        UserError: The nesting list is impossible; see `check_nesting_list`.
+        UserError: The nesting list is not valid; see `check_nesting_list`.
     """
 
     def __init__(self, nesting_list: Sequence[int], num_classes: int, tied: bool = False):
@@ -125,12 +112,12 @@ class NestedLinear(nn.Module):
         self.classifiers = nn.ModuleList(nn.Linear(dim, num_classes) for dim in dims)
 
     def weight_and_bias(self, g: int) -> tuple[Tensor, Tensor]:
-        """The classifier of granularity ``g``: weight ``(C, nesting_list[g])`` and bias ``(C,)``."""
+        """Return the classifier of granularity ``g``: weight ``(C, nesting_list[g])`` and bias ``(C,)``."""
         classifier = self.classifiers[0 if self.tied else g]
         return classifier.weight[:, : self.nesting_list[g]], classifier.bias  # type: ignore[index,return-value]
 
     def forward(self, z: Tensor) -> Tensor:
-        """Logits ``(G, B, C)`` of embeddings ``z`` ``(B, D)``; coordinates past the last size are not read."""
+        """Return logits ``(G, B, C)``; coordinates of ``z`` ``(B, D)`` beyond the largest dim are not read."""
         return torch.stack(
             [F.linear(prefix(z, dim), *self.weight_and_bias(g)) for g, dim in enumerate(self.nesting_list)]
         )
@@ -140,7 +127,7 @@ class NestedLinear(nn.Module):
 
 
 def nested_cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Mean cross-entropy of each granularity ``(G,)``; the training loss is their (weighted) **sum**.
+    """Return the mean cross-entropy of each prefix, ``(G,)``. The training loss is their (weighted) **sum**.
 
     Args:
         logits: ``(G, B, C)`` from `NestedLinear`.
@@ -151,7 +138,7 @@ def nested_cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float 
 
 
 def check_weights(weights: Sequence[float] | None, nesting_list: Sequence[int]) -> tuple[float, ...]:
-    """The relative importance c_m of each prefix, as a tuple; 1 for each when ``weights`` is None.
+    """Return the relative importance c_m of each prefix as a tuple; 1 each when ``weights`` is None.
 
     Raises:
         UserError: There is not one weight per prefix, one is negative or not finite, or all are 0.
@@ -160,8 +147,8 @@ def check_weights(weights: Sequence[float] | None, nesting_list: Sequence[int]) 
         return (1.0,) * len(nesting_list)
     if len(weights) != len(nesting_list):
         raise UserError(
-            f"{len(weights)} loss weights {list(weights)} for {len(nesting_list)} prefix sizes {list(nesting_list)}; "
-            "give one per size"
+            f"{len(weights)} loss weights {list(weights)} for {len(nesting_list)} prefix dims {list(nesting_list)}; "
+            "give one per dim"
         )
     if not all(0 <= weight < float("inf") for weight in weights) or not any(weights):
         raise UserError(f"loss weights {list(weights)} must be finite, 0 or more, and not all 0")
@@ -169,22 +156,20 @@ def check_weights(weights: Sequence[float] | None, nesting_list: Sequence[int]) 
 
 
 class MatryoshkaLoss(nn.Module):
-    """Any loss on embeddings, summed over their prefixes: ``sum_m c_m loss_fn(z1[:, :m], z2[:, :m], ...)``.
+    """Sum any loss on embeddings over their prefixes: ``sum_m c_m loss_fn(z1[:, :m], z2[:, :m], ..., **rest)``.
 
-    Called as ``loss(*embeddings, *rest)``. The leading floating-point tensors of shape ``(B, D)``,
-    with D at least the largest size, are embeddings and are cut to each prefix: one for a
-    classification-like loss, two for pairs, three for triplets. Everything after them, and every
-    keyword argument, reaches ``loss_fn`` untouched; pass a float matrix that is not an embedding
-    by keyword. Where the loss works on unit vectors it must normalize what it is given, so that
-    each prefix is normalized separately (as the paper does for ALIGN).
+    Called as ``loss(*embeddings, **rest)``. Every positional argument is an embedding ``(B, D)`` and is cut to each
+    prefix: one for a classification loss, two for pairs, three for triplets. Everything else (labels, soft labels,
+    a temperature) goes by keyword and reaches ``loss_fn`` unchanged, so that a matrix of soft labels is never cut by
+    mistake. A loss on unit vectors must normalize its inputs itself, so that each prefix is normalized separately.
 
     Args:
-        loss_fn: Returns a scalar from embeddings ``(B, m)`` and whatever else it takes.
-        nesting_list: Prefix sizes, strictly ascending.
-        weights: Relative importance c_m of each size; 1 for each when None.
+        loss_fn: Returns a scalar from embeddings ``(B, m)`` and the keyword arguments.
+        nesting_list: Prefix dims, strictly ascending.
+        weights: Relative importance c_m of each dim; 1 each when None.
 
     Raises:
-        UserError: The sizes or weights are impossible, or a call brings no embedding.
+        UserError: The dims or weights are not valid, or a positional argument is not an embedding.
     """
 
     weights: Tensor
@@ -197,24 +182,15 @@ class MatryoshkaLoss(nn.Module):
         self.nesting_list = check_nesting_list(nesting_list)
         self.register_buffer("weights", torch.tensor(check_weights(weights, nesting_list)), persistent=False)
 
-    def _is_embedding(self, value: Any) -> bool:
-        return (
-            isinstance(value, Tensor)
-            and value.is_floating_point()
-            and value.ndim == 2
-            and value.shape[1] >= self.nesting_list[-1]
-        )
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The weighted sum over prefixes, a scalar on the embeddings' device."""
-        count = 0
-        while count < len(args) and self._is_embedding(args[count]):
-            count += 1
-        if count == 0:
+    def forward(self, *embeddings: Tensor, **rest: Any) -> Tensor:
+        """Return the weighted sum over prefixes, a scalar on the embeddings' device."""
+        widths = {z.shape[1] if z.ndim == 2 and z.is_floating_point() else 0 for z in embeddings}
+        if len(widths) != 1 or min(widths) < self.nesting_list[-1]:
+            shapes = ", ".join(f"{tuple(z.shape)} {z.dtype}" for z in embeddings) or "nothing"
             raise UserError(
-                f"MatryoshkaLoss needs an embedding first: a float tensor (B, D) with D >= {self.nesting_list[-1]}"
+                f"MatryoshkaLoss got {shapes}; positional arguments are embeddings, float tensors (B, D) of one width "
+                f"D >= {self.nesting_list[-1]}; pass labels and everything else by keyword"
             )
-        embeddings, rest = args[:count], args[count:]
-        losses = [self.loss_fn(*(prefix(z, dim) for z in embeddings), *rest, **kwargs) for dim in self.nesting_list]
-        # The weights follow the embeddings, also where nobody moved this module to their device.
+        losses = [self.loss_fn(*(prefix(z, dim) for z in embeddings), **rest) for dim in self.nesting_list]
+        # The weights follow the embeddings, even if nobody moved this module to their device.
         return (torch.stack(losses) * self.weights.to(losses[0])).sum()

@@ -1,7 +1,4 @@
-"""timm backbones: their creation, weights, and two changes that the paper's recipes need (blur, small stem).
-
-A timm backbone with a nested head: building, freezing, saving and loading it.
-"""
+"""A timm backbone with a nested head: build, freeze, save, load, encode."""
 
 from __future__ import annotations
 
@@ -26,12 +23,255 @@ from mrl.errors import UserError
 from mrl.matryoshka import NestedLinear, check_nesting_list, default_nesting_list, unit_prefix
 from mrl.rundir import atomic_write, atomic_write_text
 
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """Everything needed to rebuild a model and to feed it, beside its weights: the content of model.json."""
+
+    backbone: str
+    kwargs: dict[str, Any]
+    stem_stride: int
+    blurpool: bool
+    nesting_list: tuple[int, ...]
+    tied: bool
+    classes: tuple[str, ...]
+    resize_px: int
+    crop_px: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    format_version: int = FORMAT_VERSION
+
+
+class MatryoshkaClassifier(nn.Module):
+    """Map images ``(B, 3, H, W)`` to logits ``(G, B, C)``: a backbone's pooled output, read by a nested head."""
+
+    info: ModelInfo | None = None
+
+    def __init__(self, backbone: nn.Module, head: NestedLinear):
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+        self.width: int = backbone.head_hidden_size  # type: ignore[assignment]
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Return embeddings ``(B, D)`` as the head reads them: raw, not normalized."""
+        features = self.backbone.forward_features(images)  # type: ignore[operator]
+        return self.backbone.forward_head(features, pre_logits=True)  # type: ignore[operator]
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.embed(images))
+
+    @torch.no_grad()
+    def encode(self, images: Tensor, dim: int | None = None) -> Tensor:
+        """Return unit-norm float32 embeddings ``(B, dim)`` for search, in eval mode and without gradients.
+
+        Args:
+            images: ``(B, 3, H, W)``, normalized as by `preprocess`, on the model's device.
+            dim: Prefix size; the largest trained one when None. A size that was not trained gives a warning.
+
+        Raises:
+            UserError: ``dim`` is not between 1 and the width.
+        """
+        dim = self.head.nesting_list[-1] if dim is None else dim
+        if dim <= self.width and dim not in self.head.nesting_list:
+            warnings.warn(f"{dim} dims were not trained; trained are {list(self.head.nesting_list)}", stacklevel=3)
+        was_training = self.training
+        self.eval()
+        try:
+            return unit_prefix(self.embed(images), dim)
+        finally:
+            self.train(was_training)
+
+    @property
+    def preprocess(self) -> v2.Compose:
+        """The evaluation transform: PIL image or uint8 tensor -> normalized ``(3, H, W)`` for `encode`."""
+        if self.info is None:
+            raise UserError("this model was not saved with its image size and normalization; load it with mrl.load")
+        return v2.Compose(
+            [
+                v2.ToImage(),
+                v2.RGB(),
+                v2.Resize(self.info.resize_px, antialias=True),
+                v2.CenterCrop(self.info.crop_px),
+                v2.ToDtype(torch.float32, scale=True),
+                v2.Normalize(self.info.mean, self.info.std),
+            ]
+        )
+
+    def train(self, mode: bool = True) -> MatryoshkaClassifier:
+        """Set training mode, except for frozen BatchNorms, whose statistics must not move."""
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.affine:
+                module.train(mode and module.weight.requires_grad)
+        return self
+
+
+def build_model(
+    backbone: nn.Module, num_classes: int, nesting_list: Sequence[int] | None = None, tied: bool = False
+) -> MatryoshkaClassifier:
+    """Put a new nested head on ``backbone``; without a ``nesting_list`` the dims are halvings of its width.
+
+    Raises:
+        UserError: The nesting list does not fit the backbone's width.
+    """
+    width: int = backbone.head_hidden_size  # type: ignore[assignment]
+    dims = default_nesting_list(width) if nesting_list is None else check_nesting_list(nesting_list, width)
+    return MatryoshkaClassifier(backbone, NestedLinear(dims, num_classes, tied))
+
+
+def build_backbone(
+    name: str,
+    init: str = "scratch",
+    stem_stride: int = 4,
+    blurpool: bool = False,
+    kwargs: dict[str, Any] | None = None,
+) -> nn.Module:
+    """Return a timm backbone without classifier; for the arguments see `mrl.config.ModelConfig`.
+
+    Raises:
+        UserError: The name is unknown, or arguments or weights do not fit the backbone.
+    """
+    if init == "pretrained" and blurpool:
+        raise UserError("model.init pretrained: timm's weights were trained without blur; give model.blurpool false")
+    backbone = _create_timm(name, init == "pretrained", kwargs or {})
+    source = None if init in ("scratch", "pretrained") else Path(init)
+    if source is not None and not source.exists():
+        raise UserError(f"model.init {init!r} is neither scratch, pretrained, nor an existing file or run directory")
+    if source is not None and source.is_file():
+        _load_weights_file(backbone, source)  # published weights have the published stem: load before changing it
+    set_stem_stride(backbone, stem_stride)
+    if blurpool:
+        add_blurpool(backbone)
+    if source is not None and source.is_dir():
+        _load_run(backbone, source, {"stem_stride": stem_stride, "blurpool": blurpool})
+    return backbone
+
+
+def _create_timm(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
+    if not timm.is_model(name):
+        close = difflib.get_close_matches(name, timm.list_models(), n=3)
+        raise UserError(f"model.backbone {name!r} is not a timm model; similar names: {', '.join(close) or 'none'}")
+    try:
+        return timm.create_model(name, pretrained=pretrained, num_classes=0, **kwargs)
+    except TypeError as error:
+        raise UserError(f"model.kwargs {kwargs} do not fit {name}: {error}") from error
+    except Exception as error:
+        if not pretrained:
+            raise
+        raise UserError(f"model.init pretrained: timm's weights of {name} could not be downloaded: {error}") from error
+
+
+def _load_weights_file(backbone: nn.Module, path: Path) -> None:
+    """Load timm weights strictly; only the file's own classifier may be left over."""
+    try:
+        state = timm.models.load_state_dict(str(path), use_ema=False)
+    except Exception as error:
+        raise UserError(f"model.init: {path} cannot be read as a weights file: {error}") from error
+    classifier = backbone.pretrained_cfg.get("classifier") or "fc"  # type: ignore[union-attr,operator]
+    own = tuple(f"{name}." for name in ([classifier] if isinstance(classifier, str) else classifier))
+    expected = backbone.state_dict()
+    state = {key: value for key, value in state.items() if key in expected or not key.startswith(own)}
+    check_fits(state, expected, f"model.init: {path} does not fit the backbone")
+    backbone.load_state_dict(state)
+
+
+def _load_run(backbone: nn.Module, run: Path, changes: dict[str, Any]) -> None:
+    """Load the backbone of a finished run; ``changes`` to it keep all names, so they must be equal to the run's."""
+    info, state = read_saved(run)
+    for key, value in changes.items():
+        theirs = getattr(info, key)
+        if theirs != value:
+            raise UserError(f"model.init: the run {run} has model.{key} {theirs}, not {value}; use the same")
+    state = {key.removeprefix("backbone."): value for key, value in state.items() if key.startswith("backbone.")}
+    check_fits(state, backbone.state_dict(), f"model.init: the run {run} holds another backbone")
+    backbone.load_state_dict(state)
+
+
+def check_fits(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], failure: str) -> None:
+    """Check that ``state`` has exactly the names and shapes of ``expected``.
+
+    Raises:
+        UserError: It does not; the message begins with ``failure``.
+    """
+    missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
+    wrong = sorted(key for key in expected.keys() & state.keys() if state[key].shape != expected[key].shape)
+    for what, keys in (("lacks", missing), ("has the unknown", extra), ("has other shapes for", wrong)):
+        if keys:
+            raise UserError(f"{failure}: it {what} {len(keys)} entries, e.g. {keys[:3]}")
+
+
+def freeze(model: MatryoshkaClassifier, trainable: str | Sequence[str]) -> None:
+    """Keep gradients for the head and ``trainable`` only: "all", "head", or names of backbone modules.
+
+    Raises:
+        UserError: The backbone has no module of such a name.
+    """
+    if trainable == "all":
+        return
+    model.backbone.requires_grad_(False)
+    for name in [] if trainable == "head" else trainable:
+        try:
+            model.backbone.get_submodule(name).requires_grad_(True)
+        except AttributeError as error:
+            top = [child for child, _ in model.backbone.named_children()]
+            raise UserError(f"model.trainable: the backbone has no module {name!r}; at the top are {top}") from error
+
+
+def save_model(model: MatryoshkaClassifier, info: ModelInfo, directory: Path) -> None:
+    """Write model.safetensors and model.json, which `load` reads.
+
+    Raises:
+        UserError: They cannot be written, e.g. because the disk is full; existing files are kept.
+    """
+    content = save({key: value.contiguous() for key, value in model.state_dict().items()})
+    atomic_write(directory / "model.safetensors", lambda file: file.write(content))
+    atomic_write_text(directory / "model.json", json.dumps(dataclasses.asdict(info), indent=2) + "\n")
+
+
+def read_saved(directory: Path) -> tuple[ModelInfo, dict[str, Tensor]]:
+    """Return the content of model.json and of model.safetensors.
+
+    Raises:
+        UserError: A file is missing or cannot be read, or its format is another version's.
+    """
+    for name in ("model.json", "model.safetensors"):
+        if not (directory / name).is_file():
+            raise UserError(f"{directory} has no {name}, so it is not a finished run directory")
+    try:
+        content = dict(json.loads((directory / "model.json").read_text()))
+        if content.get("format_version") == FORMAT_VERSION:  # other formats have other keys
+            lists = {key: tuple(value) for key, value in content.items() if isinstance(value, list)}
+            return ModelInfo(**content | lists), load_file(directory / "model.safetensors")
+    except (TypeError, ValueError, SafetensorError) as error:
+        raise UserError(f"{directory} cannot be read as a saved model: {error}") from error
+    raise UserError(
+        f"{directory} was saved in format {content.get('format_version')}; this version reads format {FORMAT_VERSION}"
+    )
+
+
+def load(run: str | Path) -> MatryoshkaClassifier:
+    """Return the model of a finished run directory, in eval mode on the CPU, with its ``info``.
+
+    Raises:
+        UserError: As `read_saved`, or the two files do not fit each other.
+    """
+    info, state = read_saved(Path(run))
+    backbone = build_backbone(info.backbone, "scratch", info.stem_stride, info.blurpool, info.kwargs)
+    model = build_model(backbone, len(info.classes), info.nesting_list, info.tied)
+    check_fits(state, model.state_dict(), f"{run}: model.safetensors does not fit model.json")
+    model.load_state_dict(state)
+    model.info = info
+    return model.eval()
+
 
 class BlurConv2d(nn.Conv2d):
-    """A convolution that first blurs its input with [1,2,1]x[1,2,1]/16, zero-padded, as FFCV's BlurPool does.
+    """Blur the input with a fixed [1,2,1]x[1,2,1]/16, zero-padded, then convolve: FFCV's BlurPool.
 
-    Its parameters have the plain convolution's names, so plain weights load into it. timm's
-    ``resnetblur50`` blurs in other places and is another function.
+    Parameters keep the plain convolution's names, so plain weights load. timm's ``resnetblur50`` blurs in other
+    places and is another function.
     """
 
     blur: Tensor
@@ -49,16 +289,15 @@ class BlurConv2d(nn.Conv2d):
         )
         self.weight, self.bias = conv.weight, conv.bias
         line = torch.tensor([1.0, 2.0, 1.0]) / 4
-        self.register_buffer(
-            "blur", torch.outer(line, line).expand(conv.in_channels, 1, 3, 3).clone(), persistent=False
-        )
+        kernel = torch.outer(line, line).expand(conv.in_channels, 1, 3, 3).clone()
+        self.register_buffer("blur", kernel, persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
         return super().forward(F.conv2d(images, self.blur.to(images.dtype), padding=1, groups=self.in_channels))
 
 
 def add_blurpool(backbone: nn.Module) -> int:
-    """How many convolutions were given a blur: those of stride > 1 and at least 16 input channels.
+    """Blur before each convolution of stride > 1 and at least 16 input channels; return how many there are.
 
     Raises:
         UserError: There is none, as in a ViT, or one is more than a plain convolution.
@@ -72,9 +311,9 @@ def add_blurpool(backbone: nn.Module) -> int:
     if not found:
         raise UserError("model.blurpool is true, but the backbone has no strided convolution to blur; set it to false")
     special = sorted({type(child).__name__ for _, _, child in found if type(child) is not nn.Conv2d})
-    if special:  # what they do to their weights or borders would be lost, under the same parameter names
+    if special:  # what they do to weights or borders would be lost, under the same parameter names
         raise UserError(
-            f"model.blurpool is true, but the backbone's strided convolutions are {', '.join(special)}, and only plain "
+            f"model.blurpool is true, but the backbone's strided convolutions are {', '.join(special)}; only plain "
             "Conv2d can be blurred; set it to false"
         )
     for parent, name, child in found:
@@ -83,7 +322,7 @@ def add_blurpool(backbone: nn.Module) -> int:
 
 
 def set_stem_stride(backbone: nn.Module, stem_stride: int) -> None:
-    """Shrink the image less in a ResNet's stem: 2 removes the max-pool, 1 makes its first convolution unstrided too.
+    """Let a ResNet's stem keep more of a small image: 2 removes the max-pool, 1 also the first convolution's stride.
 
     A plain 7x7 first convolution becomes a new 3x3 one; the 3x3 of a deep stem keeps its weights.
 
@@ -98,274 +337,9 @@ def set_stem_stride(backbone: nn.Module, stem_stride: int) -> None:
             "give other backbones their own arguments, e.g. model.kwargs {img_size: 64, patch_size: 8} for a ViT"
         )
     backbone.set_submodule("maxpool", nn.Identity())
-    if stem_stride == 2:
-        return
-    stem = backbone.conv1
-    if isinstance(stem, nn.Conv2d):
-        conv = nn.Conv2d(3, stem.out_channels, 3, padding=1, bias=False)
+    if stem_stride == 1 and isinstance(backbone.conv1, nn.Conv2d):
+        conv = nn.Conv2d(3, backbone.conv1.out_channels, 3, padding=1, bias=False)
         nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
         backbone.set_submodule("conv1", conv)
-    else:
+    elif stem_stride == 1:
         backbone.get_submodule("conv1.0").stride = (1, 1)  # type: ignore[assignment]
-
-
-def _create_timm(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
-    if not timm.is_model(name):
-        close = difflib.get_close_matches(name, timm.list_models(), n=3)
-        raise UserError(f"model.backbone {name!r} is not a timm model; similar names: {', '.join(close) or 'none'}")
-    try:
-        return timm.create_model(name, pretrained=pretrained, num_classes=0, **kwargs)
-    except TypeError as error:
-        raise UserError(f"model.kwargs {kwargs} do not fit {name}: {error}") from error
-    except Exception as error:
-        if not pretrained:
-            raise
-        raise UserError(
-            f"model.init is 'pretrained', but timm's weights of {name} could not be had: {error}"
-        ) from error
-
-
-def _load_weights_file(backbone: nn.Module, path: Path) -> None:
-    """Load timm weights from a file; only the file's own classifier may be left over, nothing may be missing."""
-    try:
-        state = timm.models.load_state_dict(str(path), use_ema=False)
-    except Exception as error:
-        raise UserError(f"model.init: {path} cannot be read as a weights file: {error}") from error
-    classifier = backbone.pretrained_cfg.get("classifier") or "fc"  # type: ignore[union-attr,operator]
-    own = tuple(f"{name}." for name in ([classifier] if isinstance(classifier, str) else classifier))
-    expected = backbone.state_dict()
-    state = {key: value for key, value in state.items() if key in expected or not key.startswith(own)}
-    check_fits(state, expected, f"model.init: {path} does not fit the backbone")
-    backbone.load_state_dict(state)
-
-
-def check_fits(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], failure: str) -> None:
-    """Nothing, if ``state`` has the names and shapes of ``expected``, all of them and no others.
-
-    Raises:
-        UserError: It has not; the message begins with ``failure``.
-    """
-    missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
-    wrong = sorted(key for key in expected.keys() & state.keys() if state[key].shape != expected[key].shape)
-    for what, keys in (("lacks", missing), ("has the unknown", extra), ("has other shapes for", wrong)):
-        if keys:
-            raise UserError(f"{failure}: it {what} {len(keys)} entries, e.g. {keys[:3]}")
-
-
-def _load_run(backbone: nn.Module, run: Path, changes: dict[str, Any]) -> None:
-    path = run / "model.safetensors"
-    for file in (path, run / "model.json"):
-        if not file.exists():
-            raise UserError(f"model.init: {run} holds no {file.name}, so it is not a finished run directory")
-    try:
-        theirs, weights = json.loads((run / "model.json").read_text()), load_file(path)
-    except (ValueError, SafetensorError) as error:
-        raise UserError(f"model.init: {run} cannot be read as a saved model: {error}") from error
-    for key, value in changes.items():
-        if theirs.get(key) != value:  # their parameters have the same names, and would compute something else
-            raise UserError(f"model.init: the run {run} has model.{key} {theirs.get(key)}, not {value}; give the same")
-    marker = "backbone."
-    state = {key[len(marker) :]: value for key, value in weights.items() if key.startswith(marker)}
-    try:
-        backbone.load_state_dict(state)
-    except RuntimeError as error:
-        raise UserError(f"model.init: the run {run} holds another backbone; {error}") from error
-
-
-def build_backbone(
-    name: str,
-    init: str = "scratch",
-    stem_stride: int = 4,
-    blurpool: bool = False,
-    kwargs: dict[str, Any] | None = None,
-) -> nn.Module:
-    """A timm backbone without classifier; for the arguments see `mrl.config.ModelConfig`.
-
-    Raises:
-        UserError: An unknown name, arguments that do not fit it, or weights that do not.
-    """
-    if init == "pretrained" and blurpool:
-        raise UserError(
-            "model.init is 'pretrained', but timm's weights were trained without the blur of model.blurpool, with "
-            "which they compute something else; give model.blurpool false"
-        )
-    backbone = _create_timm(name, init == "pretrained", kwargs or {})
-    source = None if init in ("scratch", "pretrained") else Path(init)
-    if source is not None and not source.exists():
-        raise UserError(f"model.init {init!r} is neither scratch, pretrained, nor an existing file or run directory")
-    if source is not None and source.is_file():
-        _load_weights_file(backbone, source)  # published weights know the published stem: before any change to it
-    set_stem_stride(backbone, stem_stride)
-    if blurpool:
-        add_blurpool(backbone)
-    if source is not None and source.is_dir():
-        _load_run(backbone, source, {"stem_stride": stem_stride, "blurpool": blurpool})
-    return backbone
-
-
-FORMAT_VERSION = 1
-
-
-@dataclass(frozen=True)
-class ModelInfo:
-    """All a stranger needs to rebuild a model and feed it, beside its weights: the content of model.json."""
-
-    backbone: str
-    kwargs: dict[str, Any]
-    stem_stride: int
-    blurpool: bool
-    nesting_list: tuple[int, ...]
-    tied: bool
-    classes: tuple[str, ...]
-    resize_px: int
-    crop_px: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    format_version: int = FORMAT_VERSION
-
-
-class MatryoshkaClassifier(nn.Module):
-    """Logits ``(G, B, C)`` of images ``(B, 3, H, W)``: a backbone's pooled output, read by a nested head."""
-
-    info: ModelInfo | None = None
-
-    def __init__(self, backbone: nn.Module, head: NestedLinear):
-        super().__init__()
-        self.backbone = backbone
-        self.head = head
-        self.width: int = backbone.head_hidden_size  # type: ignore[assignment]
-
-    def embed(self, images: Tensor) -> Tensor:
-        """Embeddings ``(B, D)`` as the head reads them: raw, not normalized."""
-        features = self.backbone.forward_features(images)  # type: ignore[operator]
-        return self.backbone.forward_head(features, pre_logits=True)  # type: ignore[operator]
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.embed(images))
-
-    @torch.no_grad()
-    def encode(self, images: Tensor, dim: int | None = None) -> Tensor:
-        """Unit embeddings ``(B, dim)`` in float32 for search and similarity, in eval mode, without gradients.
-
-        Args:
-            images: ``(B, 3, H, W)``, normalized as `preprocess` does, on the model's device.
-            dim: Prefix size, 1 to the width; the full width when None. A size that was not trained is
-                allowed, with a warning.
-
-        Raises:
-            UserError: ``dim`` is not between 1 and the width.
-        """
-        dim = self.width if dim is None else dim
-        if dim <= self.width and dim not in self.head.nesting_list:
-            warnings.warn(f"{dim} dims were not trained; trained are {list(self.head.nesting_list)}", stacklevel=3)
-        was_training = self.training
-        self.eval()
-        try:
-            return unit_prefix(self.embed(images), dim)
-        finally:
-            self.train(was_training)
-
-    @property
-    def preprocess(self) -> v2.Compose:
-        """The transform of evaluation: PIL image or uint8 tensor -> normalized ``(3, H, W)`` for `encode`."""
-        if self.info is None:
-            raise UserError("this model was not saved with its image size and normalization; load it with mrl.load")
-        return v2.Compose(
-            [
-                v2.ToImage(),
-                v2.RGB(),
-                v2.Resize(self.info.resize_px, antialias=True),
-                v2.CenterCrop(self.info.crop_px),
-                v2.ToDtype(torch.float32, scale=True),
-                v2.Normalize(self.info.mean, self.info.std),
-            ]
-        )
-
-    def train(self, mode: bool = True) -> MatryoshkaClassifier:
-        """Itself in training mode, but for frozen BatchNorms, whose statistics must not move."""
-        super().train(mode)
-        for module in self.modules():
-            if (
-                isinstance(module, nn.modules.batchnorm._BatchNorm)
-                and module.affine
-                and not module.weight.requires_grad
-            ):
-                module.eval()
-        return self
-
-
-def build_model(
-    backbone: nn.Module, num_classes: int, nesting_list: Sequence[int] | None = None, tied: bool = False
-) -> MatryoshkaClassifier:
-    """``backbone`` with a new nested head; sizes halve down from its width when ``nesting_list`` is None.
-
-    Raises:
-        UserError: The nesting list does not fit the backbone's width.
-    """
-    width: int = backbone.head_hidden_size  # type: ignore[assignment]
-    dims = default_nesting_list(width) if nesting_list is None else check_nesting_list(nesting_list, width)
-    return MatryoshkaClassifier(backbone, NestedLinear(dims, num_classes, tied))
-
-
-def freeze(model: MatryoshkaClassifier, trainable: str | Sequence[str]) -> None:
-    """Leave gradients to the head and ``trainable`` only: "all", "head", or names of backbone modules.
-
-    A BatchNorm's statistics move if its own weights train: beside a trainable ``layer4.2.conv3`` the frozen
-    ``layer4.2.bn3`` keeps those that it was trained with.
-
-    Raises:
-        UserError: The backbone has no module of such a name.
-    """
-    if trainable == "all":
-        return
-    model.backbone.requires_grad_(False)
-    for name in [] if trainable == "head" else trainable:
-        try:
-            model.backbone.get_submodule(name).requires_grad_(True)
-        except AttributeError as error:
-            top = [child for child, _ in model.backbone.named_children()]
-            raise UserError(f"model.trainable: the backbone has no module {name!r}; at its top are {top}") from error
-
-
-def save_model(model: MatryoshkaClassifier, info: ModelInfo, directory: Path) -> None:
-    """Write model.safetensors and model.json, which `load` reads.
-
-    Raises:
-        UserError: They cannot be written, e.g. because the disk is full; what stood there is kept.
-    """
-    content = save({key: value.contiguous() for key, value in model.state_dict().items()})
-    atomic_write(directory / "model.safetensors", lambda file: file.write(content))
-    atomic_write_text(directory / "model.json", json.dumps(dataclasses.asdict(info), indent=2) + "\n")
-
-
-def load(run: str | Path) -> MatryoshkaClassifier:
-    """The model of a finished run directory, in eval mode on the CPU, its ``info`` filled.
-
-    Raises:
-        UserError: The directory lacks model.json or model.safetensors, or they do not fit each other.
-    """
-    directory = Path(run)
-    for name in ("model.json", "model.safetensors"):
-        if not (directory / name).is_file():
-            raise UserError(f"{directory} has no {name}, so it is not a finished run directory")
-    try:
-        read = dict(json.loads((directory / "model.json").read_text()))
-        content: dict[str, Any] = {
-            key: tuple(value) if isinstance(value, list) else value for key, value in read.items()
-        }
-        version = content.get("format_version")
-        # Before anything else, because another format has other keys.
-        info = ModelInfo(**content) if version == FORMAT_VERSION else None
-        state = load_file(directory / "model.safetensors")
-    except (TypeError, ValueError, SafetensorError) as error:
-        raise UserError(f"{directory} cannot be read as a saved model: {error}") from error
-    if info is None:
-        raise UserError(f"{directory} was saved in format {version}; this version reads format {FORMAT_VERSION}")
-    backbone = build_backbone(info.backbone, "scratch", info.stem_stride, info.blurpool, info.kwargs)
-    model = build_model(backbone, len(info.classes), info.nesting_list, info.tied)
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise UserError(f"{directory}: model.safetensors does not fit model.json; {error}") from error
-    model.info = info
-    return model.eval()

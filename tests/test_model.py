@@ -65,12 +65,14 @@ def test_encode_is_the_unit_prefix_in_eval_mode_whatever_mode_the_model_is_in():
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
-def test_encode_at_an_untrained_size_warns_and_beyond_the_width_is_refused():
-    model = build_model(build_backbone("resnet10t"), 3)
-    with pytest.warns(UserWarning, match=r"12 dims were not trained; trained are \[8, 16"):
-        assert model.encode(torch.zeros(1, 3, 32, 32), dim=12).shape == (1, 12)
+def test_encode_defaults_to_the_largest_trained_dim_and_warns_of_untrained_ones():
+    images = torch.zeros(1, 3, 32, 32)
+    fixed = build_model(build_backbone("resnet10t"), 3, [64])
+    assert fixed.encode(images).shape == (1, 64)
+    with pytest.warns(UserWarning, match=r"12 dims were not trained; trained are \[64\]"):
+        assert fixed.encode(images, dim=12).shape == (1, 12)
     with pytest.raises(UserError, match="1 to 512"):
-        model.encode(torch.zeros(1, 3, 32, 32), dim=513)
+        fixed.encode(images, dim=513)
 
 
 def ffcv_style_blur(conv, images):

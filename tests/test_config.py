@@ -202,7 +202,6 @@ def test_the_saved_config_reads_back_equal(tmp_path):
         (["--train.epoch", "3"], ["train.epoch", "did you mean train.epochs"]),
         (["--train.epochs", "ten"], ["train.epochs", "int", "ten"]),
         (["--train.epochs", "0"], ["train.epochs is 0", "1 or more"]),
-        (["--optim.warmup_epochs", "40"], ["optim.warmup_epochs is 40.0", "below train.epochs = 40"]),
         (["--optim.name", "lion"], ["optim.name", "sgd", "adamw", "lion"]),
         (["--head.nesting_list", "[16, 8]"], ["[16, 8]", "ascending"]),
         (["--head.nesting_list", "[8, 16]", "--head.weights", "[1]"], ["1 loss weights", "[8, 16]"]),
