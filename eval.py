@@ -92,16 +92,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     modes = ("disabled", "offline", "online")
     add("--wandb", choices=modes, default="disabled", help="log results to each run's W&B run too")
     add("--wandb_artifacts", action="store_true", help="upload models and embeddings to W&B too")
-    args, args.settings = parser.parse_known_args(argv)
-    if args.settings and not args.checkpoint:
-        parser.error(f"unrecognized arguments: {' '.join(args.settings)}")
-    for option in (
-        *("superclasses", "robustness", "few_shot", "retrieval", "renaming", "max_queries", "force", "wandb_artifacts"),
-    ):
-        if args.redraw and getattr(args, option):
-            raise UserError(f"--{option} needs --runs; --redraw only draws the rows of a file")
-    if args.redraw and args.wandb != "disabled":
-        raise UserError("--wandb needs --runs; --redraw only draws the rows of a file")
+    args, settings = parser.parse_known_args(argv)
+    args.settings = settings
+    if settings and not args.checkpoint:
+        parser.error(f"unrecognized arguments: {' '.join(settings)}")
+    given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
+    if args.redraw and (others := sorted(set(given) - {"redraw", "out", "settings"})):
+        raise UserError(f"--{others[0]} needs --runs; --redraw only draws the rows of a file")
     if args.wandb_artifacts and args.wandb == "disabled":
         raise UserError("--wandb_artifacts uploads files to W&B, so it needs --wandb offline or --wandb online")
     for option in ("batch_size", "max_queries"):

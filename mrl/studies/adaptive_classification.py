@@ -1,7 +1,7 @@
 """Adaptive classification with a cascade of prefixes: use a larger one when confidence is low (section 4.2.1, table 3).
 
 From top to bottom: thresholds and routing; the paper's protocol over random splits; the oracle and agreement of
-prefixes (appendix J, tables 22 and 23); the cascade in use, with measured time and bytes.
+prefixes (appendix J, tables 22 and 23); a cascade in use, with measured time and bytes.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mrl.errors import UserError
+from mrl.matryoshka import prefix
 from mrl.model import MatryoshkaClassifier
 from mrl.progress import progress
 from mrl.results import Row, Source
@@ -33,7 +35,6 @@ JOINT_GRID = np.concatenate([[0.0], THRESHOLD_GRID])
 PRICES = np.logspace(-1, -8, 36)
 MAX_SWEEPS = 20
 NUM_SPLITS = 30
-NUM_FIT, ENOUGH_FOR_NUM_FIT = 10_000, 50_000
 BYTES_PER_NUMBER = 4
 
 
@@ -53,12 +54,9 @@ def fit_thresholds(confidence: np.ndarray, correct: np.ndarray) -> np.ndarray:
     confidence, correct = _check_confidence(confidence), np.asarray(correct, dtype=bool)
     if correct.shape != confidence.shape or not confidence.shape[1]:
         raise UserError(f"confidence {confidence.shape} and correct {correct.shape} must both be (G, N) with N >= 1")
+    below = np.searchsorted(THRESHOLD_GRID, confidence[:-1])
     gains = correct[:-1].astype(np.int64) - correct[1:]
-    best = [
-        np.argmax(_gain_above(below, gain, THRESHOLD_GRID))
-        for below, gain in zip(_num_below(confidence[:-1], THRESHOLD_GRID), gains, strict=True)
-    ]
-    return THRESHOLD_GRID[np.array(best, dtype=np.int64)]
+    return np.array([_best_threshold(*of_pair, THRESHOLD_GRID) for of_pair in zip(below, gains, strict=True)])
 
 
 def route(confidence: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
@@ -74,60 +72,45 @@ def route(confidence: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
     """
     confidence, thresholds = _check_confidence(confidence), np.asarray(thresholds, dtype=np.float64)
     if thresholds.shape != (len(confidence) - 1,):
-        raise UserError(
-            f"a cascade of {len(confidence)} sizes has {len(confidence) - 1} thresholds, but was given "
-            f"{thresholds.shape}"
-        )
+        raise UserError(f"{len(confidence)} sizes need {len(confidence) - 1} thresholds, but given {thresholds.shape}")
     stops = np.concatenate([confidence[:-1] > thresholds[:, None], np.ones((1, confidence.shape[1]), dtype=bool)])
     return stops.argmax(axis=0)
 
 
 def _check_confidence(confidence: np.ndarray) -> np.ndarray:
     confidence = np.asarray(confidence)
-    if confidence.ndim != 2 or not len(confidence):
-        raise UserError(f"confidence has shape {confidence.shape}; allowed is (G, N), one line per size")
-    if not ((confidence > 0) & (confidence <= 1)).all():
-        raise UserError(
-            "confidence holds a value that is not above 0 and at most 1; give the highest softmax of each image"
-        )
+    if confidence.ndim != 2 or not ((confidence > 0) & (confidence <= 1)).all():
+        raise UserError(f"confidence {confidence.shape} must be (G, N), the highest softmax: above 0 and at most 1")
     return confidence
 
 
-def _num_below(confidence: np.ndarray, grid: np.ndarray) -> np.ndarray:
-    """Return the number of thresholds of the ascending ``grid`` below each confidence."""
-    return np.searchsorted(grid, confidence.astype(np.float64), side="left")
+def _best_threshold(below: np.ndarray, gain: np.ndarray, grid: np.ndarray) -> float:
+    """Return the smallest threshold of ``grid`` with the largest sum of ``gain`` over the images above it.
 
-
-def _gain_above(below: np.ndarray, gain: np.ndarray, grid: np.ndarray) -> np.ndarray:
-    """Return, for each threshold, the sum of ``gain`` over the confidences above it; ``below`` from `_num_below`."""
+    ``below`` is the number of thresholds below each image's confidence.
+    """
     sums = np.bincount(below, weights=gain, minlength=len(grid) + 1)
-    return sums[::-1].cumsum()[::-1][1:]
+    return grid[np.argmax(sums[::-1].cumsum()[::-1][1:])]
 
 
 def fit_thresholds_jointly(
     confidence: np.ndarray, correct: np.ndarray, dims: Sequence[int], targets: Sequence[float]
 ) -> np.ndarray:
-    """Return thresholds ``(T, G-1)``: for each target, the most accurate found whose expected dim is within it.
+    """Return thresholds ``(T, G-1)``: for each of T expected dims, the most accurate found that stay within it.
 
     Not in the paper. All thresholds together maximize accuracy minus a price per dim, by coordinate ascent, for prices
     over seven decades. The paper's thresholds at every cap are candidates too, so on the fitting images none of them
     is more accurate at its own expected dim.
-
-    Args:
-        confidence: ``(G, N)``, above 0, at most 1.
-        correct: ``(G, N)`` bool.
-        dims: G prefix sizes, ascending.
-        targets: T expected dims, each at least the smallest size.
     """
     greedy = fit_thresholds(confidence, correct)
     found = [np.where(np.arange(len(greedy)) < cap, greedy, 0.0) for cap in range(len(dims))]
-    scores = [_score(confidence, correct, dims, thresholds)[:2] for thresholds in found]
-    below = _num_below(confidence[:-1], JOINT_GRID)
+    scores = [_score(confidence, correct, dims, thresholds) for thresholds in found]
+    below = np.searchsorted(JOINT_GRID, confidence[:-1])
     for price in PRICES:
-        start = found[int(np.argmax([accuracy - price * dim for accuracy, dim in scores]))]
+        start = found[int(np.argmax([accuracy - price * dim for accuracy, dim, _ in scores]))]
         found.append(_ascend(confidence, below, correct - price * np.asarray(dims)[:, None], start))
-        scores.append(_score(confidence, correct, dims, found[-1])[:2])
-    within = [[(-a, d, i) for i, (a, d) in enumerate(scores) if d <= target + 1e-9] for target in targets]
+        scores.append(_score(confidence, correct, dims, found[-1]))
+    within = [[(-a, dim, i) for i, (a, dim, _) in enumerate(scores) if dim <= target + 1e-9] for target in targets]
     return np.array([found[min(of_target)[2]] for of_target in within])
 
 
@@ -150,8 +133,7 @@ def _ascend(confidence: np.ndarray, below: np.ndarray, utility: np.ndarray, star
         onward = utility[-1]
         # From the last to the first: which images arrive depends on earlier thresholds only.
         for g in reversed(range(len(thresholds))):
-            gain = np.where(arrives[g], utility[g] - onward, 0.0)
-            thresholds[g] = JOINT_GRID[np.argmax(_gain_above(below[g], gain, JOINT_GRID))]
+            thresholds[g] = _best_threshold(below[g], np.where(arrives[g], utility[g] - onward, 0.0), JOINT_GRID)
             onward = np.where(confidence[g] > thresholds[g], utility[g], onward)
         if onward.mean() <= best + 1e-12:
             break
@@ -160,16 +142,13 @@ def _ascend(confidence: np.ndarray, below: np.ndarray, utility: np.ndarray, star
 
 
 def splits(num_images: int, num_splits: int = NUM_SPLITS) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield indices to fit on and indices to report on, disjoint and together complete, for each random split.
+    """Yield indices to fit on and the remaining indices to report on, for each random split.
 
     Fits use 10,000 images, or a fifth if there are fewer than 50,000. Split i is the same for every model.
-
-    Raises:
-        UserError: There are fewer than 5 images.
     """
     if num_images < 5:
         raise UserError(f"a cascade needs 5 or more validation images to fit thresholds, but there are {num_images}")
-    num_fit = NUM_FIT if num_images >= ENOUGH_FOR_NUM_FIT else num_images // 5
+    num_fit = 10_000 if num_images >= 50_000 else num_images // 5
     for split in range(num_splits):
         order = np.random.default_rng(split).permutation(num_images)
         yield np.sort(order[:num_fit]), np.sort(order[num_fit:])
@@ -194,53 +173,49 @@ def cascade(
     - "threshold", "threshold_std": the paper's thresholds of size ``dim``.
 
     Args:
-        confidence: ``(G, N)``, above 0, at most 1.
-        correct: ``(G, N)`` bool.
-        dims: G prefix sizes, ascending, at least two.
-        source: Shared fields of the rows.
-        method: Name of the model's method, e.g. "MRL".
+        confidence, correct: As in `fit_thresholds`, at least two sizes.
+        dims: The sizes, ascending.
+        source, method: Shared fields of the rows.
         num_splits: Random splits into fitting and reporting images.
     """
-    methods = GREEDY.format(method), JOINT.format(method)
+    names = (GREEDY.format(method), JOINT.format(method))
     points: dict[tuple[str, int], list[tuple[float, float, float]]] = {}
-    of_splits = []
-    for fit, test in progress(
-        splits(confidence.shape[1], num_splits), desc=f"{source.run}: {STUDY}", total=num_splits, unit="split"
-    ):
+    fitted = []
+    bar = progress(splits(confidence.shape[1], num_splits), desc=f"{source.run}: {STUDY}", total=num_splits)
+    for fit, test in bar:
         thresholds = fit_thresholds(confidence[:, fit], correct[:, fit])
-        of_splits.append(thresholds)
+        fitted.append(thresholds)
         greedy = [thresholds[:c] for c in range(1, len(dims))]
         targets = [_score(confidence[:, fit], correct[:, fit], dims, of_cap)[1] for of_cap in greedy]
         joint = fit_thresholds_jointly(confidence[:, fit], correct[:, fit], dims, targets)
-        for name, of_caps in zip(methods, (greedy, joint), strict=True):
+        for name, of_caps in zip(names, (greedy, list(joint)), strict=True):
             for cap, of_cap in zip(dims[1:], of_caps, strict=True):
                 points.setdefault((name, cap), []).append(_score(confidence[:, test], correct[:, test], dims, of_cap))
     rows = []
-    for (name, cap), found in points.items():
-        accuracies, used, tried = zip(*found, strict=True)
-        values = {
-            "top_1": (statistics.mean(accuracies), statistics.mean(used)),
-            "top_1_std": (std(accuracies), std(used)),
-            "top_1_cumulative": (statistics.mean(accuracies), statistics.mean(tried)),
-        }
-        for metric, (value, expected) in values.items():
+    for (name, cap), of_point in points.items():
+        accuracies, used, tried = zip(*of_point, strict=True)
+        for metric, value, expected in (
+            ("top_1", statistics.mean(accuracies), statistics.mean(used)),
+            ("top_1_std", std(accuracies), std(used)),
+            ("top_1_cumulative", statistics.mean(accuracies), statistics.mean(tried)),
+        ):
             rows.append(source.row(STUDY, name, metric, value, len(test), dim=cap, expected_dim=expected))
-    for dim, of_size in zip(dims[:-1], np.transpose(of_splits).tolist(), strict=True):
-        for metric, value in (("threshold", statistics.mean(of_size)), ("threshold_std", std(of_size))):
-            rows.append(source.row(STUDY, methods[0], metric, value, len(test), dim=dim))
+    for dim, of_dim in zip(dims[:-1], np.transpose(fitted).tolist(), strict=True):
+        rows.append(source.row(STUDY, names[0], "threshold", statistics.mean(of_dim), len(test), dim=dim))
+        rows.append(source.row(STUDY, names[0], "threshold_std", std(of_dim), len(test), dim=dim))
     return rows
 
 
 def fixed_feature(
     correct: np.ndarray, dim: int, source: Source, method: str = "FF", num_splits: int = NUM_SPLITS
 ) -> list[Row]:
-    """Return rows "top_1" and "top_1_std" of a fixed-feature model, ``correct`` ``(N,)``, on the images of `cascade`."""
+    """Return rows "top_1", "top_1_std" of a fixed-feature model, ``correct`` ``(N,)``, on the splits of `cascade`."""
     tests = [test for _, test in splits(len(correct), num_splits)]
     accuracies = [float(correct[test].mean()) for test in tests]
-    values = {"top_1": (statistics.mean(accuracies), float(dim)), "top_1_std": (std(accuracies), 0.0)}
+    n = len(tests[0])
     return [
-        source.row(STUDY, method, metric, value, len(tests[0]), dim=dim, expected_dim=expected)
-        for metric, (value, expected) in values.items()
+        source.row(STUDY, method, "top_1", statistics.mean(accuracies), n, dim=dim, expected_dim=float(dim)),
+        source.row(STUDY, method, "top_1_std", std(accuracies), n, dim=dim, expected_dim=0.0),
     ]
 
 
@@ -259,16 +234,14 @@ def dims_saved(rows: Sequence[Row], method: str, tolerance: float = 0.0) -> dict
         method: The cascade's, e.g. "MRL cascade".
         tolerance: Accuracy (0 to 1) by which a point of the cascade may be lower.
     """
-    points = pd.DataFrame(
-        [vars(row) for row in rows if (row.study, row.metric) == (STUDY, "top_1")],
-        columns=["method", "dim", "value", "expected_dim"],
-    )
-    means = points.groupby(["method", "dim"]).mean().reset_index()
+    points = [row for row in rows if (row.study, row.metric) == (STUDY, "top_1")]
+    columns = ["method", "dim", "value", "expected_dim"]
+    means = pd.DataFrame(map(vars, points), columns=columns).groupby(["method", "dim"]).mean().reset_index()
     found = means[means["method"] == method]
     ratios: dict[int, float | None] = {}
-    for _, dim, accuracy, _ in means[means["method"] == "FF"].itertuples(index=False):
-        enough = found["expected_dim"][found["value"] >= accuracy - tolerance]
-        ratios[int(dim)] = float(dim / enough.min()) if len(enough) else None
+    for of_ff in means[means["method"] == "FF"].itertuples():
+        enough = found["expected_dim"][found["value"] >= of_ff.value - tolerance]
+        ratios[int(of_ff.dim)] = float(of_ff.dim / enough.min()) if len(enough) else None
     return ratios
 
 
@@ -276,12 +249,11 @@ def headlines(rows: Sequence[Row]) -> list[str]:
     """Return one sentence per cascade about the largest of its `dims_saved`, if there is a saving."""
     sentences = []
     for method in sorted({row.method for row in rows if row.study == STUDY and row.method != "FF"}):
-        saved = {dim: ratio for dim, ratio in dims_saved(rows, method).items() if ratio is not None and ratio > 1}
-        if saved:
-            dim = max(saved, key=lambda dim: saved[dim])
+        ratio, dim = max(((ratio or 0, dim) for dim, ratio in dims_saved(rows, method).items()), default=(0, 0))
+        if ratio > 1:
             sentences.append(
-                f"{method} ({rows[0].dataset}): the accuracy of FF-{dim} from {dim / saved[dim]:.1f} dims on average, "
-                f"{saved[dim]:.1f} times fewer"
+                f"{method} ({rows[0].dataset}): the accuracy of FF-{dim} from {dim / ratio:.1f} dims on average, "
+                f"{ratio:.1f} times fewer"
             )
     return sentences
 
@@ -289,7 +261,7 @@ def headlines(rows: Sequence[Row]) -> list[str]:
 def oracle(predictions: np.ndarray, labels: np.ndarray, dims: Sequence[int], source: Source, method: str) -> list[Row]:
     """Return rows of the oracle over prefixes, of the majority vote and of agreement, all as shares of the images.
 
-    Metrics:
+    Of ``predictions`` ``(G, N)``, the classes at each of ``dims``, smallest first, the metrics are:
 
     - "first_correct", for each ``dim``: this is the smallest correct prefix (table 22).
     - "never_correct": no prefix is correct.
@@ -297,13 +269,6 @@ def oracle(predictions: np.ndarray, labels: np.ndarray, dims: Sequence[int], sou
       all if none is.
     - "majority_vote_top_1": the class that most prefixes predict is correct; see `majority_vote`.
     - "agreement_with_<larger size>", for each smaller ``dim``: both predict the same class.
-
-    Args:
-        predictions: Classes ``(G, N)`` int64, smallest size first.
-        labels: ``(N,)`` int64.
-        dims: G prefix sizes, ascending.
-        source: Shared fields of the rows.
-        method: Method of the rows.
     """
     correct = predictions == labels
     any_correct = correct.any(axis=0)
@@ -314,11 +279,9 @@ def oracle(predictions: np.ndarray, labels: np.ndarray, dims: Sequence[int], sou
         return source.row(ORACLE_STUDY, method, metric, float(of_images.mean()), len(labels), **rest)
 
     rows = [row("first_correct", first == g, dim=dim) for g, dim in enumerate(dims)]
-    rows += [
-        row("never_correct", ~any_correct),
-        row("top_1", any_correct, expected_dim=expected),
-        row("majority_vote_top_1", majority_vote(predictions) == labels),
-    ]
+    rows.append(row("never_correct", ~any_correct))
+    rows.append(row("top_1", any_correct, expected_dim=expected))
+    rows.append(row("majority_vote_top_1", majority_vote(predictions) == labels))
     for (g, dim), (other, other_dim) in itertools.combinations(enumerate(dims), 2):
         rows.append(row(f"agreement_with_{other_dim}", predictions[g] == predictions[other], dim=dim))
     return rows
@@ -326,44 +289,31 @@ def oracle(predictions: np.ndarray, labels: np.ndarray, dims: Sequence[int], sou
 
 def majority_vote(predictions: np.ndarray) -> np.ndarray:
     """Return the most frequent class ``(N,)`` of ``predictions`` ``(G, N)``; of a tie, that of its largest size."""
-    votes = sum((predictions == of_one).astype(np.int64) for of_one in predictions)
+    votes = (predictions[:, None] == predictions).sum(axis=0)
     last_of_most = len(predictions) - 1 - np.argmax(votes[::-1], axis=0)
     return predictions[last_of_most, np.arange(predictions.shape[1])]
 
 
 class CascadePoint(NamedTuple):
-    """A cascade that may go up to size ``cap``, or one classifier alone.
+    """A cascade that may go up to size ``cap``, or one classifier alone, on images that no threshold was fitted on."""
 
-    Attributes:
-        cap: Largest size that may decide, in dims.
-        top_1: Accuracy on images that no threshold was fitted on.
-        expected_dim: Mean size that decided.
-        bytes_per_image: Mean bytes read of an embedding.
-        us_per_image: Measured microseconds per image from embeddings to classes, all images in one batch.
-    """
-
-    cap: int
+    cap: int  # in dims
     top_1: float
-    expected_dim: float
-    bytes_per_image: float
-    us_per_image: float
+    expected_dim: float  # mean size that decided
+    bytes_per_image: float  # mean bytes read of an embedding
+    us_per_image: float  # microseconds from embeddings to classes, all images in one batch
 
 
 def run_cascade(vectors: Tensor, classifiers: Sequence[Classifier], thresholds: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Return predicted classes ``(N,)`` and deciding granularities ``(N,)``; later sizes see only undecided images.
+    """Return predicted classes ``(N,)`` and deciding granularities ``(N,)`` of raw embeddings ``(N, D)``.
 
-    Equal to `route` on the confidences of all sizes.
-
-    Args:
-        vectors: Embeddings ``(N, D)``, raw.
-        classifiers: G of them, ascending.
-        thresholds: ``(G-1,)``.
+    Equal to `route` on the confidences of all sizes, but a size computes only the images left undecided before it.
     """
     classes = torch.empty(len(vectors), dtype=torch.int64)
     chosen = torch.empty(len(vectors), dtype=torch.int64)
     left = torch.arange(len(vectors))
     for g, (weight, bias) in enumerate(classifiers):
-        logits = vectors[left, : weight.shape[1]] @ weight.T + bias
+        logits = F.linear(prefix(vectors[left], weight.shape[1]), weight, bias)
         best, of_size = logits.max(dim=1)
         confidence = (best - logits.logsumexp(dim=1)).exp().clamp(max=1).double()
         sure = confidence > thresholds[g] if g < len(thresholds) else torch.ones_like(confidence, dtype=torch.bool)
@@ -378,13 +328,8 @@ def cascade_points(
 ) -> tuple[list[CascadePoint], list[CascadePoint]]:
     """Return a point of the cascade per cap from the second size on, and one of each size's classifier alone.
 
-    Thresholds are fitted as in the paper on the first of `splits`; accuracy and time are of the other images, on the
-    CPU, the shortest time of five.
-
-    Args:
-        vectors: Embeddings ``(N, D)`` of validation images, raw.
-        labels: ``(N,)`` int64.
-        classifiers: Two or more, ascending.
+    Thresholds are fitted as in the paper on the first of `splits` of the raw validation embeddings ``(N, D)``; accuracy
+    and time are of its other images, on the CPU.
     """
     fit, test = next(splits(len(vectors), 1))
     fitted = predict(vectors[fit], classifiers)

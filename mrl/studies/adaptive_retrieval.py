@@ -17,17 +17,15 @@ from mrl.retrieval.rerank import rerank
 from mrl.retrieval.search import exact_search
 from mrl.studies.retrieval import thin_indices
 
-STUDY = "adaptive_retrieval"
-FUNNEL_STUDY = "funnel_retrieval"
+STUDY, FUNNEL_STUDY = "adaptive_retrieval", "funnel_retrieval"
 SHORTLIST_SIZE = 200
 ABLATION_DIM = 16
 ABLATION_SIZES = (100, 200, 400, 800, 1600, 2048)
 FUNNEL_LENGTHS = ((200, 100, 50, 25, 10), (400, 200, 50, 25, 10), (800, 400, 200, 50, 10))
 FUNNEL_STARTS = 3
 K = 10
-
-Stages = tuple[tuple[int, int], ...]  # (dim, length) of each reranking
-Plan = tuple[int, Stages]  # prefix size of the search, then its rerankings
+# A prefix size for the search, then the (dim, length) of each reranking.
+Plan = tuple[int, tuple[tuple[int, int], ...]]
 
 
 def pairs(nesting_list: Sequence[int], database_size: int) -> list[Plan]:
@@ -59,15 +57,12 @@ def funnels(nesting_list: Sequence[int], database_size: int) -> list[Plan]:
     >>> funnels([8, 16, 32, 64, 128, 256, 512, 1024, 2048], 1_281_167)[0]
     (8, ((16, 200), (32, 100), (64, 50), (128, 25), (2048, 10)))
     """
-    plans = []
-    for position, start in enumerate(nesting_list[:FUNNEL_STARTS]):
+    plans: list[Plan] = []
+    for position, start in enumerate(nesting_list[:-2][:FUNNEL_STARTS]):
         dims = [*nesting_list[position + 1 : -1][:4], nesting_list[-1]]
-        if position + 2 >= len(nesting_list):
-            continue
-        for all_lengths in FUNNEL_LENGTHS:
-            lengths = [*all_lengths[: len(dims) - 1], all_lengths[-1]]
+        for lengths in FUNNEL_LENGTHS:
             if lengths[0] <= database_size:
-                plans.append((start, tuple(zip(dims, lengths, strict=True))))
+                plans.append((start, tuple(zip(dims, [*lengths[: len(dims) - 1], lengths[-1]], strict=True))))
     return plans
 
 
@@ -90,65 +85,55 @@ def adaptive_retrieval(
     queries in one batch and the database already read; None unless all of it ran on the CPU.
 
     Args:
-        queries: Embeddings ``(Q, D)`` of the validation images, raw.
-        query_labels: ``(Q,)`` int64.
-        database: Embeddings ``(N, D)`` of the training images, raw.
-        database_labels: ``(N,)`` int64.
+        queries, query_labels: ``(Q, D)``, raw, and ``(Q,)`` int64.
+        database, database_labels: ``(N, D)``, raw, and ``(N,)`` int64.
         nesting_list: Sizes for search and rerank, ascending.
-        source: Shared fields of the rows.
-        method: Method of the rows.
+        source, method: Shared fields of the rows.
         max_queries: Use only this many queries; see `thin_indices`.
         device: Where to search; reranking runs on the CPU.
     """
     chosen = thin_indices(len(queries), max_queries)
     queries, query_labels = queries[chosen], query_labels[chosen]
-    plans = [(STUDY, *plan) for plan in pairs(nesting_list, len(database)) + ablation(nesting_list, len(database))]
-    plans += [(FUNNEL_STUDY, *plan) for plan in funnels(nesting_list, len(database))]
-    plans.sort(key=_search_of)
     relevant = num_relevant(query_labels, database_labels)
-    on_cpu = torch.device(device).type == "cpu"
+    plans = [(STUDY, plan) for plan in pairs(nesting_list, len(database)) + ablation(nesting_list, len(database))]
+    plans += [(FUNNEL_STUDY, plan) for plan in funnels(nesting_list, len(database))]
+
+    def search(dim: int, k: int) -> np.ndarray:
+        return exact_search(queries, database, k, [dim], device=device)[dim][0]
+
+    def rerank_stages(shortlist: np.ndarray, plan: Plan) -> np.ndarray:
+        for dim, length in plan[1]:
+            if dim != plan[0]:
+                shortlist = rerank(queries, database, shortlist[:, :length], dim)
+        return shortlist
+
+    def search_of(study_and_plan: tuple[str, Plan]) -> tuple[int, int]:
+        dim, stages = study_and_plan[1]
+        return dim, stages[0][1]
+
     # Read the whole database once, so that no measured time includes the disk.
     exact_search(queries[:1], database, 1, [database.shape[1]], device=device, progress=True)
+    on_cpu = torch.device(device).type == "cpu"
     rows = []
     with progress(total=len(plans), desc=f"{source.run}: {STUDY}", unit="configuration") as bar:
-        for (dim, size), of_search in itertools.groupby(plans, key=_search_of):
-            shortlist, search_seconds = _timed(_search, queries, database, size, dim, device)
-            for study, _, stages in of_search:
-                indices, rerank_seconds = _timed(_rerank, queries, database, shortlist, dim, stages)
+        for (dim, size), of_search in itertools.groupby(sorted(plans, key=search_of), key=search_of):
+            shortlist, search_seconds = _timed(search, dim, size)
+            for study, plan in of_search:
+                indices, seconds = _timed(rerank_stages, shortlist, plan)
                 hit = hits(indices[:, :K], query_labels, database_labels)
                 values = {"top_1": top_k_hit(hit, 1)}
                 if hit.shape[1] == K:  # the database may be smaller
                     values[f"map@{K}"] = mean_average_precision(hit, relevant, K)
                 shared = {
-                    "shortlist_dim": dim,
-                    "shortlist_size": size,
-                    "rerank_dim": stages[-1][0],
-                    "cost": mflops_per_query(len(database), dim, stages),
-                    "ms_per_query": 1000 * (search_seconds + rerank_seconds) / len(queries) if on_cpu else None,
+                    **{"shortlist_dim": dim, "shortlist_size": size, "rerank_dim": plan[1][-1][0]},
+                    "cost": mflops_per_query(len(database), *plan),
+                    "ms_per_query": 1000 * (search_seconds + seconds) / len(queries) if on_cpu else None,
                 }
                 rows += [
                     source.row(study, method, name, value, len(queries), **shared) for name, value in values.items()
                 ]
                 bar.update()
     return rows
-
-
-def _search_of(plan: tuple[str, int, Stages]) -> tuple[int, int]:
-    """Return the dim and the length of a plan's search, which plans may share."""
-    _, dim, stages = plan
-    return dim, stages[0][1]
-
-
-def _search(queries: np.ndarray, database: np.ndarray, k: int, dim: int, device: torch.device | str) -> np.ndarray:
-    return exact_search(queries, database, k, [dim], device=device)[dim][0]
-
-
-def _rerank(queries: np.ndarray, database: np.ndarray, shortlist: np.ndarray, dim: int, stages: Stages) -> np.ndarray:
-    """Return the neighbors after all stages on a shortlist found at ``dim``."""
-    for rerank_dim, length in stages:
-        if rerank_dim != dim:
-            shortlist = rerank(queries, database, shortlist[:, :length], rerank_dim)
-    return shortlist
 
 
 def _timed(function: Callable[..., np.ndarray], *arguments: Any) -> tuple[np.ndarray, float]:

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mrl.matryoshka import prefix
-from mrl.progress import progress
 from mrl.results import Row, Source
 
 STUDY = "classification"
@@ -48,45 +47,27 @@ def classification(
     method: str,
     *,
     device: torch.device | str = "cpu",
-    batch_size: int = BATCH_SIZE,
 ) -> list[Row]:
-    """Return rows of top-1 and top-5 accuracy per classifier; no top-5 for 5 classes or fewer.
-
-    A prediction is correct if fewer than 1 (or 5) classes score above the label. Of equal scores, the lower class
-    comes first.
-
-    Args:
-        vectors: Embeddings ``(N, D)``, raw.
-        labels: ``(N,)`` int64.
-        classifiers: G of them, with the same C classes.
-        source: Shared fields of the rows.
-        method: Method of the rows.
-        device: Where to compute.
-        batch_size: Embeddings in memory at a time.
-    """
+    """Return rows of top-1 and top-5 accuracy of each classifier on raw embeddings; no top-5 for 5 classes or fewer."""
     ranks_wanted = {"top_1": 1, "top_5": 5} if len(classifiers[0][1]) > 5 else {"top_1": 1}
-    counts = torch.zeros(len(classifiers), len(ranks_wanted), dtype=torch.int64, device=device)
-    start = 0
-    with progress(total=len(vectors), desc=f"{source.run}: {STUDY}", unit="image") as bar:
-        for logits in logit_batches(vectors, classifiers, device=device, batch_size=batch_size):
-            truth = torch.from_numpy(np.array(labels[start : start + logits.shape[1]])).to(device)
-            for g, of_size in enumerate(logits):
-                ranks = true_ranks(of_size, truth)
-                counts[g] += torch.stack([(ranks < k).sum() for k in ranks_wanted.values()])
-            start += len(truth)
-            bar.update(len(truth))
+    batches = zip(logit_batches(vectors, classifiers, device=device), _split(labels, device), strict=True)
+    ranks = torch.cat([true_ranks(logits, truth) for logits, truth in batches], dim=1)
     return [
-        source.row(STUDY, method, metric, count / len(vectors), len(vectors), dim=weight.shape[1])
-        for (weight, _), of_size in zip(classifiers, counts.tolist(), strict=True)
-        for metric, count in zip(ranks_wanted, of_size, strict=True)
+        source.row(STUDY, method, metric, int((of_size < k).sum()) / len(vectors), len(vectors), dim=weight.shape[1])
+        for (weight, _), of_size in zip(classifiers, ranks, strict=True)
+        for metric, k in ranks_wanted.items()
     ]
 
 
 def true_ranks(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the number of classes ``(B,)`` ahead of the label in ``logits`` ``(B, C)``; 0 is a correct prediction."""
-    own = logits.gather(1, labels[:, None])
-    lower_class = torch.arange(logits.shape[1], device=logits.device) < labels[:, None]
-    return ((logits > own) | ((logits == own) & lower_class)).sum(dim=1)
+    """Return the number of classes ahead of the label: ``(G, B)`` for logits ``(G, B, C)``; 0 is a correct prediction.
+
+    Of equal logits, that of the lower class is ahead.
+    """
+    labels = labels[:, None]
+    own = logits.gather(2, labels.expand(len(logits), -1, -1))
+    lower_class = torch.arange(logits.shape[2], device=logits.device) < labels
+    return ((logits > own) | ((logits == own) & lower_class)).sum(dim=2)
 
 
 def predict(
@@ -95,20 +76,12 @@ def predict(
     mirrored: np.ndarray | None = None,
     *,
     device: torch.device | str = "cpu",
-    batch_size: int = BATCH_SIZE,
 ) -> Predictions:
     """Return the predicted class of every image at every size and its confidence; arguments as in `logit_batches`."""
-    classes = np.empty((len(classifiers), len(vectors)), dtype=np.int64)
-    confidence = np.empty(classes.shape, dtype=np.float32)
-    start = 0
-    with progress(total=len(vectors), desc="predictions", unit="image") as bar:
-        for logits in logit_batches(vectors, classifiers, mirrored, device=device, batch_size=batch_size):
-            batch = slice(start, start := start + logits.shape[1])
-            best, indices = logits.max(dim=2)
-            classes[:, batch] = indices.cpu().numpy()
-            confidence[:, batch] = (best - logits.logsumexp(dim=2)).exp().clamp(max=1).cpu().numpy()
-            bar.update(logits.shape[1])
-    return Predictions(classes, confidence)
+    batches = logit_batches(vectors, classifiers, mirrored, device=device)
+    found = [(*logits.max(dim=2), logits.logsumexp(dim=2)) for logits in batches]
+    best, classes, total = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
+    return Predictions(classes.cpu().numpy(), (best - total).exp().clamp(max=1).cpu().numpy())
 
 
 def logit_batches(
@@ -117,24 +90,19 @@ def logit_batches(
     mirrored: np.ndarray | None = None,
     *,
     device: torch.device | str = "cpu",
-    batch_size: int = BATCH_SIZE,
 ) -> Iterator[Tensor]:
-    """Yield the logits ``(G, B, C)`` of all embeddings, batch by batch.
+    """Yield logits ``(G, B, C)`` of raw embeddings ``(N, D)``, batch by batch.
 
-    Args:
-        vectors: Embeddings ``(N, D)``, raw; may be memory-mapped.
-        classifiers: G of them, with the same C classes.
-        mirrored: Embeddings ``(N, D)`` of the mirrored images. Their logits are added: the paper's test-time
-            augmentation for adaptive classification (section 4.2.1).
-        device: Where to compute.
-        batch_size: Embeddings in memory at a time.
+    The logits of the ``mirrored`` images are added if given: the paper's test-time augmentation for adaptive
+    classification (section 4.2.1).
     """
     on_device = [(weight.detach().to(device), bias.detach().to(device)) for weight, bias in classifiers]
+    views = [vectors] if mirrored is None else [vectors, mirrored]
+    for batches in zip(*(_split(view, device) for view in views), strict=True):
+        of_views = [torch.stack([F.linear(prefix(z, w.shape[1]), w, b) for w, b in on_device]) for z in batches]
+        yield of_views[0] if mirrored is None else of_views[0] + of_views[1]
 
-    def logits(view: np.ndarray, start: int) -> Tensor:
-        z = torch.from_numpy(np.array(view[start : start + batch_size], dtype=np.float32)).to(device)
-        return torch.stack([F.linear(prefix(z, weight.shape[1]), weight, bias) for weight, bias in on_device])
 
-    for start in range(0, len(vectors), batch_size):
-        of_batch = logits(vectors, start)
-        yield of_batch if mirrored is None else of_batch + logits(mirrored, start)
+def _split(array: np.ndarray, device: torch.device | str) -> Iterator[Tensor]:
+    for start in range(0, len(array), BATCH_SIZE):
+        yield torch.from_numpy(np.array(array[start : start + BATCH_SIZE])).to(device)

@@ -130,7 +130,9 @@ def hierarchy(
         groups["superclass_top_1_with_reject", None] = np.ones_like(inside)
     groups |= {("superclass_top_1", name): truth == i for i, name in enumerate(superclasses.names)}
     rows = _rows(predicted == truth, dims, groups, source, method)
-    within = {("top_1", name): truth == i for i, name in enumerate(superclasses.names)}
+    within: dict[tuple[str, str | None], np.ndarray] = {
+        ("top_1", name): truth == i for i, name in enumerate(superclasses.names)
+    }
     return rows + _rows(predictions == labels, dims, within, source, method)
 
 
@@ -169,7 +171,9 @@ def within_superclasses(
             own = np.searchsorted(members, labels[images])
             restricted = restrict(classifiers, members)
             found = classification(vectors[images], own, restricted, source, method, device=device)
-            rows += [replace(row, study=STUDY, metric="top_1_within", group=name) for row in found if row.metric == "top_1"]
+            rows += [
+                replace(row, study=STUDY, metric="top_1_within", group=name) for row in found if row.metric == "top_1"
+            ]
     return rows
 
 
@@ -235,7 +239,11 @@ def trend(values: Sequence[float] | np.ndarray) -> str:
 
 
 def _rows(
-    right: np.ndarray, dims: Sequence[int], groups: Mapping[tuple[str, str | None], np.ndarray], source: Source, method: str
+    right: np.ndarray,
+    dims: Sequence[int],
+    groups: Mapping[tuple[str, str | None], np.ndarray],
+    source: Source,
+    method: str,
 ) -> list[Row]:
     """The share of ``right`` ``(G, N)`` in each group of images, given as masks ``(N,)``; empty groups have no rows."""
     return [
@@ -265,8 +273,8 @@ def nearest_classes(
 ) -> np.ndarray:
     """The class ``(G, Q)`` int64 of each query's nearest neighbor by cosine at each size, trained or not.
 
-    All queries are searched for: where they are many, take some with `mrl.studies.retrieval.thin_indices` first. Whatever is
-    counted of the result is of the queries taken.
+    All queries are searched for: where they are many, take some with `mrl.studies.retrieval.thin_indices` first. What
+    is counted of the result is of the queries taken.
 
     Raises:
         UserError: As `mrl.exact_search`.

@@ -49,15 +49,13 @@ def retrieval(
 ) -> list[Row]:
     """Return rows of top-1 (1-NN accuracy), top-k, map@k, precision@k and recall@k at each size, from one search.
 
-    Similarity is the cosine of prefixes; of equally near images, the first in the database comes first. An image is
-    relevant if it has the query's label. A query whose class is not in the database counts as 0 in every metric, so
+    Similarity is the cosine of prefixes of raw embeddings; of equally near images, the first in the database comes
+    first. An image is relevant if it has the query's label. A query whose class is not in the database counts as 0, so
     that all rows are means over the same queries. ``cost`` is the search's million multiply-adds per query.
 
     Args:
-        queries: Embeddings ``(Q, D)`` of the validation images, raw.
-        query_labels: ``(Q,)`` int64.
-        database: Embeddings ``(N, D)`` of the training images, raw.
-        database_labels: ``(N,)`` int64.
+        queries, query_labels: ``(Q, D)`` and ``(Q,)`` int64.
+        database, database_labels: ``(N, D)`` and ``(N,)`` int64.
         dims_by_method: Prefix sizes, trained or not, for each method of the rows.
         source: Shared fields of the rows.
         ks: Numbers of neighbors for the metrics. Those above N are left out, with a warning.
@@ -68,10 +66,10 @@ def retrieval(
         chosen = thin_indices(len(queries), max_queries)
         queries, query_labels = queries[chosen], query_labels[chosen]
     fitting = [k for k in ks if k <= len(database)]
-    if len(fitting) < len(ks):
-        left_out = ", ".join(str(k) for k in ks if k not in fitting)
+    if left_out := [str(k) for k in ks if k > len(database)]:
         warnings.warn(
-            f"{source.run}: the database has {len(database)} images, so metrics at k = {left_out} are left out",
+            f"{source.run}: the database has {len(database)} images, so metrics at k = {', '.join(left_out)} are "
+            "left out",
             stacklevel=2,
         )
     dims = sorted({dim for of_method in dims_by_method.values() for dim in of_method})

@@ -31,7 +31,7 @@ from mrl.retrieval.embeddings import (
 from mrl.studies.classification import Classifier, truncations
 
 if TYPE_CHECKING:
-    from mrl.studies.transfer import LabelledFolder, TransferImages
+    from mrl.studies.transfer import LabeledFolder, TransferImages
 
 IMAGENET_CLASSES = 1000
 # A folder of images gets another name, because figures compare the rows of these data sets to the paper's.
@@ -129,7 +129,7 @@ def open_run(path: str | Path) -> OpenedRun:
             f"{directory} has no embeddings of its {' and '.join(missing)} images by its present model; "
             f"run: python eval.py --runs {directory}"
         )
-    return OpenedRun(directory, config, model, source, **found)
+    return OpenedRun(directory, config, model, source, found["train"], found["val"], found.get("val_flip"))
 
 
 def embed_runs(
@@ -142,13 +142,7 @@ def embed_runs(
 ) -> list[OpenedRun]:
     """Return opened runs with embeddings of their own and of the ``transfer`` images, computing what is not on disk.
 
-    Args:
-        runs: ``{name: run directory}``.
-        transfer: Other images.
-        batch_size: Images at a time on each process.
-        force: Compute all embeddings anew.
-        process: This process; all processes share the work.
-        precision: Arithmetic of the forward pass, "fp32" or "bf16".
+    All processes share the work. With ``force``, everything is computed anew.
 
     Raises:
         UserError: A run cannot be read, its images or the other ones do not fit it, or an embedding is not finite.
@@ -188,9 +182,8 @@ def embed_runs(
             if force and process.is_main:
                 shutil.rmtree(directory, ignore_errors=True)
             sets[place] = embed_split(directory, wanted[place], of_place, model.embed, model.width, process, batch_size)
-        own = {place: found for place, found in sets.items() if place not in folders}
-        of_folders = {place: sets[place] for place in folders}
-        opened.append(OpenedRun(run, config, model.cpu(), source, **own, transfer=of_folders))
+        own = (sets["train"], sets["val"], sets.get("val_flip"))
+        opened.append(OpenedRun(run, config, model.cpu(), source, *own, {place: sets[place] for place in folders}))
     return opened
 
 
@@ -213,7 +206,7 @@ def describe_embeddings(
     config: Config,
     source: Source,
     classes: Sequence[str],
-    folders: Sequence[LabelledFolder],
+    folders: Sequence[LabeledFolder],
     precision: str = "fp32",
 ) -> dict[str, EmbeddingMetadata]:
     """Return ``{place: metadata}`` of a run's embeddings; of mirrored images too if it was trained with flips."""
@@ -239,11 +232,7 @@ def describe_embeddings(
 
 
 def refuse_other_classes(name: str, trained: Sequence[str], found: Sequence[str]) -> None:
-    """Check that the images have the classes that run ``name`` was trained on, in the same order.
-
-    Raises:
-        UserError: They do not.
-    """
+    """Raise a `UserError` unless the images have the classes that run ``name`` was trained on, in the same order."""
     if list(trained) != list(found):
         raise UserError(
             f"run {name} was trained on {len(trained)} classes ({', '.join(trained[:3])}, ...), but its data now has "
@@ -262,7 +251,7 @@ def _on_disk(run: Path, wanted: Mapping[str, EmbeddingMetadata]) -> dict[str, Em
     return {place: ready for place, ready in found.items() if ready is not None}
 
 
-def _folder_images(folder: LabelledFolder, config: Config, process: Process) -> Any:
+def _folder_images(folder: LabeledFolder, config: Config, process: Process) -> Any:
     """Return the images of ``folder``, prepared as those that the run is evaluated on."""
     data = replace(config.data, name="folder", root=str(folder.path.parent), backend="folder", num_classes=None)
     split = folder.path.name

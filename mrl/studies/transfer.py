@@ -30,8 +30,8 @@ from mrl.retrieval.embeddings import EmbeddingSet
 from mrl.studies.adaptive_classification import std
 from mrl.studies.adaptive_retrieval import adaptive_retrieval
 from mrl.studies.classification import Classifier, classification
-from mrl.studies.run import OpenedRun
 from mrl.studies.retrieval import retrieval
+from mrl.studies.run import OpenedRun
 
 STUDY = "robustness"
 OWN_CLASSES = "folder"
@@ -237,7 +237,7 @@ GENERAL_NAMES = ("train", "val", "test", "images", "queries", "database")
 
 
 @dataclass(frozen=True, eq=False)
-class LabelledFolder:
+class LabeledFolder:
     """Images in a folder per class, which no training has seen.
 
     Attributes:
@@ -270,12 +270,12 @@ class TransferImages:
         renaming: ``{class folder: trained class}`` of robustness and of queries, where they are called differently.
     """
 
-    robustness: Sequence[LabelledFolder] = ()
-    few_shot: Sequence[LabelledFolder] = ()
-    retrieval: Sequence[Sequence[LabelledFolder]] = ()
+    robustness: Sequence[LabeledFolder] = ()
+    few_shot: Sequence[LabeledFolder] = ()
+    retrieval: Sequence[Sequence[LabeledFolder]] = ()
     renaming: Mapping[str, str] = field(default_factory=dict)
 
-    def folders(self) -> dict[str, LabelledFolder]:
+    def folders(self) -> dict[str, LabeledFolder]:
         """``{place: folder}`` of all images, each once.
 
         Raises:
@@ -286,7 +286,7 @@ class TransferImages:
             raise UserError(
                 f"--retrieval has the queries {', '.join(queries)}; give each once, and other databases later"
             )
-        found: dict[str, LabelledFolder] = {}
+        found: dict[str, LabeledFolder] = {}
         for folder in itertools.chain(self.robustness, self.few_shot, *self.retrieval):
             other = found.setdefault(folder.place, folder)
             if other.path != folder.path:
@@ -319,7 +319,7 @@ class TransferImages:
                 )
 
 
-def read_folder(option: str, text: str) -> LabelledFolder:
+def read_folder(option: str, text: str) -> LabeledFolder:
     """The images that ``NAME=DIR`` or ``DIR`` means on the command line.
 
     Raises:
@@ -336,10 +336,10 @@ def read_folder(option: str, text: str) -> LabelledFolder:
         raise UserError(f"{option} {text}: {path!r} is not a folder; give one that holds a folder of images per class")
     own_name = f"{folder.parent.name}_{folder.name}" if folder.name in GENERAL_NAMES else folder.name
     name = own_name if kind == OWN_CLASSES else kind
-    return LabelledFolder(name, kind, folder, list_images(folder.parent, folder.name))
+    return LabeledFolder(name, kind, folder, list_images(folder.parent, folder.name))
 
 
-def places_of(queries: LabelledFolder, database: LabelledFolder) -> np.ndarray:
+def places_of(queries: LabeledFolder, database: LabeledFolder) -> np.ndarray:
     """The position ``(F,)`` int64 among the database's classes of each of the F classes of the queries.
 
     Raises:
