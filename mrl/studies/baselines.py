@@ -19,8 +19,8 @@ from torch import Tensor
 from mrl.errors import UserError
 from mrl.progress import progress
 from mrl.results import Row, Source
-from mrl.studies.classification import Classifier, classification, refuse_not_finite, truncations
-from mrl.studies.retrieval import check_labels, retrieval, thin
+from mrl.studies.classification import Classifier, classification, truncations
+from mrl.studies.retrieval import retrieval, thin_indices
 
 BATCH_ROWS = 8192
 
@@ -53,14 +53,12 @@ def fit_linear_probe(
         UserError: A label is not one of the classes, the labels do not fit the embeddings, or one of
             these holds NaN or infinity; the message names its row.
     """
-    check_labels(vectors, labels, "training images")
     if labels.min() < 0 or labels.max() >= num_classes:
         raise UserError(f"labels go from {labels.min()} to {labels.max()}; the classes are 0 to {num_classes - 1}")
     z = torch.empty(vectors.shape, dtype=torch.float32, device=device)
     for start in range(0, len(z), BATCH_ROWS):
         rows = slice(start, start + BATCH_ROWS)
         z[rows] = torch.from_numpy(np.array(vectors[rows], dtype=np.float32)).to(device)
-        refuse_not_finite(z[rows], start, "training images' embeddings")
     mean, deviation = _mean_and_deviation(z)
     deviation[deviation == 0] = 1
     z = z.sub_(mean).div_(deviation)
@@ -123,7 +121,7 @@ def retrieval_baselines(
     source: Source,
     *,
     draws: int = 2,
-    max_queries: int = 2000,
+    max_queries: int | None = None,
     ks: Sequence[int] = (10,),
     device: torch.device | str = "cpu",
 ) -> list[Row]:
@@ -148,7 +146,8 @@ def retrieval_baselines(
     Raises:
         UserError: As `retrieval`; or the database holds NaN or infinity.
     """
-    queries, query_labels = thin(queries, query_labels, max_queries)
+    chosen = thin_indices(len(queries), max_queries)
+    queries, query_labels = queries[chosen], query_labels[chosen]
     check_dims(dims, database.shape[1])
 
     def rows_of(method: str, transform: Transform) -> list[Row]:
@@ -243,7 +242,6 @@ def moments(vectors: np.ndarray, device: torch.device | str = "cpu") -> tuple[Te
     mean = torch.zeros(width, dtype=torch.float64, device=device)
     first_row = 0
     for block in _blocks(vectors, device, "principal directions: mean"):
-        refuse_not_finite(block, first_row, "database")
         first_row += len(block)
         mean += block.double().sum(dim=0) / len(vectors)
     covariance = torch.zeros(width, width, dtype=torch.float64, device=device)

@@ -25,7 +25,6 @@ from mrl.model import MatryoshkaClassifier
 from mrl.results import Row, Source
 from mrl.retrieval.search import Neighbors
 from mrl.studies.classification import Classifier
-from mrl.studies.retrieval import check_labels
 
 STUDY = "similarity"
 BATCH_PAIRS = 4096
@@ -60,7 +59,6 @@ def similarity(
         UserError: The labels do not fit the embeddings, there are fewer than two images, a size is
             larger than the width, or an image of a pair has an embedding with NaN or infinity.
     """
-    check_labels(vectors, labels, "images")
     if len(vectors) < 2:
         raise UserError(f"{source.run}: a pair needs two images, but there is {len(vectors)}")
     rng = np.random.default_rng(seed)
@@ -251,7 +249,7 @@ def telling_queries(
 
     Args:
         found: ``{dim: (indices, scores)}`` of `mrl.exact_search`, for all images or for those that
-            `mrl.studies.retrieval.thin_rows` takes; what is returned are rows of these queries.
+            `mrl.studies.retrieval.thin_indices` takes; what is returned are rows of these queries.
         query_labels: ``(Q,)`` int64, of the same.
         database_labels: ``(N,)`` int64.
         num_queries: 1 to Q.

@@ -21,8 +21,7 @@ from mrl.matryoshka import unit_prefix
 from mrl.paper import paper_superclasses
 from mrl.results import Row, Source
 from mrl.retrieval.search import exact_search
-from mrl.studies.adaptive_classification import check_predictions
-from mrl.studies.classification import Classifier, classification, refuse_array_not_finite
+from mrl.studies.classification import Classifier, classification
 from mrl.studies.transfer import restrict, synsets
 
 
@@ -122,17 +121,18 @@ def hierarchy(
     Raises:
         UserError: The shapes do not fit each other, or no image has a superclass.
     """
-    check_predictions(predictions, labels, dims)
     truth, predicted = superclasses.superclass_of[labels], superclasses.superclass_of[predictions]
     inside = truth != OUTSIDE
     if not inside.any():
         raise UserError(f"{source.run}: none of the {len(labels)} images has a class of the superclass table")
-    groups = {"superclass_top_1": inside}
+    groups: dict[tuple[str, str | None], np.ndarray] = {("superclass_top_1", None): inside}
     if (superclasses.superclass_of == OUTSIDE).any():
-        groups["superclass_top_1_with_reject"] = np.ones_like(inside)
-    groups |= {f"superclass_top_1 in {name}": truth == i for i, name in enumerate(superclasses.names)}
+        groups["superclass_top_1_with_reject", None] = np.ones_like(inside)
+    groups |= {("superclass_top_1", name): truth == i for i, name in enumerate(superclasses.names)}
     rows = _rows(predicted == truth, dims, groups, source, method)
-    within = {f"{IN}{name}": truth == i for i, name in enumerate(superclasses.names)}
+    within: dict[tuple[str, str | None], np.ndarray] = {
+        ("top_1", name): truth == i for i, name in enumerate(superclasses.names)
+    }
     return rows + _rows(predictions == labels, dims, within, source, method)
 
 
@@ -163,7 +163,6 @@ def within_superclasses(
     Raises:
         UserError: As `classification`.
     """
-    refuse_array_not_finite(vectors)  # below, rows are those of a superclass
     rows: list[Row] = []
     for i, name in enumerate(superclasses.names):
         members = np.flatnonzero(superclasses.superclass_of == i)
@@ -172,7 +171,9 @@ def within_superclasses(
             own = np.searchsorted(members, labels[images])
             restricted = restrict(classifiers, members)
             found = classification(vectors[images], own, restricted, source, method, device=device)
-            rows += [replace(row, study=STUDY, metric=f"{WITHIN}{name}") for row in found if row.metric == "top_1"]
+            rows += [
+                replace(row, study=STUDY, metric="top_1_within", group=name) for row in found if row.metric == "top_1"
+            ]
     return rows
 
 
@@ -201,18 +202,17 @@ def per_class(
     Raises:
         UserError: The shapes do not fit each other, or there are no images.
     """
-    check_predictions(predictions, labels, dims)
     correct, counts = class_counts(predictions, labels, len(classes))
     rows = []
     for c in np.flatnonzero(counts).tolist():
         for g, dim in enumerate(dims):
             share, n = correct[g, c] / counts[c], int(counts[c])
-            rows.append(source.row(CLASS_STUDY, method, f"{OF_CLASS}{classes[c]}", float(share), n, dim=dim))
+            rows.append(source.row(CLASS_STUDY, method, "top_1", float(share), n, dim=dim, group=classes[c]))
     if len(dims) == 1:
         return rows
     found = [trend(correct[:, c]) for c in np.flatnonzero(counts)]
     rows += [
-        source.row(CLASS_STUDY, method, f"classes that are {name}", found.count(name) / len(found), len(found))
+        source.row(CLASS_STUDY, method, "share_of_classes", found.count(name) / len(found), len(found), group=name)
         for name in TRENDS
     ]
     return rows
@@ -239,12 +239,16 @@ def trend(values: Sequence[float] | np.ndarray) -> str:
 
 
 def _rows(
-    right: np.ndarray, dims: Sequence[int], groups: Mapping[str, np.ndarray], source: Source, method: str
+    right: np.ndarray,
+    dims: Sequence[int],
+    groups: Mapping[tuple[str, str | None], np.ndarray],
+    source: Source,
+    method: str,
 ) -> list[Row]:
     """The share of ``right`` ``(G, N)`` in each group of images, given as masks ``(N,)``; empty groups have no rows."""
     return [
-        source.row(STUDY, method, metric, float(right[g, images].mean()), int(images.sum()), dim=dim)
-        for metric, images in groups.items()
+        source.row(STUDY, method, metric, float(right[g, images].mean()), int(images.sum()), dim=dim, group=group)
+        for (metric, group), images in groups.items()
         if images.any()
         for g, dim in enumerate(dims)
     ]
@@ -269,8 +273,8 @@ def nearest_classes(
 ) -> np.ndarray:
     """The class ``(G, Q)`` int64 of each query's nearest neighbor by cosine at each size, trained or not.
 
-    All queries are searched for: where they are many, take some with `mrl.studies.retrieval.thin` first. Whatever is
-    counted of the result is of the queries taken.
+    All queries are searched for: where they are many, take some with `mrl.studies.retrieval.thin_indices` first. What
+    is counted of the result is of the queries taken.
 
     Raises:
         UserError: As `mrl.exact_search`.
@@ -345,7 +349,6 @@ def knowledge(
     Raises:
         UserError: The shapes do not fit each other.
     """
-    check_predictions(predictions, labels, dims)
     rows = [
         source.row(STUDY_PREFIX_KNOWLEDGE, method, "top_1", float((of_size == labels).mean()), len(labels), dim=dim)
         for dim, of_size in zip(dims, predictions, strict=True)
@@ -354,7 +357,7 @@ def knowledge(
     rows += [
         source.row(STUDY_PREFIX_KNOWLEDGE, method, row.metric, row.value, row.n, dim=row.dim)
         for row in of_groups
-        if row.metric == "superclass_top_1"
+        if row.metric == "superclass_top_1" and row.group is None
     ]
     rng = np.random.default_rng(seed)
     shuffled = np.stack([rng.permutation(groups.superclass_of) for _ in range(num_shuffles)])

@@ -27,11 +27,11 @@ from mrl.matryoshka import default_nesting_list, unit_prefix
 from mrl.progress import progress
 from mrl.results import Row, Source, method_name
 from mrl.retrieval.embeddings import EmbeddingSet
-from mrl.studies.adaptive_classification import spread
+from mrl.studies.adaptive_classification import std
 from mrl.studies.adaptive_retrieval import adaptive_retrieval
-from mrl.studies.classification import Classifier, classification, refuse_array_not_finite
-from mrl.studies.opened_run import EmbeddedRun
+from mrl.studies.classification import Classifier, classification
 from mrl.studies.retrieval import retrieval
+from mrl.studies.run import OpenedRun
 
 STUDY = "robustness"
 OWN_CLASSES = "folder"
@@ -189,7 +189,7 @@ def few_shot(
     rows = []
     for (n, dim), found in accuracies.items():
         num_queries = len(vectors) - n * len(classes)
-        for suffix, value in (("", statistics.mean(found)), ("_std", spread(found))):
+        for suffix, value in (("", statistics.mean(found)), ("_std", std(found))):
             rows.append(source.row(STUDY_FEW_SHOT, method, f"top_1_{n}_shot{suffix}", value, num_queries, dim=dim))
     return rows
 
@@ -230,7 +230,6 @@ def _check(
             f"class {classes[counts.argmin()]} has {counts.min()} images, so {max(shots)} supports leave none to "
             f"classify; allowed: up to {counts.min() - 1} shots"
         )
-    refuse_array_not_finite(vectors)
     return classes, index
 
 
@@ -238,7 +237,7 @@ GENERAL_NAMES = ("train", "val", "test", "images", "queries", "database")
 
 
 @dataclass(frozen=True, eq=False)
-class LabelledFolder:
+class LabeledFolder:
     """Images in a folder per class, which no training has seen.
 
     Attributes:
@@ -271,12 +270,12 @@ class TransferImages:
         renaming: ``{class folder: trained class}`` of robustness and of queries, where they are called differently.
     """
 
-    robustness: Sequence[LabelledFolder] = ()
-    few_shot: Sequence[LabelledFolder] = ()
-    retrieval: Sequence[Sequence[LabelledFolder]] = ()
+    robustness: Sequence[LabeledFolder] = ()
+    few_shot: Sequence[LabeledFolder] = ()
+    retrieval: Sequence[Sequence[LabeledFolder]] = ()
     renaming: Mapping[str, str] = field(default_factory=dict)
 
-    def folders(self) -> dict[str, LabelledFolder]:
+    def folders(self) -> dict[str, LabeledFolder]:
         """``{place: folder}`` of all images, each once.
 
         Raises:
@@ -287,7 +286,7 @@ class TransferImages:
             raise UserError(
                 f"--retrieval has the queries {', '.join(queries)}; give each once, and other databases later"
             )
-        found: dict[str, LabelledFolder] = {}
+        found: dict[str, LabeledFolder] = {}
         for folder in itertools.chain(self.robustness, self.few_shot, *self.retrieval):
             other = found.setdefault(folder.place, folder)
             if other.path != folder.path:
@@ -320,7 +319,7 @@ class TransferImages:
                 )
 
 
-def read_folder(option: str, text: str) -> LabelledFolder:
+def read_folder(option: str, text: str) -> LabeledFolder:
     """The images that ``NAME=DIR`` or ``DIR`` means on the command line.
 
     Raises:
@@ -337,10 +336,10 @@ def read_folder(option: str, text: str) -> LabelledFolder:
         raise UserError(f"{option} {text}: {path!r} is not a folder; give one that holds a folder of images per class")
     own_name = f"{folder.parent.name}_{folder.name}" if folder.name in GENERAL_NAMES else folder.name
     name = own_name if kind == OWN_CLASSES else kind
-    return LabelledFolder(name, kind, folder, list_images(folder.parent, folder.name))
+    return LabeledFolder(name, kind, folder, list_images(folder.parent, folder.name))
 
 
-def places_of(queries: LabelledFolder, database: LabelledFolder) -> np.ndarray:
+def places_of(queries: LabeledFolder, database: LabeledFolder) -> np.ndarray:
     """The position ``(F,)`` int64 among the database's classes of each of the F classes of the queries.
 
     Raises:
@@ -356,7 +355,9 @@ def places_of(queries: LabelledFolder, database: LabelledFolder) -> np.ndarray:
     return np.array([position[name] for name in queries.listed.classes], dtype=np.int64)
 
 
-def transfer_studies(run: EmbeddedRun, images: TransferImages, device: torch.device) -> list[Row]:
+def transfer_studies(
+    run: OpenedRun, images: TransferImages, device: torch.device, max_queries: int | None = None
+) -> list[Row]:
     """The rows of every study of ``images``, whose embeddings ``run`` holds; their dataset is that of the images.
 
     Raises:
@@ -370,25 +371,25 @@ def transfer_studies(run: EmbeddedRun, images: TransferImages, device: torch.dev
     classifiers = [run.head.weight_and_bias(g) for g in range(len(dims))]
     rows: list[Row] = []
     for folder in images.robustness:
-        found, source = run.further[folder.place], replace(run.source, dataset=folder.name)
+        found, source = run.transfer[folder.place], replace(run.source, dataset=folder.name)
         trained = trained_classes(folder.kind, folder.listed.classes, run.classes, images.renaming)
         rows += robustness(found.vectors, found.labels, classifiers, trained, source, method, device=device)
     for folder in images.few_shot:
-        found, source = run.further[folder.place], replace(run.source, dataset=folder.name)
+        found, source = run.transfer[folder.place], replace(run.source, dataset=folder.name)
         shots = fitting_shots(folder.name, found)
         for name, sizes in by_method.items():
             rows += few_shot(found.vectors, found.labels, sizes, source, name, shots=shots, device=device)
     for queries, *databases in images.retrieval:
-        found, source = run.further[queries.place], replace(run.source, dataset=queries.name)
+        found, source = run.transfer[queries.place], replace(run.source, dataset=queries.name)
         if databases:
-            database, places = run.further[databases[0].place], places_of(queries, databases[0])
+            database, places = run.transfer[databases[0].place], places_of(queries, databases[0])
         else:
             database = run.train
             places = trained_classes(queries.kind, queries.listed.classes, run.classes, images.renaming)
         arrays = (found.vectors, places[found.labels], database.vectors, database.labels)
-        rows += retrieval(*arrays, by_method, source, device=device)
+        rows += retrieval(*arrays, by_method, source, max_queries=max_queries, device=device)
         if len(dims) > 1:
-            rows += adaptive_retrieval(*arrays, dims, source, method, device=device)
+            rows += adaptive_retrieval(*arrays, dims, source, method, max_queries=max_queries, device=device)
     return rows
 
 
