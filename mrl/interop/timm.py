@@ -14,8 +14,7 @@ from mrl.rundir import atomic_write
 def export_backbone(run: str | Path, out: str | Path) -> str:
     """Write the backbone's weights to ``out`` (.safetensors), and return the line of Python that loads them.
 
-    The loaded network returns raw embeddings ``(B, D)``. Take the first ``nesting_list[-1]`` numbers or fewer, then
-    normalize them.
+    The loaded network returns raw embeddings ``(B, D)``.
 
     Raises:
         UserError: The network is not timm's own, because of BlurPool or a small stem.
@@ -33,4 +32,5 @@ def export_backbone(run: str | Path, out: str | Path) -> str:
     content = save({key: value.contiguous() for key, value in model.backbone.state_dict().items()})
     atomic_write(Path(out), lambda file: file.write(content))
     kwargs = "".join(f", {key}={value!r}" for key, value in info.kwargs.items())
-    return f"timm.create_model({info.backbone!r}, num_classes=0, checkpoint_path={str(out)!r}{kwargs})"
+    line = f"timm.create_model({info.backbone!r}, num_classes=0, checkpoint_path={str(out)!r}{kwargs})"
+    return f"{line}  # then normalize the first {info.nesting_list[-1]} numbers, or fewer"
