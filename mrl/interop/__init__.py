@@ -1,36 +1,41 @@
-"""Models from elsewhere, and ours for elsewhere."""
+"""Models from elsewhere, and exports of ours to other libraries."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
+from mrl import model
 from mrl.errors import UserError
-from mrl.model import MatryoshkaClassifier
-
-FORMATS = ("mrl", "raivn")
 
 
-def load(source: str | Path, format: str = "mrl", revision: str | None = None) -> MatryoshkaClassifier:
-    """The model in ``source``, in eval mode on the CPU, its ``info`` filled.
+def load(source: str | Path, format: str = "mrl", revision: str | None = None) -> model.MatryoshkaClassifier:
+    """Return a saved model in eval mode on the CPU, with its ``info``.
 
     Args:
-        source: As the format says.
-        format: "mrl": a finished run directory, an exported folder, or a Hub id ``owner/name``. "raivn": a weights
-            file of the paper's authors, such as r50_mrl1_e0_ff2048.pt; see `mrl.interop.authors.load_checkpoint`.
-        revision: Branch, tag or commit on the Hub; not for folders and files.
+        source: For "mrl": a finished run directory, an exported folder, or a Hugging Face Hub id ``owner/name``.
+            For "raivn": a weights file of the paper's authors, e.g. r50_mrl1_e0_ff2048.pt.
+        revision: Branch, tag or commit on the Hub.
 
     Raises:
-        UserError: The format is unknown, or the source is not of it; see `mrl.interop.hub.from_pretrained`.
+        UserError: The format is unknown, or the source does not exist or is not of that format.
     """
-    # Both here, or `python -m mrl.interop.authors` would find itself imported already.
-    if format == "mrl":
-        from mrl.interop.hub import from_pretrained
-
-        return from_pretrained(source, revision)
+    if format not in ("mrl", "raivn"):
+        raise UserError(f"format is {format!r}; allowed: mrl, raivn")
+    if revision is not None and Path(source).exists():
+        raise UserError(f"revision {revision!r} is for ids on the Hub, but {source} is on this machine")
     if format == "raivn":
-        from mrl.interop.authors import load_checkpoint
+        from mrl.interop.authors import load_checkpoint  # at the top, `python -m mrl.interop.authors` would warn
 
-        if revision is not None:
-            raise UserError(f"{source} is a file, which has no revisions; leave out revision {revision!r}")
         return load_checkpoint(source)
-    raise UserError(f"format is {format!r}; allowed: {', '.join(FORMATS)}")
+    if Path(source).is_dir():
+        return model.load(source)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+        raise UserError(f"{str(source)!r} is neither an existing folder nor a Hub id such as owner/name")
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = snapshot_download(str(source), revision=revision, allow_patterns=["model.safetensors", "model.json"])
+    except Exception as error:  # the Hub's client raises errors of many kinds
+        raise UserError(f"{source} is not a folder, and could not be downloaded from the Hub: {error}") from error
+    return model.load(folder)

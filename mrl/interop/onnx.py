@@ -1,4 +1,4 @@
-"""A model as an ONNX file: images in, unit embeddings out."""
+"""A model as an ONNX file: normalized images in, unit embeddings out."""
 
 from __future__ import annotations
 
@@ -12,11 +12,9 @@ from mrl.errors import UserError
 from mrl.matryoshka import prefix, unit_prefix
 from mrl.model import MatryoshkaClassifier, load
 
-INPUT, OUTPUT = "images", "embedding"
-
 
 class _Encoder(nn.Module):
-    """`MatryoshkaClassifier.encode` at one size, as a graph can hold it."""
+    """`MatryoshkaClassifier.encode` at one size, as a graph."""
 
     def __init__(self, model: MatryoshkaClassifier, dim: int):
         super().__init__()
@@ -28,24 +26,12 @@ class _Encoder(nn.Module):
 
 
 def export_onnx(run: str | Path, out: str | Path, dim: int | None = None) -> tuple[int, int]:
-    """``(dim, crop_px)`` of the file, after writing it to ``out``.
+    """Write a run or exported folder to ``out`` (.onnx), and return its ``(dim, crop_px)``.
 
-    Its input ``images`` is ``(B, 3, crop_px, crop_px)`` float32, normalized as `preprocess` does, for any B;
-    its output ``embedding`` is ``(B, dim)`` of length 1. Its metadata say how to normalize, and which
-    sizes were trained. A vector of full width can be cut further, if it is scaled to length 1 again.
-
-    Args:
-        run: A finished run directory, or a folder that was exported for the Hub.
-        out: A file that ends in .onnx.
-        dim: Prefix size; the full width when None.
-
-    Raises:
-        UserError: The run is not finished, ``dim`` does not fit it, ``out`` has another ending, or what
-            torch needs for the export is not installed.
+    ``images`` ``(B, 3, crop_px, crop_px)`` float32, normalized as `preprocess` does, for any B, become ``embedding``
+    ``(B, dim)`` of length 1. ``dim`` is the largest trained size by default. The file's metadata holds image size,
+    normalization and trained sizes.
     """
-    out = Path(out)
-    if out.suffix != ".onnx" or not out.resolve().parent.is_dir():
-        raise UserError(f"{out}: allowed is a file that ends in .onnx, in a folder that exists")
     try:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
@@ -53,30 +39,22 @@ def export_onnx(run: str | Path, out: str | Path, dim: int | None = None) -> tup
         raise UserError(f"the ONNX export needs {error.name}: pip install onnx onnxscript") from error
     model = load(run)
     info = model.info
-    assert info is not None  # load fills it
-    dim = model.width if dim is None else dim
-    prefix(torch.empty(model.width), dim)  # says which sizes there are
-    images = torch.zeros(2, 3, info.crop_px, info.crop_px)
+    assert info is not None
+    dim = info.nesting_list[-1] if dim is None else dim
+    prefix(torch.empty(model.width), dim)  # raises if there is no such prefix
     program = torch.onnx.export(
         _Encoder(model, dim).eval(),
-        (images,),
-        input_names=[INPUT],
-        output_names=[OUTPUT],
-        dynamic_shapes={INPUT: {0: torch.export.Dim("batch")}},
+        (torch.zeros(2, 3, info.crop_px, info.crop_px),),
+        input_names=["images"],
+        output_names=["embedding"],
+        dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
         dynamo=True,
         verbose=False,
     )
-    assert program is not None  # as it is with dynamo=True
-    program.model.metadata_props.update(
-        {
-            "backbone": info.backbone,
-            "dim": str(dim),
-            "trained_dims": json.dumps(info.nesting_list),
-            "resize_px": str(info.resize_px),
-            "crop_px": str(info.crop_px),
-            "mean": json.dumps(info.mean),
-            "std": json.dumps(info.std),
-        }
-    )
-    program.save(out)  # with the weights inside, unless they are larger than the 2 GB that such a file can hold
+    assert program is not None  # it is None only with dynamo=False
+    numbers = {"dim": dim, "trained_dims": info.nesting_list, "resize_px": info.resize_px, "crop_px": info.crop_px}
+    numbers |= {"mean": info.mean, "std": info.std}
+    program.model.metadata_props["backbone"] = info.backbone
+    program.model.metadata_props.update({key: json.dumps(value) for key, value in numbers.items()})
+    program.save(out)
     return dim, info.crop_px

@@ -1,4 +1,6 @@
+import dataclasses
 import json
+import shutil
 import sys
 
 import huggingface_hub
@@ -8,6 +10,7 @@ from huggingface_hub import ModelCard
 
 import mrl
 from mrl import export
+from mrl.config import read_config, to_yaml
 from mrl.errors import UserError
 from mrl.interop import hub
 from mrl.results import Source, write_rows
@@ -18,9 +21,8 @@ def folder(saved_run, tmp_path_factory):
     return hub.export_folder(saved_run, tmp_path_factory.mktemp("exports") / "small", license="mit")
 
 
-def test_an_exported_folder_gives_the_run_s_embeddings(saved_run, folder, pictures):
+def test_an_exported_folder_gives_the_run_s_embeddings(saved_run, folder, images):
     model, original = mrl.load(folder), mrl.load(saved_run)
-    images = torch.stack([model.preprocess(image) for image in pictures.images])
     for dim in original.head.nesting_list:
         assert torch.equal(model.encode(images, dim), original.encode(images, dim))
     assert sorted(path.name for path in folder.iterdir()) == ["README.md", "model.json", "model.safetensors"]
@@ -37,7 +39,7 @@ def test_a_hub_id_gives_the_same_model_as_the_folder(folder, tmp_path, monkeypat
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     loaded, local = mrl.load("someone/small").state_dict(), mrl.load(folder).state_dict()
     assert all(torch.equal(loaded[key], value) for key, value in local.items())
-    with pytest.raises(UserError, match="someone/other is no folder here, and could not be had from the Hub"):
+    with pytest.raises(UserError, match="someone/other is not a folder, and could not be downloaded from the Hub"):
         mrl.load("someone/other")
     with pytest.raises(UserError, match="could not be pushed to 'someone/small'.*hf auth login"):
         hub.push_to_hub(folder, "someone/small")
@@ -48,30 +50,50 @@ def test_the_card_has_sizes_accuracies_shares_license_and_normalization(folder):
     card_results = {result.metric_name: result.metric_value for result in card.data.eval_results}
     assert card_results == {f"top-1 at {dim} dims": v for dim, v in {8: 0.5, 16: 0.6, 32: 0.7, 96: 0.8}.items()}
     assert card.data.license == "mit" and "matryoshka" in card.data.tags
-    # Half of the images right, of 80 percent at full width: 62.5 percent of it.
+    # 50 percent of the images are right, of 80 percent at full width: a share of 62.5 percent.
     assert "| 8 | 32 | 50.00 | 62.5% |" in card.text
     assert "| 96 | 384 | 80.00 | 100.0% |" in card.text
     for text in ("pets, 3 classes (cat, dog, eel, ...)", "*then* scale them", "36 px", "(0.485, 0.456, 0.406)"):
         assert text in card.text
+    assert "not trained" not in card.text
+
+
+def test_the_card_of_a_model_that_ends_below_the_width_offers_its_trained_size(ff_run, tmp_path):
+    text = (hub.export_folder(ff_run, tmp_path / "out", "mit") / "README.md").read_text()
+    assert "| 32 | 128 | 50.00 | 100.0% |" in text and "| 96 |" not in text
+    assert "encode(images, dim=32)" in text and "default: 32" in text
+    assert "last 64 numbers were not trained" in text
+
+
+def test_the_card_names_no_path_of_this_machine(saved_run, tmp_path):
+    run = shutil.copytree(saved_run, tmp_path / "small")
+    config = read_config(run / "config.yaml")
+    data = dataclasses.replace(config.data, root=str(tmp_path / "pets"))
+    model = dataclasses.replace(config.model, init=str(tmp_path / "first" / "weights.pt"))
+    (run / "config.yaml").write_text(to_yaml(dataclasses.replace(config, data=data, model=model)))
+    text = (hub.export_folder(run, tmp_path / "out", "mit") / "README.md").read_text()
+    assert "initial weights: weights.pt" in text and str(tmp_path) not in text
 
 
 def test_the_card_can_take_its_numbers_from_the_rows_of_an_evaluation(saved_run, tmp_path):
     source = Source("pets", "small", 0, 36, 32, False)
     rows = [source.row("classification", "MRL", "top_1", v, 5, dim=dim) for dim, v in [(8, 0.25), (96, 1.0)]]
     rows += [source.row("retrieval", "MRL", "map@10", v, 5, dim=dim) for dim, v in [(8, 0.125), (12, 0.5)]]
-    # What else may stand there of the run: baselines, and other data sets.
+    # An evaluation also holds baselines, single classes and other data.
     rows += [source.row("classification", "FF random coordinates, probe", "top_1", 0.75, 5, dim=96)]
+    rows += [source.row("per_class", "MRL", "top_1", 0.75, 5, dim=96)]
     rows += [Source("birds", "small", 0, 36, 32, False).row("retrieval", "MRL", "map@10", 0.75, 5, dim=8)]
     write_rows(rows, tmp_path / "results.jsonl")
     text = (hub.export_folder(saved_run, tmp_path / "out", "mit", tmp_path / "results.jsonl") / "README.md").read_text()
     assert "| dims | bytes | top-1 | of full | mAP@10 |" in text
-    assert "| 8 | 32 | 25.00 | 25.0% | 12.50 |" in text and "| 12 " not in text
+    assert "| 8 | 32 | 25.00 | 25.0% | 12.50 |" in text and "| 96 | 384 | 100.00 | 100.0% | - |" in text
+    assert "| 12 " not in text
     write_rows([Source("pets", "other", 0, 36, 32, False).row("oracle", "MRL", "top_1", 1, 5)], tmp_path / "o.jsonl")
     with pytest.raises(UserError, match=r"no top-1 of the run 'small' \(MRL\) on pets; its runs are \['other'\]"):
         hub.export_folder(saved_run, tmp_path / "out", "mit", tmp_path / "o.jsonl")
 
 
-def test_a_folder_with_other_things_is_not_written_into_and_an_earlier_export_is_replaced(saved_run, folder, tmp_path):
+def test_a_folder_with_other_files_is_refused_and_an_earlier_export_is_replaced(saved_run, folder, tmp_path):
     (tmp_path / "README.md").write_text("mine")
     for taken in (tmp_path, saved_run):
         with pytest.raises(UserError, match="not of an earlier export"):
@@ -81,31 +103,27 @@ def test_a_folder_with_other_things_is_not_written_into_and_an_earlier_export_is
     assert "license: cc-by-4.0" in (folder / "README.md").read_text()
 
 
-def test_a_folder_of_another_version_is_refused_by_its_version_not_its_keys(saved_run, tmp_path):
+def test_what_is_not_a_model_is_named(saved_run, tmp_path):
     folder = hub.export_folder(saved_run, tmp_path / "out", "mit")
     content = json.loads((folder / "model.json").read_text())
     (folder / "model.json").write_text(json.dumps(content | {"format_version": 7, "pooling": "gem"}))
-    with pytest.raises(UserError, match="saved in format 7; this version reads format 1"):
+    with pytest.raises(UserError, match="format 7; this version reads format 1"):
         mrl.load(folder)
+    for source in ("no/such/folder", "nothing", "a b/c"):
+        with pytest.raises(UserError, match=f"'{source}' is neither an existing folder nor a Hub id"):
+            mrl.load(source)
+    with pytest.raises(UserError, match="revision 'main' is for ids on the Hub"):
+        mrl.load(folder, revision="main")
 
 
-@pytest.mark.parametrize("source", ["no/such/folder", "nothing", "a b/c"])
-def test_what_is_neither_a_folder_nor_an_id_is_named(source):
-    with pytest.raises(UserError, match=f"'{source}' is neither an existing folder nor a Hub id"):
-        mrl.load(source)
-
-
-def test_the_command_prints_an_error_and_returns_2_or_writes_the_folder(saved_run, tmp_path, capsys):
-    words = ["hub", "--license", "mit", "--out", str(tmp_path / "out"), "--run"]
-    assert export.main([*words, str(tmp_path)]) == 2
-    assert f"error: {tmp_path / 'config.yaml'} does not exist" in capsys.readouterr().err
-    assert export.main([*words, str(saved_run)]) == 0
+def test_the_command_writes_the_folder_or_prints_an_error_and_returns_2(saved_run, tmp_path, monkeypatch, capsys):
+    argv = ["hub", "--license", "mit", "--out", str(tmp_path / "out"), "--run"]
+    assert export.main([*argv, str(saved_run)]) == 0
     assert list(mrl.load(tmp_path / "out").info.classes) == ["cat", "dog", "eel"]
-
-
-def test_a_library_that_is_not_installed_is_named_with_what_to_install(saved_run, tmp_path, monkeypatch, capsys):
+    assert export.main([*argv, str(tmp_path)]) == 2
+    assert f"error: {tmp_path / 'config.yaml'} does not exist" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
     monkeypatch.delitem(sys.modules, "mrl.interop.sentence_transformers", raising=False)
-    assert export.main(["sentence_transformers", "--run", str(saved_run), "--out", str(tmp_path / "out")]) == 2
+    assert export.main(["sentence_transformers", "--run", str(saved_run), "--out", str(tmp_path / "st")]) == 2
     assert "pip install 'sentence-transformers>=5.4'" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "st").exists()
