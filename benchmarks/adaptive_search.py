@@ -40,7 +40,7 @@ from mrl.errors import UserError
 from mrl.model import load
 from mrl.retrieval.embeddings import EmbeddingMetadata, embed_split, embeddings_path, file_sha256
 from mrl.retrieval.rerank import funnel
-from mrl.studies.embed_runs import refuse_other_classes
+from mrl.studies.run import refuse_other_classes
 
 FULL = "faiss full width"
 LAST_LENGTH = 50

@@ -1,4 +1,4 @@
-"""Results as rows: what was measured, on what, from which run; written, read and shown as a table."""
+"""Results as rows: one number each, with everything needed to read it alone."""
 
 from __future__ import annotations
 
@@ -9,58 +9,72 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from mrl.errors import UserError
 from mrl.rundir import atomic_write_text
 
 METHODS = ("MRL", "MRL-E", "FF", "FF truncated")
+CLASS_STUDY, CLASSES_FILE = "per_class", "classes.csv"
+_CLASS_COLUMNS = (
+    *("study", "dataset", "run", "method", "dim", "group", "metric"),
+    *("value", "n", "seed", "resize_px", "crop_px", "flip"),
+)
 
 
 def method_name(nesting_list: Sequence[int], tied: bool) -> str:
-    """What the paper calls a model: "FF" when one size was trained, else "MRL-E" when tied, else "MRL"."""
+    """Return the paper's name of a model: "FF" if it has one size, else "MRL-E" if tied, else "MRL"."""
     if len(nesting_list) == 1:
         return "FF"
     return "MRL-E" if tied else "MRL"
 
 
-@dataclass(frozen=True)
+def method_order(method: str) -> tuple[int, str]:
+    """Return a sort key that puts the paper's methods first, in its order, and then others by name."""
+    return (METHODS.index(method) if method in METHODS else len(METHODS), method)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Row:
-    """One number and all that is needed to read it without its neighbors.
+    """One measured number.
 
     Attributes:
-        study: Experiment, e.g. "classification".
-        dataset: Name of the data that the images are of.
+        study: Name of the experiment, e.g. "classification".
+        dataset: Name of the evaluated data.
         run: Name of the trained model.
         method: One of `METHODS`, or a baseline's name.
-        dim: Prefix size in use; None where several are (adaptive retrieval).
+        dim: Prefix size; None if several are in use (adaptive retrieval).
         shortlist_dim: Adaptive retrieval: prefix size of the first search.
-        shortlist_size: Adaptive retrieval: how many neighbors it hands on.
-        rerank_dim: Adaptive retrieval: prefix size that orders them.
-        metric: What `value` is, e.g. "top_1".
-        value: 0 to 1; a mean cosine, whose metric begins with "cosine", -1 to 1.
+        shortlist_size: Adaptive retrieval: number of neighbors that it passes on.
+        rerank_dim: Adaptive retrieval: prefix size of the last reranking.
+        group: The class, superclass or trend that the row is about; None if it is about all images.
+        metric: Name of the metric, e.g. "top_1".
+        value: In [0, 1]; for a metric whose name begins with "cosine", in [-1, 1].
         cost: Million multiply-adds per query of a search; None outside retrieval.
-        expected_dim: Mean number of dims used per image, where that differs from image to image; else None.
-        ms_per_query: Measured milliseconds per query, all queries in one batch, of the searches and rerankings that
-            `cost` counts, on the CPU that provenance.json names; None where not measured.
+        expected_dim: Mean prefix size per image if it differs between images, else None.
+        ms_per_query: Measured CPU milliseconds per query for the operations that `cost` counts, all queries in one
+            batch; None if not measured. provenance.json names the CPU.
         n: Number of images that `value` is a mean over.
         seed: Seed of the training run.
         resize_px: Shorter side of an image after resizing.
         crop_px: Side of its center crop.
-        flip: Whether the mirrored image took part.
+        flip: Whether the logits of the mirrored image were added.
     """
 
     study: str
     dataset: str
     run: str
     method: str
-    dim: int | None
-    shortlist_dim: int | None
-    shortlist_size: int | None
-    rerank_dim: int | None
+    dim: int | None = None
+    shortlist_dim: int | None = None
+    shortlist_size: int | None = None
+    rerank_dim: int | None = None
+    group: str | None = None
     metric: str
     value: float
-    cost: float | None
-    expected_dim: float | None
-    ms_per_query: float | None
+    cost: float | None = None
+    expected_dim: float | None = None
+    ms_per_query: float | None = None
     n: int
     seed: int
     resize_px: int
@@ -71,16 +85,13 @@ class Row:
         lowest = -1 if self.metric.startswith("cosine") else 0
         if not lowest <= self.value <= 1:
             raise UserError(
-                f"{self.metric} of {self.run} ({self.study}) is {self.value}; it must lie between {lowest} and 1"
+                f"{self.metric} of {self.run} ({self.study}) is {self.value}; allowed are values from {lowest} to 1"
             )
-
-
-_OPTIONAL = ("dim", "shortlist_dim", "shortlist_size", "rerank_dim", "cost", "expected_dim", "ms_per_query")
 
 
 @dataclass(frozen=True)
 class Source:
-    """What all rows of one run on one dataset share; `row` fills in the rest."""
+    """The fields that all rows of one run on one dataset share."""
 
     dataset: str
     run: str
@@ -90,28 +101,40 @@ class Source:
     flip: bool
 
     def row(self, study: str, method: str, metric: str, value: float, n: int, **rest: Any) -> Row:
-        """A `Row` of this source; ``dim``, the sizes of adaptive retrieval, costs and time are None unless given."""
-        given: dict[str, Any] = dict.fromkeys(_OPTIONAL) | rest
-        return Row(study=study, method=method, metric=metric, value=value, n=n, **dataclasses.asdict(self), **given)
+        """Return a `Row` of this source; ``rest`` are its optional fields."""
+        return Row(study=study, method=method, metric=metric, value=value, n=n, **vars(self), **rest)
 
 
 def write_rows(rows: Iterable[Row], path: str | Path) -> None:
-    """Write one JSON object a line, to a temporary name first, so that ``path`` is never half there."""
-    atomic_write_text(Path(path), "".join(json.dumps(dataclasses.asdict(row)) + "\n" for row in rows))
+    """Write rows to ``path``, one JSON object a line, and those of single classes to classes.csv beside it."""
+    path, rows = Path(path), list(rows)
+    of_classes = [vars(row) for row in rows if _is_of_class(row)]
+    classes_file = path.with_name(CLASSES_FILE)
+    if of_classes:
+        atomic_write_text(classes_file, pd.DataFrame(of_classes)[list(_CLASS_COLUMNS)].to_csv(index=False))
+    else:
+        classes_file.unlink(missing_ok=True)
+    lines = [json.dumps(vars(row)) + "\n" for row in rows if not _is_of_class(row)]
+    atomic_write_text(path, "".join(lines))
+
+
+def _is_of_class(row: Row) -> bool:
+    return row.study == CLASS_STUDY and row.dim is not None
 
 
 def read_rows(path: str | Path) -> list[Row]:
-    """The rows that `write_rows` wrote.
+    """Return the rows that `write_rows` wrote: those in ``path``, then those in classes.csv beside it, if it exists.
 
     Raises:
-        UserError: The file is not there, or a line is not JSON or has unknown or missing keys; the
-            message names the line and the keys.
+        UserError: ``path`` does not exist, or one of the files holds something other than rows.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path} does not exist, so there are no results to read")
     lines = path.read_text(encoding="utf-8").splitlines()
-    return [_parse_row(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    rows = [_parse_row(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    classes_file = path.with_name(CLASSES_FILE)
+    return rows + (_read_classes(classes_file) if classes_file.is_file() else [])
 
 
 def _parse_row(line: str, place: str) -> Row:
@@ -120,7 +143,7 @@ def _parse_row(line: str, place: str) -> Row:
     except ValueError as error:
         raise UserError(f"{place}: not JSON ({error})") from error
     if not isinstance(values, dict):
-        raise UserError(f"{place}: not a row, which is a JSON object, but {type(values).__name__}")
+        raise UserError(f"{place}: a row is a JSON object, but this is of type {type(values).__name__}")
     known = {field.name for field in dataclasses.fields(Row)}
     for problem, keys in (("unknown", values.keys() - known), ("missing", known - values.keys())):
         if keys:
@@ -130,33 +153,28 @@ def _parse_row(line: str, place: str) -> Row:
     return Row(**values)
 
 
+def _read_classes(path: Path) -> list[Row]:
+    # A class may be called "1", "NA" or "true".
+    types = {field.name: field.type.split()[0] for field in dataclasses.fields(Row)}
+    try:
+        table = pd.read_csv(path, dtype=types, keep_default_na=False)
+        if tuple(table.columns) != _CLASS_COLUMNS:
+            raise ValueError(f"has {', '.join(map(str, table.columns))}")
+    except ValueError as error:
+        raise UserError(f"{path} must be a table with the columns {', '.join(_CLASS_COLUMNS)}, but {error}") from error
+    return [Row(**values) for values in table.to_dict("records")]
+
+
 def text_table(rows: Sequence[Row]) -> str:
-    """Tables of values in percent, one per dataset, study and metric: a line per method and run, a column per dim."""
-    groups: dict[tuple[str, str, str], list[Row]] = {}
-    for row in rows:
-        if row.dim is not None:
-            groups.setdefault((row.dataset, row.study, row.metric), []).append(row)
-    return "\n\n".join(_one_table(f"{d}: {s}, {m} (%)", group) for (d, s, m), group in groups.items())
-
-
-def _one_table(title: str, rows: Sequence[Row]) -> str:
-    dims = sorted({row.dim for row in rows if row.dim is not None})
-    values = {(row.method, row.run, row.dim): f"{100 * row.value:.2f}" for row in rows}
-    names = sorted({(row.method, row.run) for row in rows}, key=lambda name: (method_order(name[0]), name[1]))
-    cells = [["method", "run", *map(str, dims)]]
-    cells += [[method, run, *(values.get((method, run, dim), "-") for dim in dims)] for method, run in names]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if i < 2 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in cells
-    ]
-    counts = " to ".join(f"{n:,}" for n in sorted({min(row.n for row in rows), max(row.n for row in rows)}))
-    return "\n".join([f"{title}, n = {counts}", *lines])
-
-
-def method_order(method: str) -> tuple[int, str]:
-    """Sort key that puts the paper's methods first, in its order, then others by name."""
-    return (METHODS.index(method) if method in METHODS else len(METHODS), method)
+    """Return tables in percent, one per dataset, study and metric: a line per method and run, a column per dim."""
+    of_all_images = [vars(row) for row in rows if row.dim is not None and row.group is None]
+    if not of_all_images:
+        return ""
+    tables = []
+    for names, group in pd.DataFrame(of_all_images).groupby(["dataset", "study", "metric"], sort=False):
+        percent = 100 * group.pivot_table("value", ["method", "run"], "dim", aggfunc="last")
+        percent = percent.loc[sorted(percent.index, key=lambda name: (method_order(name[0]), name[1]))]
+        counts = " to ".join(f"{n:,}" for n in sorted({group["n"].min(), group["n"].max()}))
+        text = percent.rename_axis(columns=None).to_string(float_format="{:.2f}".format, na_rep="-", sparsify=False)
+        tables.append("{}: {}, {} (%)".format(*names) + f", n = {counts}\n{text}")
+    return "\n\n".join(tables)

@@ -19,7 +19,7 @@ from mrl.data import build_data
 from mrl.errors import UserError
 from mrl.model import MatryoshkaClassifier, ModelInfo, build_backbone, build_model, load, save_model
 from mrl.results import read_rows, write_rows
-from mrl.studies import embed_runs
+from mrl.studies import run as run_module
 
 REPOSITORY = Path(script.__file__).parent
 CPU = torch.device("cpu")
@@ -63,7 +63,7 @@ def no_images(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("images were read again")
 
-    monkeypatch.setattr(embed_runs, "build_data", refuse)
+    monkeypatch.setattr(run_module, "build_data", refuse)
 
 
 def untimed(path):
@@ -147,17 +147,19 @@ def test_a_study_that_fails_loses_no_rows_of_the_runs_before(runs, monkeypatch, 
 
 
 def test_redraw_needs_the_rows_alone(runs, tmp_path, no_images, capsys):
-    alone = Path(shutil.move(runs / "eval" / "results.jsonl", tmp_path / "results.jsonl"))
-    assert script.main(["--redraw", str(alone)]) == 0
+    for file in ("results.jsonl", "classes.csv"):
+        shutil.move(runs / "eval" / file, tmp_path / file)
+    alone = str(tmp_path / "results.jsonl")
+    assert script.main(["--redraw", alone]) == 0
     assert f"figure: {tmp_path / 'accuracy_by_dim_digits.png'}" in capsys.readouterr().out
-    assert script.main(["--redraw", str(alone), "--out", str(tmp_path / "there")]) == 0
+    assert script.main(["--redraw", alone, "--out", str(tmp_path / "there")]) == 0
     assert (tmp_path / "there" / "accuracy_by_dim_digits.pdf").exists()
 
 
 def test_a_changed_model_is_embedded_anew_and_force_does_so_for_an_unchanged_one(runs, monkeypatch):
     splits_read = []
     monkeypatch.setattr(
-        embed_runs, "build_data", lambda *args, splits: splits_read.append(splits) or build_data(*args, splits=splits)
+        run_module, "build_data", lambda *args, splits: splits_read.append(splits) or build_data(*args, splits=splits)
     )
     shutil.copy(runs / "ff" / "embeddings" / "val" / "vectors.npy", runs / "old.npy")
     other = make_run(runs / "other", (32,), seed=2)
@@ -185,7 +187,7 @@ def test_bf16_makes_the_embeddings_anew_says_so_and_changes_them_little(runs):
 def test_runs_with_the_same_data_read_the_images_once(runs, monkeypatch):
     reads = []
     monkeypatch.setattr(
-        embed_runs, "build_data", lambda *args, **kwargs: reads.append(1) or build_data(*args, **kwargs)
+        run_module, "build_data", lambda *args, **kwargs: reads.append(1) or build_data(*args, **kwargs)
     )
     assert script.main(["--runs", str(runs / "mrl"), str(runs / "ff"), "--force"]) == 0
     assert len(reads) == 1
@@ -244,8 +246,8 @@ def test_two_processes_give_the_same_rows_as_one(runs):
     assert json.loads((runs / "eval" / "provenance.json").read_text())["world_size"] == 2
 
 
-def refused(capsys, *words):
-    assert script.main(list(words)) == 2
+def refused(capsys, *argv):
+    assert script.main(list(argv)) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
     return line
@@ -272,10 +274,15 @@ def test_runs_of_one_name_are_told_apart_by_their_folder_or_refused(runs, tmp_pa
 
 def test_other_mistakes_are_one_sentence(runs, tmp_path, capsys):
     assert "none has no config.yaml" in refused(capsys, "--runs", str(tmp_path / "none"))
-    assert "--batch_size is 0" in refused(capsys, "--runs", str(runs / "mrl"), "--batch_size", "0")
+    for option in ("--batch_size", "--max_queries"):
+        assert f"{option} is 0" in refused(capsys, "--runs", str(runs / "mrl"), option, "0")
     assert "does not exist" in refused(capsys, "--redraw", str(tmp_path / "none.jsonl"))
     (tmp_path / "empty.jsonl").write_text("")
     assert "holds no rows" in refused(capsys, "--redraw", str(tmp_path / "empty.jsonl"))
+    rows = str(runs / "eval" / "results.jsonl")
+    for option in (("--few_shot", "DIR"), ("--max_queries", "5"), ("--wandb", "online"), ("--force",)):
+        assert f"{option[0]} needs --runs" in refused(capsys, "--redraw", rows, *option)
+    assert "needs --wandb" in refused(capsys, "--runs", str(runs / "mrl"), "--wandb_artifacts")
 
 
 def test_data_whose_classes_are_not_the_trained_ones_are_refused(runs, capsys):
@@ -298,7 +305,7 @@ def scans(tmp_path):
     return tmp_path / "scans"
 
 
-def test_further_images_give_rows_of_their_own_data_set_and_are_embedded_once(runs, scans, capsys):
+def test_other_images_give_rows_of_their_own_data_set_and_are_embedded_once(runs, scans, capsys):
     options = ["--robustness", str(scans), "--few_shot", str(scans), "--retrieval", str(scans)]
     assert script.main(["--runs", str(runs / "ff"), *options]) == 0
     [_, *others] = dict.fromkeys(row.dataset for row in read_rows(runs / "eval" / "results.jsonl"))
@@ -319,15 +326,21 @@ def test_further_images_give_rows_of_their_own_data_set_and_are_embedded_once(ru
         assert f"figure: {runs / 'eval' / name}" in output
 
 
-def test_mistakes_about_further_images_are_one_sentence(runs, scans, tmp_path, capsys, no_images):
+def test_mistakes_about_other_images_are_one_sentence(runs, scans, tmp_path, capsys, no_images):
     run = ["--runs", str(runs / "ff")]
     assert "no data set is called 'imagenet-a'" in refused(capsys, *run, "--robustness", f"imagenet-a={scans}")
     assert "imagenet_r has 200 class folders" in refused(capsys, *run, "--robustness", f"imagenet_r={scans}")
     assert "is not a folder" in refused(capsys, *run, "--few_shot", str(tmp_path / "none"))
     assert "queries and a database" in refused(capsys, *run, "--retrieval", *[str(scans)] * 3)
     assert "trained_class" in refused(capsys, *run, "--renaming", str(tmp_path / "none.tsv"))
-    rows = str(runs / "eval" / "results.jsonl")
-    assert "--few_shot needs --runs" in refused(capsys, "--redraw", rows, "--few_shot", str(scans))
+
+
+def test_max_queries_is_the_n_of_all_retrieval_rows_and_of_no_others(runs):
+    before = {row for row in untimed(runs / "eval" / "results.jsonl") if "retrieval" not in row.study}
+    assert script.main(["--runs", str(runs / "mrl"), str(runs / "ff"), "--max_queries", "20"]) == 0
+    rows = untimed(runs / "eval" / "results.jsonl")
+    assert {row.n for row in rows if "retrieval" in row.study} == {20}
+    assert {row for row in rows if "retrieval" not in row.study} == before
 
 
 def test_runs_of_different_nesting_lists_are_compared_and_not_averaged(runs, capsys):
@@ -346,18 +359,3 @@ def test_runs_on_different_data_get_a_figure_each(finished, tmp_path, capsys):
     of_digits = {name for name in names if name.endswith("_digits.png")}
     assert "accuracy_by_dim_digits.png" in of_digits and "adaptive_retrieval_mrl_digits.png" in of_digits
     assert set(names) - of_digits == {name.replace("_digits", "_tiny_imagenet") for name in of_digits}
-
-
-def test_a_folder_of_images_is_called_by_its_own_name():
-    data = dataclasses.replace(DATA, name="folder", root="/somewhere/flowers")
-    assert embed_runs.dataset_name(Config(data=data), 3) == "flowers"
-    assert embed_runs.dataset_name(Config(data=DATA), 10) == "digits"
-
-
-@pytest.mark.parametrize(
-    ("name", "num_classes", "called"),
-    [("imagenet", 1000, "imagenet"), ("imagenet", 100, "imagenet_100_classes"), ("folder", 100, "imagenet_folder")],
-)
-def test_only_the_whole_of_imagenet_is_called_so(name, num_classes, called):
-    data = dataclasses.replace(DATA, name=name, root="/somewhere/imagenet")
-    assert embed_runs.dataset_name(Config(data=data), num_classes) == called

@@ -3,9 +3,10 @@ import json
 import subprocess
 
 import numpy as np
+import pandas as pd
 import pytest
 
-from mrl import results
+from mrl import rundir
 from mrl.errors import UserError
 from mrl.results import Source, method_name, read_rows, text_table, write_rows
 from mrl.rundir import provenance
@@ -36,12 +37,20 @@ def test_the_method_follows_from_the_sizes_and_the_tie(nesting_list, tied, name)
     assert method_name(nesting_list, tied) == name
 
 
-def test_rows_come_back_as_they_were_written(tmp_path):
+CLASS_NAMES = ["1", "NA", "true", 'a, "b"\nc', "naïve"]
+
+
+def test_rows_come_back_as_they_were_written_and_those_of_classes_from_a_table_of_their_own(tmp_path):
     path = tmp_path / "results.jsonl"
+    of_classes = [SOURCE.row("per_class", "MRL", "top_1", 1 / 3, 7, dim=8, group=name) for name in CLASS_NAMES]
+    trend = SOURCE.row("per_class", "MRL", "share_of_classes", 0.25, 4, group="monotone")
+    write_rows([*ROWS, *of_classes, trend], path)
+    assert read_rows(path) == [*ROWS, trend, *of_classes]
+    assert len(path.read_text().splitlines()) == 4
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["classes.csv", "results.jsonl"], "no temporary"
+    assert pd.read_csv(tmp_path / "classes.csv")["group"].tolist()[3] == CLASS_NAMES[3]
     write_rows(ROWS, path)
-    assert read_rows(path) == ROWS
-    assert len(path.read_text().splitlines()) == 3
-    assert [file.name for file in tmp_path.iterdir()] == ["results.jsonl"], "no temporary file stays"
+    assert read_rows(path) == ROWS, "no class of earlier rows stays"
 
 
 def test_a_source_gives_its_fields_to_every_row_and_nothing_else():
@@ -53,13 +62,13 @@ def test_a_source_gives_its_fields_to_every_row_and_nothing_else():
 
 @pytest.mark.parametrize("value", [-0.1, 1.1, 66.63, float("nan")])
 def test_a_value_that_is_not_a_share_is_refused(value):
-    with pytest.raises(UserError, match="between 0 and 1"):
+    with pytest.raises(UserError, match="from 0 to 1"):
         SOURCE.row("classification", "MRL", "top_1", value, 360, dim=8)
 
 
 def test_a_cosine_may_be_negative_but_no_less_than_minus_1():
     assert SOURCE.row("similarity", "MRL", "cosine_random", -0.5, 360, dim=8).value == -0.5
-    with pytest.raises(UserError, match="between -1 and 1"):
+    with pytest.raises(UserError, match="from -1 to 1"):
         SOURCE.row("similarity", "MRL", "cosine_random", -1.1, 360, dim=8)
 
 
@@ -74,7 +83,7 @@ def changed(**changes):
         (changed(accuracy=0.5, zest=1), r"unknown keys \['accuracy', 'zest'\]"),
         (changed(dim="gone", seed="gone"), r"missing keys \['dim', 'seed'\]"),
         (changed(value="0.5"), "value is '0.5'"),
-        (changed(value=50.0), "between 0 and 1"),
+        (changed(value=50.0), "from 0 to 1"),
         (changed()[:40], "not JSON"),
         ("[1, 2]", "list"),
     ],
@@ -85,7 +94,23 @@ def test_a_line_that_is_not_a_row_is_refused_with_its_number(tmp_path, line, sai
     path.write_text(path.read_text() + line + "\n")
     with pytest.raises(UserError, match=said) as error:
         read_rows(path)
-    assert "between" in said or "line 2" in str(error.value)
+    assert "line 2" in str(error.value) or said == "from 0 to 1"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda text: text.replace("group", "class"), "but has .*class"),
+        (lambda text: text.replace("0.5", "half"), "half"),
+        (lambda text: text.replace("0.5", "50"), "from 0 to 1"),
+    ],
+)
+def test_a_class_table_that_holds_no_rows_is_refused(tmp_path, change, said):
+    write_rows([SOURCE.row("per_class", "MRL", "top_1", 0.5, 7, dim=8, group="cat")], tmp_path / "results.jsonl")
+    table = tmp_path / "classes.csv"
+    table.write_text(change(table.read_text()))
+    with pytest.raises(UserError, match=said):
+        read_rows(tmp_path / "results.jsonl")
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path):
@@ -99,11 +124,13 @@ def test_the_table_has_a_line_per_run_and_a_column_per_size():
         return [source.row("classification", method, "top_1", value, 360, dim=dim) for dim, value in of_dims.items()]
 
     table = text_table([*rows("FF", "ff8", {8: 0.5}), *rows("MRL", "mrl", {16: 1.0, 8: 0.98765, 2048: 0})])
-    assert table.splitlines() == [
-        "digits: classification, top_1 (%), n = 360",
-        "method  run      8      16  2048",
-        "MRL     mrl  98.77  100.00  0.00",
-        "FF      ff8  50.00       -     -",
+    title, *lines = table.splitlines()
+    assert title == "digits: classification, top_1 (%), n = 360"
+    assert [line.split() for line in lines] == [
+        ["8", "16", "2048"],
+        ["method", "run"],
+        ["MRL", "mrl", "98.77", "100.00", "0.00"],
+        ["FF", "ff8", "50.00", "-", "-"],
     ]
 
 
@@ -123,7 +150,7 @@ def git(directory, *words):
 
 
 def test_provenance_names_the_commit_and_whether_files_differ_from_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(results, "__file__", str(tmp_path / "mrl" / "results.py"))
+    monkeypatch.setattr(rundir, "__file__", str(tmp_path / "mrl" / "rundir.py"))
     assert (provenance()["git_commit"], provenance()["git_dirty"]) == (None, None)
     git(tmp_path, "init")
     assert provenance()["git_commit"] is None, "no commit yet"
@@ -138,7 +165,7 @@ def test_provenance_names_the_commit_and_whether_files_differ_from_it(tmp_path, 
 def test_a_copy_installed_below_a_checkout_does_not_claim_its_commit(tmp_path, monkeypatch):
     git(tmp_path, "init")
     git(tmp_path, "commit", "--allow-empty", "-m", "first")
-    monkeypatch.setattr(results, "__file__", str(tmp_path / ".venv" / "mrl" / "results.py"))
+    monkeypatch.setattr(rundir, "__file__", str(tmp_path / ".venv" / "mrl" / "rundir.py"))
     (tmp_path / ".venv" / "mrl").mkdir(parents=True)
     assert provenance()["git_commit"] is None
 

@@ -15,7 +15,7 @@ from mrl.errors import UserError
 from mrl.retrieval.search import Neighbors
 from mrl.studies.classification import predict
 from mrl.studies.geometry import grad_cams
-from mrl.studies.opened_run import OpenedRun
+from mrl.studies.run import OpenedRun
 
 RIGHT, WRONG = "#009E73", "#D55E00"
 

@@ -18,7 +18,7 @@ from mrl.errors import UserError
 from mrl.model import MatryoshkaClassifier, ModelInfo, load, save_model
 from mrl.results import Row, method_name, read_rows
 from mrl.rundir import atomic_write_text
-from mrl.studies.embed_runs import dataset_name
+from mrl.studies.run import dataset_name
 
 PAPER = "https://arxiv.org/abs/2205.13147"
 

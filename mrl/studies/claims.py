@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -27,7 +27,7 @@ EQUAL, CLOSE, FAR = 0.005, 0.02, 0.05
 SAVING = 2.0
 SHORTLIST_DIM = 16
 SHOTS = 5
-Plan = tuple[int | None, int | None, int | None]  # shortlist_dim, shortlist_size, rerank_dim
+Plan = tuple[Any, Any, Any]  # shortlist_dim, shortlist_size, rerank_dim
 BASELINES = {
     "classification": ("FF truncated", "FF low-rank classifier", "FF random coordinates, probe"),
     "retrieval": ("FF truncated", "FF PCA", "FF SVD", "FF random coordinates", "FF random projection"),
@@ -36,19 +36,12 @@ BASELINES = {
 
 @dataclass(frozen=True)
 class Comparison:
-    """One number per seed and the claim about their mean.
+    """One number per seed and the claim about their mean."""
 
-    Attributes:
-        what: The sizes or methods compared.
-        by_seed: ``{seed: value}``; differences are shares of 1.
-        threshold: The claim is a mean of at least this; None if nothing is claimed.
-        unit: "points" is shown in percentage points, "times" as it is.
-    """
-
-    what: str
-    by_seed: Mapping[int, float]
-    threshold: float | None
-    unit: Literal["points", "times"] = "points"
+    what: str  # the sizes or methods compared
+    by_seed: Mapping[int, float]  # differences are shares of 1
+    threshold: float | None  # the mean is claimed to be at least this
+    unit: Literal["points", "times"] = "points"  # "points" is shown in percentage points
 
     @property
     def n(self) -> int:
@@ -142,8 +135,8 @@ class _Table:
             values = self.by_seed.setdefault((row.study, row.method, row.metric, row.dim, plan), {})
             if row.seed in values and (row.dim or row.shortlist_dim):
                 raise UserError(
-                    f"{row.study}, {row.metric}: two rows of {row.method} at {row.dim or plan} dims with seed {row.seed}, "
-                    f"one of them of {row.run}; give one model for each method, size and seed"
+                    f"{row.study}, {row.metric}: two rows of {row.method} at {row.dim or plan} dims with seed "
+                    f"{row.seed}, one of them of {row.run}; give one model for each method, size and seed"
                 )
             values[row.seed] = row.value
 
@@ -216,22 +209,18 @@ def _cascade_saving(table: _Table) -> list[Comparison]:
 
 def _short_search(table: _Table) -> list[Comparison]:
     """mAP@10 of shortlists found at 16 dims and reranked at the full width, and of funnels, minus the full search's."""
-    found: dict[str, list[Plan]] = {"adaptive_retrieval": [], "funnel_retrieval": []}
-    for study, method, metric, _, plan in table.by_seed:
-        if study in found and (method, metric) == ("MRL", "map@10"):
-            found[study].append(plan)
-    width = max((rerank_dim or 0 for _, _, rerank_dim in found["adaptive_retrieval"]), default=0)
-    full = max((plan for plan in found["adaptive_retrieval"] if plan[0] == plan[2] == width), default=None)
-    if full is None:
-        return []
-    lengths = {"shortlist": {full[1]}, "funnel": {plan[1] for plan in found["funnel_retrieval"]}}
-    full_search = table.of("adaptive_retrieval", "MRL", "map@10", None, full)
-    return [
-        _compare(f"{kind} of {size}", table.of(study, "MRL", "map@10", None, plan) - full_search, -EQUAL)
-        for study, kind in (("adaptive_retrieval", "shortlist"), ("funnel_retrieval", "funnel"))
-        for size in sorted(lengths[kind])
-        if (plan := (SHORTLIST_DIM, size, width)) in found[study]
-    ]
+    plans = [(key[0], key[4]) for key in table.by_seed if key[1:3] == ("MRL", "map@10") and key[4][2]]
+    width = max((plan[2] for _, plan in plans), default=0)
+    found = []
+    for full_study, full in plans:
+        if full[0] == full[2] == width:
+            reference = table.of(full_study, "MRL", "map@10", None, full)
+            for study, plan in sorted(plans):
+                kind = "funnel" if study == "funnel_retrieval" else "shortlist"
+                if plan[0] == SHORTLIST_DIM and plan[2] == width and (kind == "funnel" or plan[1] == full[1]):
+                    values = table.of(study, "MRL", "map@10", None, plan)
+                    found.append(_compare(f"{kind} of {plan[1]}", values - reference, -EQUAL))
+    return found
 
 
 def _baselines_behind(table: _Table) -> list[Comparison]:
@@ -252,18 +241,15 @@ def _superclasses_fall_less(table: _Table) -> list[Comparison]:
     metrics = ("superclass_top_1", "superclass_top_1_with_reject")
     metric = next((name for name in metrics if table.dims("hierarchy", name, "MRL")), metrics[0])
     *sizes, width = table.dims("hierarchy", metric, "MRL") or [0]
-
-    def loss(study: str, name: str, dim: int) -> pd.Series:
-        return table.of(study, "MRL", name, width) - table.of(study, "MRL", name, dim)
-
-    return [
-        _compare(
-            f"{width} to {dim} dims",
-            loss("classification", "top_1", dim) - loss("hierarchy", metric, dim),
-            0.0 if dim == sizes[0] else None,
+    found = []
+    for i, dim in enumerate(sizes):
+        (classes, few), (superclasses, few_superclasses) = (
+            [table.of(study, "MRL", name, size) for size in (width, dim)]
+            for study, name in (("classification", "top_1"), ("hierarchy", metric))
         )
-        for dim in sizes
-    ]
+        lost = (classes - few) - (superclasses - few_superclasses)
+        found.append(_compare(f"{width} to {dim} dims", lost, None if i else 0.0))
+    return found
 
 
 def _transfer(table: _Table, dataset: str) -> list[Comparison]:

@@ -55,12 +55,7 @@ def cosines(
 ) -> dict[int, tuple[np.ndarray, np.ndarray]]:
     """Return ``{dim: (cosines of positive pairs, cosines of random pairs)}``, of the same pairs at every size.
 
-    Args:
-        vectors: Raw embeddings ``(N, D)``.
-        labels: ``(N,)`` int64.
-        dims: Sizes, each in 1 to D.
-        num_pairs: Pairs of each kind, sampled with replacement.
-        seed: Seed of the sample.
+    ``num_pairs`` of each kind are sampled with replacement from raw embeddings ``(N, D)`` with labels ``(N,)``.
     """
     rng = np.random.default_rng(seed)
     kinds = [positive_pairs(labels, num_pairs, rng), positive_pairs(np.zeros_like(labels), num_pairs, rng)]
@@ -91,21 +86,13 @@ def positive_pairs(labels: np.ndarray, num_pairs: int, rng: np.random.Generator)
 
 
 class Blocks(NamedTuple):
-    """Statistics of blocks of coordinates; block g ends at ``dims[g]`` and begins where the one before ends.
+    """Statistics of blocks of coordinates; block g ends at ``dims[g]`` and begins where the one before ends."""
 
-    Attributes:
-        dims: G sizes, ascending.
-        variance: Mean variance of a coordinate ``(G,)``, divided by that of all coordinates.
-        between: Share ``(G,)`` of the block's variance that lies between class means.
-        rank: Effective rank ``(G,)`` of each block.
-        prefix_rank: Effective rank ``(G,)`` of each prefix.
-    """
-
-    dims: tuple[int, ...]
-    variance: np.ndarray
-    between: np.ndarray
-    rank: np.ndarray
-    prefix_rank: np.ndarray
+    dims: tuple[int, ...]  # G sizes, ascending
+    variance: np.ndarray  # (G,) mean variance of a coordinate, divided by that of all coordinates
+    between: np.ndarray  # (G,) share of the block's variance that lies between class means
+    rank: np.ndarray  # (G,) effective rank of each block
+    prefix_rank: np.ndarray  # (G,) effective rank of each prefix
 
 
 def blocks(vectors: np.ndarray, labels: np.ndarray, dims: Sequence[int]) -> Blocks:
@@ -129,7 +116,7 @@ def blocks(vectors: np.ndarray, labels: np.ndarray, dims: Sequence[int]) -> Bloc
 def effective_rank(centered: np.ndarray) -> float:
     """Return the exponential of the entropy of the covariance's normalized eigenvalues (Roy and Vetterli, 2007).
 
-    For ``(N, d)`` columns of mean 0 it lies between 1 (one direction) and d (equal variance in all); 0 without variance.
+    For ``(N, d)`` columns of mean 0 it lies between 1 (one direction) and d (equal variance); 0 without variance.
     """
     shares = np.linalg.svd(centered, compute_uv=False) ** 2
     if not shares.any():
@@ -163,7 +150,7 @@ def shown_sizes(dims: Sequence[int]) -> list[int]:
 def telling_queries(
     found: Mapping[int, Neighbors], query_labels: np.ndarray, database_labels: np.ndarray, num_queries: int
 ) -> np.ndarray:
-    """Return the positions ``(num_queries,)`` of the queries whose neighbors improve most from smallest to largest size.
+    """Return the indices ``(num_queries,)`` of the queries whose neighbors improve most from smallest to largest size.
 
     At most one query of each class while there are classes left; of equal gains, the first. ``found`` is the result
     of `mrl.exact_search`. Made for display: the choice is not representative.
@@ -192,11 +179,8 @@ def grad_cams(
     The score is the logit of each prefix's own classifier. The maps come from the backbone's last stage that has at
     least 4 x 4 cells and that the scores depend on (of a transformer's last block they may read the class token alone).
 
-    Args:
-        model: In eval mode.
-        images: ``(B, 3, H, W)``, normalized, on the model's device.
-        classifiers: Weight ``(C, dim)`` and bias ``(C,)`` of G sizes.
-        targets: ``(G, B)`` int64.
+    ``images`` ``(B, 3, H, W)`` are normalized and on the device of the model, which is in eval mode; ``targets`` are
+    ``(G, B)`` int64, for G ``classifiers``.
 
     Raises:
         UserError: The backbone has no such stage.

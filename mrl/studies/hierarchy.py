@@ -49,15 +49,10 @@ def read_class_table(path: str | Path, column: str) -> dict[str, str]:
 
 
 class Hierarchy(NamedTuple):
-    """The superclass of each class.
+    """The superclass of each class."""
 
-    Attributes:
-        superclass_of: ``(C,)`` int64, indices into ``names``; -1 for a class that has none.
-        names: The superclasses that occur, sorted.
-    """
-
-    superclass_of: np.ndarray
-    names: tuple[str, ...]
+    superclass_of: np.ndarray  # (C,) int64, indices into names; -1 for a class that has none
+    names: tuple[str, ...]  # the superclasses that occur, sorted
 
 
 def default_superclasses(classes: Sequence[str]) -> dict[str, str] | None:

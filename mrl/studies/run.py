@@ -1,88 +1,258 @@
-"""Every study that needs nothing but a run's embeddings: arrays in, rows out."""
+"""Run directories and the embeddings of their images, which every study starts from."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from mrl.matryoshka import default_nesting_list
-from mrl.results import Row, method_name
-from mrl.studies.adaptive_classification import cascade, fixed_feature, oracle
-from mrl.studies.adaptive_retrieval import adaptive_retrieval
-from mrl.studies.baselines import classification_baselines, retrieval_baselines
-from mrl.studies.classification import classification, predict, truncations
-from mrl.studies.geometry import similarity
-from mrl.studies.hierarchy import build_hierarchy, default_superclasses, hierarchy, per_class, within_superclasses
-from mrl.studies.opened_run import EmbeddedRun
-from mrl.studies.retrieval import interpolated_dims, retrieval
+from mrl.config import Config, read_config
+from mrl.data import build_data
+from mrl.distributed import Process
+from mrl.errors import UserError
+from mrl.matryoshka import NestedLinear, default_nesting_list
+from mrl.model import MatryoshkaClassifier, load
+from mrl.results import Source, method_name
+from mrl.retrieval.embeddings import (
+    EmbeddingMetadata,
+    EmbeddingSet,
+    classes_sha256,
+    embed_split,
+    embeddings_path,
+    file_sha256,
+    open_embeddings,
+)
+from mrl.studies.classification import Classifier, truncations
+
+if TYPE_CHECKING:
+    from mrl.studies.transfer import LabeledFolder, TransferImages
+
+IMAGENET_CLASSES = 1000
+# A folder of images gets another name, because figures compare the rows of these data sets to the paper's.
+RESERVED_NAMES = ("imagenet", "imagenet_v2", "imagenet_a", "imagenet_r", "imagenet_sketch", "tiny_imagenet", "digits")
 
 
-def run_studies(run: EmbeddedRun, device: torch.device, superclasses: Mapping[str, str] | None = None) -> list[Row]:
-    """The rows of every study.
+@dataclass(frozen=True)
+class OpenedRun:
+    """A finished run with its embeddings.
 
-    ``superclasses`` is a ``{class: superclass}`` table for the hierarchy study, on ImageNet the paper's unless given.
+    Attributes:
+        directory: The run directory.
+        config: Its settings.
+        model: In eval mode, on the CPU.
+        source: Shared fields of its rows.
+        train: Embeddings of the training images, the database of retrieval.
+        val: Embeddings of the validation images.
+        val_flip: Embeddings of the mirrored validation images; None if the run was trained without flips.
+        transfer: Embeddings of other images by place; see `mrl.studies.transfer`.
     """
-    dims, width = run.head.nesting_list, run.val.vectors.shape[1]
-    method = method_name(dims, run.head.tied)
-    truncated = default_nesting_list(width) if dims == (width,) else ()
-    rows = _by_size(run, method, truncated, device)
-    rows += _predictions(run, method, device, superclasses)
-    if len(dims) > 1:
-        arrays = (run.val.vectors, run.val.labels, run.train.vectors, run.train.labels)
-        rows += adaptive_retrieval(*arrays, dims, run.source, method, device=device)
-    if len(truncated) > 1:
-        rows += _baselines(run, truncated, device)
-    return rows
+
+    directory: Path
+    config: Config
+    model: MatryoshkaClassifier
+    source: Source
+    train: EmbeddingSet
+    val: EmbeddingSet
+    val_flip: EmbeddingSet | None = None
+    transfer: Mapping[str, EmbeddingSet] = field(default_factory=dict)
+    _images: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def head(self) -> NestedLinear:
+        return self.model.head
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.model.info.classes  # type: ignore[union-attr]
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        """The nesting list, or for a fixed-feature run the sizes that halve down from its own."""
+        trained = self.head.nesting_list
+        return trained if len(trained) > 1 else default_nesting_list(trained[0])
+
+    @property
+    def method(self) -> str:
+        """Method of the rows of `dims`."""
+        trained = self.head.nesting_list
+        return method_name(trained, self.head.tied) if len(trained) > 1 else "FF truncated"
+
+    @property
+    def classifiers(self) -> list[Classifier]:
+        """One classifier for each of `dims`."""
+        if len(self.head.nesting_list) == 1:
+            return truncations(*self.head.weight_and_bias(0), self.dims)
+        return [self.head.weight_and_bias(g) for g in range(len(self.dims))]
+
+    def images(self, split: str, indices: np.ndarray) -> Tensor:
+        """Return images ``(B, 3, H, W)`` of "train" or "val" as the model reads them."""
+        if split not in self._images:
+            self._images.update(build_data(self.config.data, 0, torch.device("cpu"), False, splits=(split,)))
+        [(images, _)] = self._images[split].eval_batches([np.asarray(indices)])
+        return images
+
+    def pictures(self, split: str, indices: np.ndarray) -> np.ndarray:
+        """Return the same images for display: ``(B, H, W, 3)`` in [0, 1]."""
+        data = self.config.data
+        mean, std = (torch.tensor(value)[:, None, None] for value in (data.mean, data.std))
+        return (self.images(split, indices) * std + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+
+    def __str__(self) -> str:
+        return (
+            f"{self.source.run}: {self.method} of {self.config.model.backbone} on {self.source.dataset}, "
+            f"sizes {', '.join(map(str, self.dims))}; {len(self.train.labels):,} training and "
+            f"{len(self.val.labels):,} validation images of {len(self.classes):,} classes"
+        )
 
 
-def _by_size(run: EmbeddedRun, method: str, truncated: Sequence[int], device: torch.device) -> list[Row]:
-    """Linear classification, retrieval and similarity, by size."""
-    val, train, dims = run.val, run.train, run.head.nesting_list
-    classifiers = [run.head.weight_and_bias(g) for g in range(len(dims))]
-    rows = classification(val.vectors, val.labels, classifiers, run.source, method, device=device)
-    doubling = default_nesting_list(val.vectors.shape[1]) if len(dims) > 1 else ()  # table 29: whatever was trained
-    by_method: dict[str, Sequence[int]] = {method: sorted({*dims, *doubling, *interpolated_dims(dims)})}
-    if truncated:
-        cut = truncations(*classifiers[0], truncated)
-        rows += classification(val.vectors, val.labels, cut, run.source, "FF truncated", device=device)
-        by_method["FF truncated"] = truncated
-    rows += retrieval(val.vectors, val.labels, train.vectors, train.labels, by_method, run.source, device=device)
-    return rows + similarity(val.vectors, val.labels, dims, run.source, method)
+def open_run(path: str | Path) -> OpenedRun:
+    """Return the run in directory ``path``, which train.py has finished and eval.py has embedded.
+
+    Raises:
+        UserError: It is not a finished run, or has no embeddings of its current model.
+    """
+    directory = Path(path)
+    config, model = read_config(directory / "config.yaml"), load(directory)
+    classes: tuple[str, ...] = model.info.classes  # type: ignore[union-attr]
+    source = _source(directory.resolve().name, config, classes)
+    wanted = describe_embeddings(directory, config, source, classes, [])
+    found = _on_disk(directory, {place: replace(metadata, precision="bf16") for place, metadata in wanted.items()})
+    found |= _on_disk(directory, wanted)
+    if missing := [split for split in ("train", "val") if split not in found]:
+        raise UserError(
+            f"{directory} has no embeddings of its {' and '.join(missing)} images by its present model; "
+            f"run: python eval.py --runs {directory}"
+        )
+    return OpenedRun(directory, config, model, source, found["train"], found["val"], found.get("val_flip"))
 
 
-def _predictions(
-    run: EmbeddedRun, method: str, device: torch.device, superclasses: Mapping[str, str] | None
-) -> list[Row]:
-    """The studies of predicted classes: cascade and oracle with both flips, classes and superclasses with one."""
-    dims, labels = run.head.nesting_list, np.asarray(run.val.labels)
-    classifiers = [run.head.weight_and_bias(g) for g in range(len(dims))]
-    single = predict(run.val.vectors, classifiers, device=device)
-    both, source = single, run.source
-    if run.val_flip is not None:
-        both = predict(run.val.vectors, classifiers, run.val_flip.vectors, device=device)
-        source = replace(run.source, flip=True)
-    correct = both.classes == labels
-    if len(dims) > 1:
-        rows = cascade(both.confidence, correct, dims, source, method)
-        rows += oracle(both.classes, labels, dims, source, method)
-    else:
-        rows = fixed_feature(correct[0], dims[0], source)
-    rows += per_class(single.classes, labels, dims, run.classes, run.source, method)
-    if superclasses := superclasses or default_superclasses(run.classes):
-        table = build_hierarchy(run.classes, superclasses)
-        rows += hierarchy(single.classes, labels, dims, table, run.source, method)
-        rows += within_superclasses(run.val.vectors, labels, classifiers, table, run.source, method, device=device)
-    return rows
+def embed_runs(
+    runs: Mapping[str, Path],
+    transfer: TransferImages,
+    batch_size: int,
+    force: bool,
+    process: Process,
+    precision: str = "fp32",
+) -> list[OpenedRun]:
+    """Return opened runs with embeddings of their own and of the ``transfer`` images, computing what is not on disk.
+
+    All processes share the work. With ``force``, everything is computed anew.
+
+    Raises:
+        UserError: A run cannot be read, its images or the other ones do not fit it, or an embedding is not finite.
+    """
+    opened: list[OpenedRun] = []
+    classes_of: dict[str, tuple[str, ...]] = {}
+    images: dict[str, Any] = {}
+    images_are_of: tuple = ()
+    folders = transfer.folders()
+    for name, run in runs.items():
+        config, model = read_config(run / "config.yaml"), load(run)
+        data, classes = config.data, model.info.classes  # type: ignore[union-attr]
+        source = _source(name, config, classes)
+        if classes_of.setdefault(source.dataset, classes) != classes:
+            raise UserError(
+                f"run {name} and one before it name their data {source.dataset!r}, but their classes differ"
+            )
+        transfer.check(source.dataset, classes, Path(data.root) / "train" if data.root else None)
+        wanted = describe_embeddings(run, config, source, classes, list(folders.values()), precision)
+        sets = {} if force else _on_disk(run, wanted)
+        missing = [place for place in wanted if place not in sets]
+        if splits := tuple(dict.fromkeys(wanted[place].split for place in missing if place not in folders)):
+            key = (data.name, data.root, data.backend, data.eval_resize_px, data.eval_px, data.mean, data.std)
+            if key != images_are_of or not set(splits) <= images.keys():
+                images = {}  # free the images of the last run before reading the next
+                images = build_data(data, config.run.seed, process.device, process.is_main, splits=splits)
+                images_are_of = key
+        if missing:
+            model.to(process.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        for place in missing:
+            if place in folders:
+                of_place = _folder_images(folders[place], config, process)
+            else:
+                of_place = images[wanted[place].split]
+                refuse_other_classes(name, classes, of_place.classes)
+            directory = run / "embeddings" / place
+            if force and process.is_main:
+                shutil.rmtree(directory, ignore_errors=True)
+            sets[place] = embed_split(directory, wanted[place], of_place, model.embed, model.width, process, batch_size)
+        own = (sets["train"], sets["val"], sets.get("val_flip"))
+        opened.append(OpenedRun(run, config, model.cpu(), source, *own, {place: sets[place] for place in folders}))
+    return opened
 
 
-def _baselines(run: EmbeddedRun, dims: Sequence[int], device: torch.device) -> list[Row]:
-    """What else could make a fixed-feature embedding small."""
-    val, train, classifier = run.val, run.train, run.head.weight_and_bias(0)
-    arrays = (val.vectors, val.labels, train.vectors, train.labels)
-    rows = retrieval_baselines(*arrays, dims, run.source, device=device)
-    return rows + classification_baselines(
-        train.vectors, train.labels, val.vectors, val.labels, classifier, dims, run.source, device=device
+def dataset_name(config: Config, num_classes: int) -> str:
+    """Return data.name, or the folder's own name if that is "folder".
+
+    Only the whole of ImageNet-1K is named "imagenet", because figures show the paper's numbers beside that name.
+    """
+    data = config.data
+    if data.name == "imagenet" and num_classes != IMAGENET_CLASSES:
+        return f"imagenet_{num_classes}_classes"
+    if data.name != "folder" or data.root is None:
+        return data.name
+    name = Path(data.root).resolve().name
+    return f"{name}_folder" if name in RESERVED_NAMES else name
+
+
+def describe_embeddings(
+    run: Path,
+    config: Config,
+    source: Source,
+    classes: Sequence[str],
+    folders: Sequence[LabeledFolder],
+    precision: str = "fp32",
+) -> dict[str, EmbeddingMetadata]:
+    """Return ``{place: metadata}`` of a run's embeddings; of mirrored images too if it was trained with flips."""
+    of_val = EmbeddingMetadata(
+        checkpoint_sha256=file_sha256(run / "model.safetensors"),
+        dataset=source.dataset,
+        split="val",
+        resize_px=source.resize_px,
+        crop_px=source.crop_px,
+        normalization=f"mean {config.data.mean}, std {config.data.std}",
+        flip=False,
+        classes_sha256=classes_sha256(classes),
+        precision=precision,
     )
+    views = [("train", False), ("val", False)] + ([("val", True)] if config.data.flip else [])
+    wanted = {embeddings_path(run, split, flip).name: replace(of_val, split=split, flip=flip) for split, flip in views}
+    for folder in folders:
+        # Two folders may have the same name; their files tell them apart.
+        files = [str(Path(path).relative_to(folder.path)) for path in folder.listed.paths]
+        known_by = classes_sha256([*folder.listed.classes, *files])
+        wanted[folder.place] = replace(of_val, dataset=folder.name, split=folder.place, classes_sha256=known_by)
+    return wanted
+
+
+def refuse_other_classes(name: str, trained: Sequence[str], found: Sequence[str]) -> None:
+    """Raise a `UserError` unless the images have the classes that run ``name`` was trained on, in the same order."""
+    if list(trained) != list(found):
+        raise UserError(
+            f"run {name} was trained on {len(trained)} classes ({', '.join(trained[:3])}, ...), but its data now has "
+            f"{len(found)} ({', '.join(found[:3])}, ...); restore the data that it was trained on"
+        )
+
+
+def _source(name: str, config: Config, classes: Sequence[str]) -> Source:
+    data = config.data
+    dataset = dataset_name(config, len(classes))
+    return Source(dataset, name, config.run.seed, data.eval_resize_px, data.eval_px, flip=False)
+
+
+def _on_disk(run: Path, wanted: Mapping[str, EmbeddingMetadata]) -> dict[str, EmbeddingSet]:
+    found = {place: open_embeddings(run / "embeddings" / place, metadata) for place, metadata in wanted.items()}
+    return {place: ready for place, ready in found.items() if ready is not None}
+
+
+def _folder_images(folder: LabeledFolder, config: Config, process: Process) -> Any:
+    """Return the images of ``folder``, prepared as those that the run is evaluated on."""
+    data = replace(config.data, name="folder", root=str(folder.path.parent), backend="folder", num_classes=None)
+    split = folder.path.name
+    return build_data(data, config.run.seed, process.device, process.is_main, splits=(split,))[split]

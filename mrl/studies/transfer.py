@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -22,9 +21,7 @@ from mrl.results import Row, Source, method_name
 from mrl.studies.adaptive_retrieval import adaptive_retrieval
 from mrl.studies.classification import Classifier, classification
 from mrl.studies.retrieval import retrieval
-
-if TYPE_CHECKING:
-    from mrl.studies.run import OpenedRun
+from mrl.studies.run import OpenedRun
 
 # timm's files of the class ids of each set.
 SYNSET_FILES = {
@@ -45,18 +42,11 @@ def synsets(name: str) -> list[str]:
 
 @dataclass(frozen=True, eq=False)
 class LabeledFolder:
-    """A folder with a folder of images per class, none of which was used in training.
+    """A folder with a folder of images per class, none of which was used in training."""
 
-    Attributes:
-        name: Dataset name in rows: imagenet_v2 etc., or the folder's own name, with its parent's if it is too general.
-        kind: One of `SYNSET_FILES`, or "folder" for any other images.
-        path: The folder that holds the class folders.
-        listed: Its images.
-    """
-
-    name: str
-    kind: str
-    path: Path
+    name: str  # dataset name in rows: imagenet_v2 etc., or the folder's own name, with its parent's if too general
+    kind: str  # one of SYNSET_FILES, or "folder" for any other images
+    path: Path  # holds the class folders
     listed: ImageList
 
     @property
@@ -121,19 +111,12 @@ def class_indices(names: Sequence[str], classes: Sequence[str], where: str, owne
 
 @dataclass(frozen=True)
 class TransferImages:
-    """The images of each study.
+    """The images of each study."""
 
-    Attributes:
-        robustness: Images of trained classes.
-        few_shot: Images of any classes.
-        retrieval: Each entry is queries to find in the training images, or queries and a database to find them in.
-        renaming: ``{class folder: trained class}``, for robustness and for queries in the training images.
-    """
-
-    robustness: Sequence[LabeledFolder] = ()
-    few_shot: Sequence[LabeledFolder] = ()
-    retrieval: Sequence[Sequence[LabeledFolder]] = ()
-    renaming: Mapping[str, str] = field(default_factory=dict)
+    robustness: Sequence[LabeledFolder] = ()  # of trained classes
+    few_shot: Sequence[LabeledFolder] = ()  # of any classes
+    retrieval: Sequence[Sequence[LabeledFolder]] = ()  # queries in the training images, or queries and a database
+    renaming: Mapping[str, str] = field(default_factory=dict)  # {class folder: trained class}
 
     def folders(self) -> dict[str, LabeledFolder]:
         """Return all images as ``{place: folder}``.

@@ -13,7 +13,7 @@ from mrl.model import ModelInfo, build_backbone, build_model, save_model
 from mrl.results import Source
 from mrl.retrieval.embeddings import embed_split, embeddings_path
 from mrl.rundir import atomic_write_text
-from mrl.studies.embed_runs import describe_embeddings
+from mrl.studies.run import describe_embeddings
 
 pytest.importorskip("faiss")
 from benchmarks import adaptive_search

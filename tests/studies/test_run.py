@@ -1,31 +1,183 @@
+"""Opened runs: what belongs together, what is embedded anew, and what is used again (digits, a small model)."""
+
+import dataclasses
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
+import yaml
+from PIL import Image
+from torchvision.io import write_png
 
-from mrl.matryoshka import NestedLinear
-from mrl.results import Source
-from mrl.retrieval.embeddings import EmbeddingMetadata, EmbeddingSet
-from mrl.studies.run import EmbeddedRun, run_studies
+from mrl.config import Config, DataConfig, HeadConfig, ModelConfig, to_yaml
+from mrl.distributed import Process
+from mrl.errors import UserError
+from mrl.model import ModelInfo, build_backbone, build_model, load, save_model
+from mrl.studies import run as module
+from mrl.studies.classification import predict
+from mrl.studies.run import dataset_name, embed_runs, open_run
+from mrl.studies.transfer import TransferImages, read_folder
+
+ALONE = Process(0, 1, torch.device("cpu"))
+VIT = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
+DATA = DataConfig(name="digits", batch_size=64, train_px=16, eval_resize_px=18, eval_px=16, num_workers=0)
 
 
-def embeddings(split, num_images):
-    generator = np.random.default_rng(num_images)
-    vectors = generator.normal(size=(num_images, 32)).astype(np.float32)
-    metadata = EmbeddingMetadata("model", "digits", split, 8, 8, "mean 0, std 1", False, "classes")
-    return EmbeddingSet(vectors, np.arange(num_images) % 3, metadata)
+def make_run(directory, nesting_list):
+    backbone = build_backbone("vit_tiny_patch16_224", "scratch", 4, False, VIT)
+    classes = tuple(str(digit) for digit in range(10))
+    info = ModelInfo("vit_tiny_patch16_224", VIT, 4, False, nesting_list, False, classes, 18, 16, DATA.mean, DATA.std)
+    directory.mkdir()
+    save_model(build_model(backbone, 10, nesting_list), info, directory)
+    config = Config(data=DATA, model=ModelConfig("vit_tiny_patch16_224"), head=HeadConfig(list(nesting_list)))
+    (directory / "config.yaml").write_text(to_yaml(config))
+    return directory
+
+
+@pytest.fixture
+def run(tmp_path):
+    return make_run(tmp_path / "run", (8, 32))
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """The splits that are read, in turn."""
+    found, real = [], module.build_data
+    monkeypatch.setattr(module, "build_data", lambda *args, splits: found.extend(splits) or real(*args, splits=splits))
+    return found
+
+
+@pytest.fixture
+def scans(tmp_path):
+    generator = np.random.default_rng(0)
+    for name in ("3", "7"):
+        (tmp_path / "scans" / name).mkdir(parents=True)
+        for i in range(4):
+            pixels = torch.from_numpy(generator.integers(256, size=(3, 20, 24), dtype=np.uint8))
+            write_png(pixels, str(tmp_path / "scans" / name / f"{i}.png"))
+    return tmp_path / "scans"
+
+
+def embed(run, *folders):
+    transfer = TransferImages(robustness=[read_folder("--robustness", str(folder)) for folder in folders])
+    [opened] = embed_runs({"run": run}, transfer, 64, False, ALONE)
+    return opened
+
+
+def change(run, **data):
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["data"] |= data
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+
+
+def test_embeddings_images_and_classifiers_of_a_run_belong_together(run):
+    embed(run)
+    opened = open_run(run)
+    assert str(opened) == (
+        "run: MRL of vit_tiny_patch16_224 on digits, sizes 8, 32; 1,442 training and 355 validation images "
+        "of 10 classes"
+    )
+    indices = np.array([3, 350, 7])
+    images = opened.images("val", indices)
+    with torch.no_grad():
+        np.testing.assert_allclose(opened.model.embed(images), opened.val.vectors[indices], atol=1e-4)
+        expected = opened.model(images).argmax(dim=2)
+    np.testing.assert_array_equal(predict(opened.val.vectors[indices], opened.classifiers).classes, expected)
+    pictures = opened.pictures("val", indices)
+    assert pictures.shape == (3, 16, 16, 3) and pictures.min() >= 0 and pictures.max() <= 1
+    mean, std = torch.tensor(DATA.mean), torch.tensor(DATA.std)
+    again = ((torch.from_numpy(pictures) - mean) / std).permute(0, 3, 1, 2)
+    torch.testing.assert_close(again, images, atol=1e-5, rtol=0)
+
+
+def test_a_fixed_feature_run_is_opened_truncated_to_its_halves(tmp_path):
+    embed(make_run(tmp_path / "ff", (32,)))
+    opened = open_run(tmp_path / "ff")
+    assert (opened.dims, opened.method) == ((8, 16, 32), "FF truncated")
+    weight, bias = opened.head.weight_and_bias(0)
+    for dim, (of_size, of_bias) in zip(opened.dims, opened.classifiers, strict=True):
+        assert torch.equal(of_size, weight[:, :dim]) and torch.equal(of_bias, bias)
+
+
+def test_a_run_without_embeddings_of_its_model_is_refused_with_the_command_to_run(run, tmp_path):
+    with pytest.raises(UserError, match=r"config\.yaml does not exist"):
+        open_run(tmp_path / "nowhere")
+    embed(run)
+    metadata = run / "embeddings" / "val" / "metadata.json"
+    metadata.write_text(json.dumps(json.loads(metadata.read_text()) | {"checkpoint_sha256": "0"}))
+    with pytest.raises(UserError, match=r"no embeddings of its val images .* run: python eval\.py --runs"):
+        open_run(run)
+    shutil.rmtree(run / "embeddings")
+    with pytest.raises(UserError, match="its train and val images"):
+        open_run(run)
+
+
+def test_other_images_are_embedded_as_the_model_preprocesses_them(run, scans, reads):
+    found = embed(run, scans).transfer["images_scans"]
+    assert reads == ["train", "val", "scans"]
+    model = load(run)
+    paths = [scans / name / f"{i}.png" for name in ("3", "7") for i in range(4)]
+    with torch.no_grad():
+        expected = model.embed(torch.stack([model.preprocess(Image.open(path)) for path in paths])).numpy()
+    np.testing.assert_allclose(found.vectors, expected, atol=0.05)
+    assert np.corrcoef(found.vectors.ravel(), expected.ravel())[0, 1] > 0.999
+    assert found.labels.tolist() == [0] * 4 + [1] * 4
+    embed(run, scans)
+    assert reads == ["train", "val", "scans"], "the second time nothing is read"
+    (scans / "7" / "3.png").rename(scans / "7" / "9.png")
+    embed(run, scans)
+    assert reads == ["train", "val", "scans", "scans"], "other files under one name"
 
 
 @pytest.mark.parametrize(
-    ("trained", "scored"),
+    "data",
+    [{"eval_resize_px": 24}, {"mean": [0.4, 0.5, 0.6]}, {"std": [0.1, 0.2, 0.3]}],
+    ids=lambda data: next(iter(data)),
+)
+def test_another_transform_is_embedded_anew(run, reads, data):
+    before = np.array(embed(run).val.vectors)
+    change(run, **data)
+    assert not np.array_equal(embed(run).val.vectors, before)
+    assert reads == ["train", "val"] * 2
+
+
+def test_mirrored_images_are_embedded_if_the_run_was_trained_with_flips(run, reads):
+    assert embed(run).val_flip is not None
+    change(run, flip=False)
+    assert embed(run).val_flip is None
+    assert reads == ["train", "val"]
+
+
+def test_other_images_that_do_not_fit_are_refused_before_any_image_is_read(run, scans, reads):
+    (scans / "7").rename(scans / "eleven")
+    with pytest.raises(UserError, match="eleven"):
+        embed(run, scans)
+    assert not reads
+
+
+def test_an_embedding_that_is_not_finite_is_refused_with_its_image(run):
+    model = load(run)
+    with torch.no_grad():
+        next(model.backbone.parameters()).fill_(float("nan"))
+    save_model(model, dataclasses.replace(model.info), run)
+    with pytest.raises(UserError, match=r"image 0 \(train split\) holds NaN"):
+        embed(run)
+
+
+@pytest.mark.parametrize(
+    ("name", "root", "num_classes", "called"),
     [
-        ((8, 14, 20, 26, 32), {8, 11, 14, 16, 17, 20, 23, 26, 29, 32}),  # evenly spaced, as in the paper's table 29
-        ((8, 16, 32), {8, 12, 16, 24, 32}),
+        ("folder", "/somewhere/flowers", 3, "flowers"),
+        ("digits", None, 10, "digits"),
+        ("imagenet", "/somewhere/imagenet", 1000, "imagenet"),
+        ("imagenet", "/somewhere/imagenet", 100, "imagenet_100_classes"),
+        ("folder", "/somewhere/imagenet", 100, "imagenet_folder"),
     ],
 )
-def test_retrieval_is_scored_at_trained_doubling_and_half_way_sizes(trained, scored):
-    head = NestedLinear(trained, 3)
-    source = Source("digits", "run", 0, 8, 8, flip=False)
-    run = EmbeddedRun(source, head, ("a", "b", "c"), embeddings("train", 120), embeddings("val", 30), None)
-    rows = run_studies(run, torch.device("cpu"))
-    assert {row.dim for row in rows if row.study == "retrieval"} == scored
-    assert {row.dim for row in rows if row.study == "classification"} == set(trained)
+def test_a_folder_of_images_has_its_own_name_and_only_the_whole_of_imagenet_is_called_so(
+    name, root, num_classes, called
+):
+    data = dataclasses.replace(DATA, name=name, root=root)
+    assert dataset_name(Config(data=data), num_classes) == called

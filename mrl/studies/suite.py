@@ -1,0 +1,78 @@
+"""All studies that need nothing but a run's embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from mrl.matryoshka import default_nesting_list
+from mrl.results import Row, method_name
+from mrl.studies.adaptive_classification import cascade, fixed_feature, oracle
+from mrl.studies.adaptive_retrieval import adaptive_retrieval
+from mrl.studies.baselines import classification_baselines, retrieval_baselines
+from mrl.studies.classification import classification, predict, truncations
+from mrl.studies.geometry import similarity
+from mrl.studies.hierarchy import build_hierarchy, default_superclasses, hierarchy, per_class, within_superclasses
+from mrl.studies.retrieval import interpolated_dims, retrieval
+from mrl.studies.run import OpenedRun
+
+
+def run_studies(
+    run: OpenedRun,
+    device: torch.device,
+    superclasses: Mapping[str, str] | None = None,
+    max_queries: int | None = None,
+) -> list[Row]:
+    """Return the rows of every study of a run.
+
+    Args:
+        run: The run.
+        device: Where to compute.
+        superclasses: ``{class: superclass}`` for the hierarchy; if None, the paper's on ImageNet, else no hierarchy.
+        max_queries: Use only this many queries in all retrieval studies; see `mrl.studies.retrieval.thin_indices`.
+    """
+    dims, width, source = run.head.nesting_list, run.val.vectors.shape[1], run.source
+    method = method_name(dims, run.head.tied)
+    classifiers = [run.head.weight_and_bias(g) for g in range(len(dims))]
+    vectors, labels = run.val.vectors, np.asarray(run.val.labels)
+    sets = (vectors, labels, run.train.vectors, run.train.labels)
+
+    rows = classification(vectors, labels, classifiers, source, method, device=device)
+    # The paper's table 29 tests doubling sizes whatever the nesting list was.
+    between = {*default_nesting_list(width), *interpolated_dims(dims)} if len(dims) > 1 else set()
+    by_method: dict[str, Sequence[int]] = {method: sorted({*dims, *between})}
+    if dims == (width,):
+        by_method["FF truncated"] = default_nesting_list(width)
+        cut = truncations(*classifiers[0], by_method["FF truncated"])
+        rows += classification(vectors, labels, cut, source, "FF truncated", device=device)
+    rows += retrieval(*sets, by_method, source, max_queries=max_queries, device=device)
+    rows += similarity(vectors, labels, dims, source, method)
+
+    single = predict(vectors, classifiers, device=device)
+    augmented, flip_source = single, source
+    if run.val_flip is not None:
+        augmented = predict(vectors, classifiers, run.val_flip.vectors, device=device)
+        flip_source = replace(source, flip=True)
+    correct = augmented.classes == labels
+    if len(dims) > 1:
+        rows += cascade(augmented.confidence, correct, dims, flip_source, method)
+        rows += oracle(augmented.classes, labels, dims, flip_source, method)
+        rows += adaptive_retrieval(*sets, dims, source, method, max_queries=max_queries, device=device)
+    else:
+        rows += fixed_feature(correct[0], dims[0], flip_source)
+
+    rows += per_class(single.classes, labels, dims, run.classes, source, method)
+    if superclasses := superclasses or default_superclasses(run.classes):
+        table = build_hierarchy(run.classes, superclasses)
+        rows += hierarchy(single.classes, labels, dims, table, source, method)
+        rows += within_superclasses(vectors, labels, classifiers, table, source, method, device=device)
+
+    if len(by_method.get("FF truncated", ())) > 1:
+        sizes = by_method["FF truncated"]
+        rows += retrieval_baselines(*sets, sizes, source, max_queries=max_queries, device=device)
+        of_train = (run.train.vectors, run.train.labels)
+        rows += classification_baselines(*of_train, vectors, labels, classifiers[0], sizes, source, device=device)
+    return rows

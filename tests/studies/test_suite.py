@@ -1,0 +1,50 @@
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from mrl.config import Config
+from mrl.matryoshka import NestedLinear
+from mrl.results import Source
+from mrl.retrieval.embeddings import EmbeddingMetadata, EmbeddingSet
+from mrl.studies.run import OpenedRun
+from mrl.studies.suite import run_studies
+
+
+def make_run(trained):
+    def embeddings(split, num_images):
+        vectors = np.random.default_rng(num_images).normal(size=(num_images, 32)).astype(np.float32)
+        metadata = EmbeddingMetadata("model", "digits", split, 8, 8, "mean 0, std 1", False, "classes")
+        return EmbeddingSet(vectors, np.arange(num_images) % 3, metadata)
+
+    model = SimpleNamespace(head=NestedLinear(trained, 3), info=SimpleNamespace(classes=("a", "b", "c")))
+    source = Source("digits", "run", 0, 8, 8, flip=False)
+    return OpenedRun(Path(), Config(), model, source, embeddings("train", 120), embeddings("val", 30))
+
+
+@pytest.mark.parametrize(
+    ("trained", "scored"),
+    [
+        ((8, 14, 20, 26, 32), {8, 11, 14, 16, 17, 20, 23, 26, 29, 32}),  # evenly spaced, as in the paper's table 29
+        ((8, 16, 32), {8, 12, 16, 24, 32}),
+    ],
+)
+def test_retrieval_is_scored_at_trained_doubling_and_half_way_sizes(trained, scored):
+    rows = run_studies(make_run(trained), torch.device("cpu"))
+    assert {row.dim for row in rows if row.study == "retrieval"} == scored
+    assert {row.dim for row in rows if row.study == "classification"} == set(trained)
+
+
+@pytest.mark.parametrize(("max_queries", "n"), [(None, 30), (7, 7)])
+def test_all_methods_of_a_retrieval_table_have_the_same_queries(max_queries, n):
+    rows = [
+        row
+        for trained in ((8, 16, 32), (32,))
+        for row in run_studies(make_run(trained), torch.device("cpu"), max_queries=max_queries)
+        if "retrieval" in row.study
+    ]
+    assert {"MRL", "FF", "FF truncated", "FF PCA", "FF random projection"} <= {row.method for row in rows}
+    assert {row.study for row in rows} == {"retrieval", "adaptive_retrieval"}
+    assert {row.n for row in rows} == {n}
