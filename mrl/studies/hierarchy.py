@@ -208,7 +208,7 @@ def group_classes(vectors: np.ndarray, labels: np.ndarray, classes: Sequence[str
     superclass_of, first = pd.factorize(clusters)  # numbers groups by their first class
     names = []
     for group in range(len(first)):
-        members = [classes[c] for c in np.flatnonzero(superclass_of == group)]
+        members = [classes[c] for c in np.flatnonzero(superclass_of == group).tolist()]
         more = f" and {len(members) - NUM_NAMES} more" if len(members) > NUM_NAMES else ""
         names.append(", ".join(members[:NUM_NAMES]) + more)
     return Hierarchy(superclass_of.astype(np.int64), tuple(names))
