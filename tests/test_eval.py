@@ -146,80 +146,23 @@ def test_a_study_that_fails_loses_no_rows_of_the_runs_before(runs, monkeypatch, 
     assert (runs / "new" / "provenance.json").is_file()
 
 
-def test_redraw_needs_the_rows_alone(runs, tmp_path, no_images, capsys):
-    for file in ("results.jsonl", "classes.csv"):
-        shutil.move(runs / "eval" / file, tmp_path / file)
-    alone = str(tmp_path / "results.jsonl")
-    assert script.main(["--redraw", alone]) == 0
-    assert f"figure: {tmp_path / 'accuracy_by_dim_digits.png'}" in capsys.readouterr().out
-    assert script.main(["--redraw", alone, "--out", str(tmp_path / "there")]) == 0
-    assert (tmp_path / "there" / "accuracy_by_dim_digits.pdf").exists()
-
-
-def test_a_changed_model_is_embedded_anew_and_force_does_so_for_an_unchanged_one(runs, monkeypatch):
-    splits_read = []
-    monkeypatch.setattr(
-        run_module, "build_data", lambda *args, splits: splits_read.append(splits) or build_data(*args, splits=splits)
-    )
-    shutil.copy(runs / "ff" / "embeddings" / "val" / "vectors.npy", runs / "old.npy")
-    other = make_run(runs / "other", (32,), seed=2)
-    shutil.copy(Path(other) / "model.safetensors", runs / "ff" / "model.safetensors")
-    assert script.main(["--runs", str(runs / "ff")]) == 0
-    assert splits_read == [("train", "val")]
-    assert not np.array_equal(np.load(runs / "old.npy"), np.load(runs / "ff" / "embeddings" / "val" / "vectors.npy"))
-    assert script.main(["--runs", str(runs / "ff"), "--force"]) == 0
-    shutil.rmtree(runs / "ff" / "embeddings" / "val")
-    assert script.main(["--runs", str(runs / "ff")]) == 0
-    assert splits_read[1:] == [("train", "val"), ("val",)]
-
-
-def test_bf16_makes_the_embeddings_anew_says_so_and_changes_them_little(runs):
-    def vectors():
-        return np.load(runs / "ff" / "embeddings" / "val" / "vectors.npy")
-
-    exact = vectors()
-    assert script.main(["--runs", str(runs / "ff"), "--precision", "bf16"]) == 0
-    rounded = vectors()
-    assert 0 < np.abs(rounded - exact).max() < 0.05 * np.abs(exact).max()
-    assert json.loads((runs / "eval" / "provenance.json").read_text())["precision"] == "bf16"
-
-
-def test_runs_with_the_same_data_read_the_images_once(runs, monkeypatch):
-    reads = []
-    monkeypatch.setattr(
-        run_module, "build_data", lambda *args, **kwargs: reads.append(1) or build_data(*args, **kwargs)
-    )
-    assert script.main(["--runs", str(runs / "mrl"), str(runs / "ff"), "--force"]) == 0
-    assert len(reads) == 1
-
-
-def test_ctrl_c_says_one_line_and_the_same_command_goes_on(tmp_path, monkeypatch, capsys):
+def test_ctrl_c_is_one_line_and_the_same_command_resumes(tmp_path, monkeypatch, capsys):
     run = make_run(tmp_path / "mrl", (8, 16, 32))
-    whole = MatryoshkaClassifier.embed
-    calls = iter(range(3))
+    monkeypatch.setattr(script, "run_studies", lambda *arguments: [])
+    whole, batches = MatryoshkaClassifier.embed, []
 
-    def interrupted(self, images):
-        if next(calls) == 2:
+    def embed(self, images):
+        if len(batches) == 2:
+            batches.append(0)
             raise KeyboardInterrupt
+        batches.append(len(images))
         return whole(self, images)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(MatryoshkaClassifier, "embed", interrupted)
-        assert script.main(["--runs", run]) == 130
-    assert capsys.readouterr().err.splitlines()[-1].startswith("stopped;")
-    filled = np.load(Path(run) / "embeddings" / "train" / "filled.npy")
-    assert filled.sum() == 2 * 256
-    embedded = []
-
-    def counted(self, images):
-        embedded.append(len(images))
-        return whole(self, images)
-
-    monkeypatch.setattr(MatryoshkaClassifier, "embed", counted)
+    monkeypatch.setattr(MatryoshkaClassifier, "embed", embed)
+    assert script.main(["--runs", run]) == 130
+    assert "the same command" in capsys.readouterr().err.splitlines()[-1]
     assert script.main(["--runs", run]) == 0
-    num_val = len(np.load(Path(run) / "embeddings" / "val" / "labels.npy"))
-    mirrored = num_val * (Path(run) / "embeddings" / "val_flip").exists()
-    assert sum(embedded) == len(filled) - 2 * 256 + num_val + mirrored
+    assert sum(batches) == sum(len(np.load(labels)) for labels in Path(run).glob("embeddings/*/labels.npy"))
 
 
 def test_two_processes_give_the_same_rows_as_one(runs):
@@ -235,12 +178,10 @@ def test_two_processes_give_the_same_rows_as_one(runs):
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    for name in ("train", "val", "val_flip"):
-        if (embeddings / name).exists():
-            one, two = (np.load(folder / name / "vectors.npy") for folder in (embeddings, runs / "mrl" / "embeddings"))
-            np.testing.assert_allclose(
-                two, one, rtol=0, atol=1e-6
-            )  # bits may depend on the batch size, here 256 and 100
+    for path in embeddings.glob("*/vectors.npy"):
+        two = np.load(runs / "mrl" / "embeddings" / path.parent.name / "vectors.npy")
+        # Bits may depend on the batch size, here 256 and 100.
+        np.testing.assert_allclose(two, np.load(path), rtol=0, atol=1e-6)
     assert untimed(runs / "eval" / "results.jsonl") == before
     assert done.stdout.count("figure: ") == len(set(done.stdout.split("figure: "))) - 1, "only one process prints"
     assert json.loads((runs / "eval" / "provenance.json").read_text())["world_size"] == 2
@@ -262,13 +203,9 @@ def test_a_run_that_lacks_a_file_is_named_before_anything_is_computed(runs, caps
 
 
 def test_runs_of_one_name_are_told_apart_by_their_folder_or_refused(runs, tmp_path, capsys):
-    for folder in ("a", "b", "deep/a"):
-        shutil.copytree(runs / "mrl", tmp_path / folder / "mrl")
-    out = str(tmp_path / "out")
-    assert script.main(["--runs", str(tmp_path / "a" / "mrl"), str(tmp_path / "b" / "mrl"), "--out", out]) == 0
-    assert {row.run for row in read_rows(tmp_path / "out" / "results.jsonl")} == {"a/mrl", "b/mrl"}
-    capsys.readouterr()
-    assert "share a name" in refused(capsys, "--runs", str(tmp_path / "a" / "mrl"), str(tmp_path / "deep/a" / "mrl"))
+    a, b, deep = (Path(shutil.copytree(runs / "mrl", tmp_path / folder / "mrl")) for folder in ("a", "b", "deep/a"))
+    assert script.name_runs([a, b, runs / "ff"]) == {"a/mrl": a, "b/mrl": b, "ff": runs / "ff"}
+    assert "share a name" in refused(capsys, "--runs", str(a), str(deep))
     assert "each once" in refused(capsys, "--runs", str(runs / "mrl"), f"{runs}/../runs/mrl")
 
 
@@ -336,26 +273,21 @@ def test_mistakes_about_other_images_are_one_sentence(runs, scans, tmp_path, cap
 
 
 def test_max_queries_is_the_n_of_all_retrieval_rows_and_of_no_others(runs):
-    before = {row for row in untimed(runs / "eval" / "results.jsonl") if "retrieval" not in row.study}
-    assert script.main(["--runs", str(runs / "mrl"), str(runs / "ff"), "--max_queries", "20"]) == 0
+    all_rows = untimed(runs / "eval" / "results.jsonl")
+    before = {row for row in all_rows if "retrieval" not in row.study and row.run == "mrl"}
+    assert script.main(["--runs", str(runs / "mrl"), "--max_queries", "20"]) == 0
     rows = untimed(runs / "eval" / "results.jsonl")
     assert {row.n for row in rows if "retrieval" in row.study} == {20}
     assert {row for row in rows if "retrieval" not in row.study} == before
 
 
-def test_runs_of_different_nesting_lists_are_compared_and_not_averaged(runs, capsys):
-    other = make_run(runs / "uniform", (8, 24, 32), seed=1)
-    assert script.main(["--runs", str(runs / "mrl"), other]) == 0
-    names = [Path(line).name for line in capsys.readouterr().out.splitlines() if line.endswith(".png")]
-    assert {"adaptive_retrieval_mrl_digits.png", "adaptive_retrieval_uniform_digits.png"} <= set(names)
-
-
-def test_runs_on_different_data_get_a_figure_each(finished, tmp_path, capsys):
+def test_redraw_needs_the_rows_alone_and_gives_each_data_set_its_figures(finished, tmp_path, no_images, capsys):
     rows = read_rows(finished / "eval" / "results.jsonl")
     both = [*rows, *(dataclasses.replace(row, dataset="tiny_imagenet") for row in rows)]
     write_rows(both, tmp_path / "results.jsonl")
-    assert script.main(["--redraw", str(tmp_path / "results.jsonl")]) == 0
-    names = [Path(line).name for line in capsys.readouterr().out.splitlines() if line.endswith(".png")]
+    assert script.main(["--redraw", str(tmp_path / "results.jsonl"), "--out", str(tmp_path / "there")]) == 0
+    names = {path.name for path in (tmp_path / "there").glob("*.png")}
     of_digits = {name for name in names if name.endswith("_digits.png")}
-    assert "accuracy_by_dim_digits.png" in of_digits and "adaptive_retrieval_mrl_digits.png" in of_digits
-    assert set(names) - of_digits == {name.replace("_digits", "_tiny_imagenet") for name in of_digits}
+    assert {"accuracy_by_dim_digits.png", "adaptive_retrieval_mrl_digits.png"} <= of_digits
+    assert names - of_digits == {name.replace("_digits", "_tiny_imagenet") for name in of_digits}
+    assert f"figure: {tmp_path / 'there' / 'accuracy_by_dim_digits.png'}" in capsys.readouterr().out

@@ -1,15 +1,11 @@
 import dataclasses
 import json
-import subprocess
 
-import numpy as np
 import pandas as pd
 import pytest
 
-from mrl import rundir
 from mrl.errors import UserError
 from mrl.results import Source, method_name, read_rows, text_table, write_rows
-from mrl.rundir import provenance
 
 SOURCE = Source("digits", "run_a", 3, 32, 28, False)
 ROWS = [
@@ -142,38 +138,3 @@ def test_studies_metrics_and_datasets_get_a_table_each():
         for study, metric in (("classification", "top_1"), ("classification", "top_5"), ("retrieval", "top_1"))
     ]
     assert text_table(rows).count("n = 9") == 6
-
-
-def git(directory, *words):
-    identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
-    subprocess.run(["git", "-C", str(directory), *identity, *words], check=True, capture_output=True)
-
-
-def test_provenance_names_the_commit_and_whether_files_differ_from_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(rundir, "__file__", str(tmp_path / "mrl" / "rundir.py"))
-    assert (provenance()["git_commit"], provenance()["git_dirty"]) == (None, None)
-    git(tmp_path, "init")
-    assert provenance()["git_commit"] is None, "no commit yet"
-    git(tmp_path, "commit", "--allow-empty", "-m", "first")
-    found = provenance()
-    assert len(found["git_commit"]) == 40
-    assert found["git_dirty"] is False
-    (tmp_path / "new.py").write_text("")
-    assert provenance()["git_dirty"] is True
-
-
-def test_a_copy_installed_below_a_checkout_does_not_claim_its_commit(tmp_path, monkeypatch):
-    git(tmp_path, "init")
-    git(tmp_path, "commit", "--allow-empty", "-m", "first")
-    monkeypatch.setattr(rundir, "__file__", str(tmp_path / ".venv" / "mrl" / "rundir.py"))
-    (tmp_path / ".venv" / "mrl").mkdir(parents=True)
-    assert provenance()["git_commit"] is None
-
-
-def test_provenance_is_json_and_names_what_computed():
-    found = json.loads(json.dumps(provenance(world_size=2)))
-    assert found["numpy"] == np.__version__
-    assert found["world_size"] == 2
-    assert found["time_utc"].endswith("+00:00")
-    assert all(found[key] for key in ("python", "torch", "timm", "platform", "cpu"))
-    assert isinstance(found["gpus"], list)

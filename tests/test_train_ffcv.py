@@ -16,7 +16,7 @@ from torchvision.io import write_jpeg
 import train
 from mrl.data import write_ffcv
 from mrl.distributed import Process
-from mrl.studies.embed_runs import embed_runs
+from mrl.studies.run import embed_runs
 from mrl.studies.transfer import TransferImages
 from mrl.training.logging import Tracker
 

@@ -135,15 +135,6 @@ def test_joint_thresholds_come_close_to_the_best_of_all_on_a_coarse_grid():
     assert accuracy_and_dim(confidence, correct, dims, joint)[0] >= best - 0.02
 
 
-def test_more_dims_never_fit_worse():
-    confidence, correct = images()
-    joint = fit_thresholds_jointly(confidence, correct, DIMS, [8, 12, 20, 40, 64])
-    accuracies = [accuracy_and_dim(confidence, correct, DIMS, thresholds)[0] for thresholds in joint]
-    assert accuracies == sorted(accuracies)
-    assert accuracies[0] == correct[0].mean()
-    assert accuracies[-1] >= correct[3].mean()
-
-
 def test_thresholds_and_routes_refuse_arrays_that_cannot_be():
     confidence, correct = images()
     with pytest.raises(UserError, match=r"\(4, 300\).*\(3, 300\)"):
@@ -196,17 +187,6 @@ def test_the_cascade_equals_a_loop_over_splits_caps_and_images():
     assert {row.dim for row in rows if row.metric == "top_1"} == {16, 32}
 
 
-def test_joint_thresholds_spend_on_new_images_about_what_they_were_given():
-    rng = np.random.default_rng(0)
-    confidence = rng.uniform(0.2, 1, (3, 20_000))
-    correct = rng.random(confidence.shape) < confidence * np.array([[0.7], [0.9], [1.0]])
-    rows = cascade(confidence, correct, DIMS[:3], SOURCE, "MRL", num_splits=3)
-    greedy, joint = values(rows), values(rows, "MRL cascade, joint")
-    for cap in (16, 32):
-        assert joint["top_1", cap][1] <= greedy["top_1", cap][1] + 0.3
-        assert joint["top_1", cap][0] >= greedy["top_1", cap][0] - 0.01
-
-
 def test_the_fixed_feature_model_is_scored_on_the_images_of_the_cascade():
     _, correct = images(200, num_sizes=3)
     # A cascade that is never sure always ends at its cap, as the fixed-feature model of that size does.
@@ -215,12 +195,6 @@ def test_the_fixed_feature_model_is_scored_on_the_images_of_the_cascade():
         fixed = values(fixed_feature(correct[g], dim, SOURCE, num_splits=5), "FF")
         assert fixed["top_1", dim] == pytest.approx(values(rows)["top_1", dim])
         assert fixed["top_1_std", dim] == pytest.approx(values(rows)["top_1_std", dim])
-
-
-def test_a_perfect_first_size_needs_nothing_more():
-    rows = cascade(np.ones((3, 50)), np.ones((3, 50), dtype=bool), DIMS[:3], SOURCE, "MRL", num_splits=2)
-    for method in ("MRL cascade", "MRL cascade, joint"):
-        assert values(rows, method)["top_1", 32] == (1, 8)
 
 
 def points(method, of_dims):

@@ -60,9 +60,9 @@ def scans(tmp_path):
     return tmp_path / "scans"
 
 
-def embed(run, *folders):
+def embed(run, *folders, force=False, precision="fp32"):
     transfer = TransferImages(robustness=[read_folder("--robustness", str(folder)) for folder in folders])
-    [opened] = embed_runs({"run": run}, transfer, 64, False, ALONE)
+    [opened] = embed_runs({"run": run}, transfer, 64, force, ALONE, precision)
     return opened
 
 
@@ -143,6 +143,32 @@ def test_another_transform_is_embedded_anew(run, reads, data):
     assert reads == ["train", "val"] * 2
 
 
+def test_a_changed_model_is_embedded_anew_and_an_unchanged_one_by_force(run, reads):
+    before = np.array(embed(run).val.vectors)
+    model = load(run)
+    with torch.no_grad():
+        next(model.backbone.parameters()).add_(0.1)
+    save_model(model, model.info, run)
+    assert not np.array_equal(embed(run).val.vectors, before)
+    embed(run, force=True)
+    shutil.rmtree(run / "embeddings" / "val")
+    embed(run)
+    assert reads == [*["train", "val"] * 3, "val"]
+
+
+def test_bf16_is_embedded_anew_and_changes_the_embeddings_little(run):
+    exact = np.array(embed(run).val.vectors)
+    rounded = np.array(embed(run, precision="bf16").val.vectors)
+    assert 0 < np.abs(rounded - exact).max() < 0.05 * np.abs(exact).max()
+    np.testing.assert_array_equal(open_run(run).val.vectors, rounded)
+
+
+def test_runs_with_the_same_data_read_the_images_once(run, tmp_path, reads):
+    runs = {"run": run, "other": make_run(tmp_path / "other", (32,))}
+    assert len(embed_runs(runs, TransferImages(), 64, False, ALONE)) == 2
+    assert reads == ["train", "val"]
+
+
 def test_mirrored_images_are_embedded_if_the_run_was_trained_with_flips(run, reads):
     assert embed(run).val_flip is not None
     change(run, flip=False)
@@ -161,7 +187,7 @@ def test_an_embedding_that_is_not_finite_is_refused_with_its_image(run):
     model = load(run)
     with torch.no_grad():
         next(model.backbone.parameters()).fill_(float("nan"))
-    save_model(model, dataclasses.replace(model.info), run)
+    save_model(model, model.info, run)
     with pytest.raises(UserError, match=r"image 0 \(train split\) holds NaN"):
         embed(run)
 
