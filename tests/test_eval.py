@@ -265,7 +265,7 @@ def test_other_images_give_rows_of_their_own_data_set_and_are_embedded_once(runs
 
 def test_mistakes_about_other_images_are_one_sentence(runs, scans, tmp_path, capsys, no_images):
     run = ["--runs", str(runs / "ff")]
-    assert "no data set is called 'imagenet-a'" in refused(capsys, *run, "--robustness", f"imagenet-a={scans}")
+    assert "no dataset is called 'imagenet-a'" in refused(capsys, *run, "--robustness", f"imagenet-a={scans}")
     assert "imagenet_r has 200 class folders" in refused(capsys, *run, "--robustness", f"imagenet_r={scans}")
     assert "is not a folder" in refused(capsys, *run, "--few_shot", str(tmp_path / "none"))
     assert "queries and a database" in refused(capsys, *run, "--retrieval", *[str(scans)] * 3)

@@ -2,7 +2,6 @@ from collections import Counter
 
 import pytest
 
-from mrl.errors import UserError
 from mrl.paper import paper_rows, paper_superclasses
 
 
@@ -58,11 +57,6 @@ def test_every_row_is_marked_as_the_papers_and_no_point_stands_twice():
     assert {(row.run, row.dataset) for row in rows} == {("paper", "imagenet")}
     points = Counter((row.study, row.metric, row.method, row.dim, row.shortlist_dim, row.rerank_dim) for row in rows)
     assert set(points.values()) == {1}
-
-
-def test_an_unknown_table_is_refused():
-    with pytest.raises(UserError, match=r"table_9 is not kept; allowed: table_1"):
-        paper_rows("imagenet", "table_9")
 
 
 def test_the_thirty_superclasses_have_the_sizes_that_the_papers_accuracies_are_shares_of():

@@ -1,19 +1,19 @@
-"""Comparisons over seeds: one number a seed, its mean and spread, and what they say of a claim.
+"""The paper's claims E1 to E10, tested on rows of several methods and seeds.
 
-Which of the paper's effects hold: rows of several methods and seeds in, differences with their spread out.
-
-Every effect is a list of comparisons, and every comparison one number a seed (a difference of two models of
-that seed, or a ratio) that the claim wants at or above a threshold. `Comparison.reading` turns it into words. "To half
-a point" means: not more than that below.
+A claim is a list of comparisons. Each has one number per seed (a difference of two models of that seed, or a ratio),
+whose mean must be at or above a threshold. "To half a point" means at most half a point below.
 """
 
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+from scipy.stats import t
 
 from mrl.errors import UserError
 from mrl.paper import paper_rows
@@ -22,78 +22,64 @@ from mrl.studies.adaptive_classification import GREEDY, dims_saved
 
 MIN_SEEDS = 3
 CONFIDENCE = 0.95
-HOLDS, FAILS, UNDECIDED = "holds", "does not hold", "undecided"
-
-BySeed = dict[int, float]
-Plan = tuple[int | None, int | None, int | None]  # shortlist_dim, shortlist_size, rerank_dim
-NO_PLAN: Plan = (None, None, None)
+# Accuracies within half a point count as equal and within two as close; "far behind" is five.
+EQUAL, CLOSE, FAR = 0.005, 0.02, 0.05
+SAVING = 2.0
+SHORTLIST_DIM = 16
+SHOTS = 5
+Plan = tuple[Any, Any, Any]  # shortlist_dim, shortlist_size, rerank_dim
+BASELINES = {
+    "classification": ("FF truncated", "FF low-rank classifier", "FF random coordinates, probe"),
+    "retrieval": ("FF truncated", "FF PCA", "FF SVD", "FF random coordinates", "FF random projection"),
+}
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One number a seed, and what the claim says of it.
+    """One number per seed and the claim about their mean."""
 
-    Attributes:
-        what: At which size, against what.
-        by_seed: ``{seed: value}``; differences as shares of 1, ratios as they are.
-        threshold: The claim is that the mean over seeds is at least this; None is shown without a claim.
-        unit: "points" is shown in percentage points, "times" as it is.
-    """
-
-    what: str
-    by_seed: Mapping[int, float]
-    threshold: float | None
-    unit: Literal["points", "times"] = "points"
+    what: str  # the sizes or methods compared
+    by_seed: Mapping[int, float]  # differences are shares of 1
+    threshold: float | None  # the mean is claimed to be at least this
+    unit: Literal["points", "times"] = "points"  # "points" is shown in percentage points
 
     @property
     def n(self) -> int:
-        """Number of seeds that both sides have."""
+        """Number of seeds."""
         return len(self.by_seed)
 
     @property
     def mean(self) -> float:
         """Mean over the seeds."""
-        return statistics.mean(self.by_seed.values())
+        return float(np.mean(list(self.by_seed.values())))
 
     @property
     def std(self) -> float | None:
-        """Sample standard deviation over the seeds; None of a single one."""
-        return statistics.stdev(self.by_seed.values()) if self.n > 1 else None
+        """Sample standard deviation over the seeds; None for one seed."""
+        return float(np.std(list(self.by_seed.values()), ddof=1)) if self.n > 1 else None
 
     @property
     def interval(self) -> tuple[float, float] | None:
         """Student's 95% interval of the mean; None below 3 seeds."""
         if self.n < MIN_SEEDS or self.std is None:
             return None
-        from scipy.stats import t  # a part of scikit-learn's own requirements
-
         half = float(t.ppf((1 + CONFIDENCE) / 2, self.n - 1)) * self.std / math.sqrt(self.n)
         return self.mean - half, self.mean + half
 
     @property
     def reading(self) -> str | None:
-        """Where the interval lies: all at or above the threshold, all below, or across; None where nothing is claimed.
-
-        Below 3 seeds it is "not measured", with the reason.
-        """
+        """Verdict: the interval is at or above the threshold, below it, or across; None if nothing is claimed."""
         if self.threshold is None:
             return None
         if self.interval is None:
             return f"not measured: {self.n} seed{'s' * (self.n > 1)}, a claim needs {MIN_SEEDS}"
         low, high = self.interval
-        return HOLDS if low >= self.threshold else FAILS if high < self.threshold else UNDECIDED
+        return "holds" if low >= self.threshold else "does not hold" if high < self.threshold else "undecided"
 
 
 @dataclass(frozen=True)
 class Effect:
-    """One claim of the paper.
-
-    Attributes:
-        name: "E1" to "E10".
-        claim: What is claimed, thresholds included.
-        needs: Which rows it is read from.
-        comparisons: Empty where these rows are not there.
-    """
+    """One claim of the paper: its name "E1" to "E10", its text, the rows that it needs, and its comparisons."""
 
     name: str
     claim: str
@@ -102,7 +88,7 @@ class Effect:
 
     @property
     def verdict(self) -> str:
-        """One word where all comparisons agree, else each with where it was found; or "not measured" and why."""
+        """The reading of all comparisons if they agree, else each reading with its comparisons."""
         places: dict[str, list[str]] = {}
         for comparison in self.comparisons:
             if comparison.reading is not None:
@@ -114,79 +100,18 @@ class Effect:
         return "; ".join(f"{reading} at {', '.join(where)}" for reading, where in sorted(places.items()))
 
 
-class SeedTable:
-    """Values of rows by seed, of one dataset.
-
-    Raises:
-        UserError: Two runs of one method, size and seed: it would be unclear which is meant.
-    """
-
-    def __init__(self, rows: Sequence[Row], dataset: str):
-        self.rows = [row for row in rows if row.dataset == dataset]
-        self.found: dict[tuple[str, str, str, int | None, Plan], BySeed] = {}
-        for row in self.rows:
-            plan = (row.shortlist_dim, row.shortlist_size, row.rerank_dim)
-            by_seed = self.found.setdefault((row.study, row.method, row.metric, row.dim, plan), {})
-            if row.seed in by_seed and (row.dim, plan) != (None, NO_PLAN):  # rows of no size are not compared
-                raise UserError(
-                    f"{row.study}, {row.metric}: two rows of {row.method} at {row.dim or plan} dims with seed "
-                    f"{row.seed}, one of them of {row.run}; effects need one model for each method, size and seed"
-                )
-            by_seed[row.seed] = row.value
-
-    def of(self, study: str, method: str, metric: str, dim: int | None, plan: Plan = NO_PLAN) -> BySeed:
-        """``{seed: value}``, empty where there is no such row."""
-        return self.found.get((study, method, metric, dim, plan), {})
-
-    def dims(self, study: str, metric: str, *methods: str) -> list[int]:
-        """Sizes at which all ``methods`` have rows, ascending."""
-        sizes = [{key[3] for key in self.found if key[:3] == (study, method, metric)} for method in methods]
-        return sorted(dim for dim in set.intersection(*sizes) if dim is not None)
-
-    def by_size(
-        self, study: str, metric: str, ours: str, other: str, threshold: float, prefix: str = ""
-    ) -> list[Comparison]:
-        """``ours`` minus ``other`` at every size that both have."""
-        return [
-            Comparison(
-                f"{prefix}{dim} dims",
-                difference(self.of(study, ours, metric, dim), self.of(study, other, metric, dim)),
-                threshold,
-            )
-            for dim in self.dims(study, metric, ours, other)
-        ]
-
-
-def difference(ours: Mapping[int, float], other: Mapping[int, float]) -> BySeed:
-    """``ours - other`` for the seeds that both have."""
-    return {seed: ours[seed] - other[seed] for seed in sorted(ours.keys() & other.keys())}
-
-
-# Accuracies within half a percentage point count as equal, within two as close; "far behind" is five.
-EQUAL, CLOSE, FAR = 0.005, 0.02, 0.05
-MANY_TIMES = 2.0
-SHORTLIST_DIM = 16
-SHOTS = 5
-# Baselines by study: what small sizes of the full-width fixed-feature model are worth.
-BASELINES = {
-    "classification": ("FF truncated", "FF low-rank classifier", "FF random coordinates, probe"),
-    "retrieval": ("FF truncated", "FF PCA", "FF SVD", "FF random coordinates", "FF random projection"),
-}
-
-
 def effects(rows: Sequence[Row], dataset: str) -> list[Effect]:
-    """E1 to E10 from the rows of ``dataset``, on which the models were trained; E10 from the other datasets' rows.
+    """Return E1 to E9 from the rows of ``dataset``, the training data, and E10 from those of the other datasets.
 
-    Comparisons are between models of one seed, so what is the same for both (initial weights, order of images) does
-    not blur them.
+    Models are compared seed by seed, so the initial weights and the order of images cancel out.
 
     Raises:
-        UserError: As `SeedTable`.
+        UserError: There are rows of two models of one method, size and seed.
     """
-    table = SeedTable(rows, dataset)
-    further = {other: SeedTable(rows, other) for other in sorted({row.dataset for row in rows} - {dataset})}
+    table = _Table(rows, dataset)
     found = [(name, claim, needs, measure(table)) for name, (claim, needs, measure) in MEASURES.items()]
-    found.append(("E10", *TRANSFER, transfer(further)))
+    others = sorted({row.dataset for row in rows} - {dataset})
+    found.append(("E10", *TRANSFER, [one for other in others for one in _transfer(_Table(rows, other), other)]))
     return [
         Effect(name, claim, needs, tuple(one for one in comparisons if one.by_seed))
         for name, claim, needs, comparisons in found
@@ -194,172 +119,192 @@ def effects(rows: Sequence[Row], dataset: str) -> list[Effect]:
 
 
 def paper_effects() -> dict[tuple[str, str], float]:
-    """``{(effect, what): value}`` of the paper's own rows (ImageNet-1K, ResNet-50, one run each)."""
+    """Return ``{(effect, what): value}`` of the paper's own rows (ImageNet-1K, ResNet-50, one run each)."""
     found = effects(paper_rows("imagenet"), "imagenet")
     return {(effect.name, one.what): one.mean for effect in found for one in effect.comparisons}
 
 
-def accuracy_against_ff(table: SeedTable) -> list[Comparison]:
-    """E1."""
-    return table.by_size("classification", "top_1", "MRL", "FF", -EQUAL)
+class _Table:
+    """The values by seed of the rows of one dataset that are about all images."""
+
+    def __init__(self, rows: Sequence[Row], dataset: str):
+        self.rows = [row for row in rows if row.dataset == dataset and row.group is None]
+        self.by_seed: dict[tuple[str, str, str, int | None, Plan], dict[int, float]] = {}
+        for row in self.rows:
+            plan = (row.shortlist_dim, row.shortlist_size, row.rerank_dim)
+            values = self.by_seed.setdefault((row.study, row.method, row.metric, row.dim, plan), {})
+            if row.seed in values and (row.dim or row.shortlist_dim):
+                raise UserError(
+                    f"{row.study}, {row.metric}: two rows of {row.method} at {row.dim or plan} dims with seed "
+                    f"{row.seed}, one of them of {row.run}; give one model for each method, size and seed"
+                )
+            values[row.seed] = row.value
+
+    def of(self, study: str, method: str, metric: str, dim: int | None, plan: Plan = (None, None, None)) -> pd.Series:
+        """Return the values by seed; empty if there are none."""
+        return pd.Series(self.by_seed.get((study, method, metric, dim, plan), {}), dtype=float)
+
+    def dims(self, study: str, metric: str, *methods: str) -> list[int]:
+        """Return the sizes at which all ``methods`` have rows, ascending."""
+        sizes = [{key[3] for key in self.by_seed if key[:3] == (study, method, metric)} for method in methods]
+        return sorted(dim for dim in set.intersection(*sizes) if dim is not None)
+
+    def by_size(
+        self, study: str, metric: str, ours: str, other: str, threshold: float, where: str = ""
+    ) -> list[Comparison]:
+        """Compare ``ours`` minus ``other`` at every size that both have."""
+        return [
+            _compare(
+                f"{where}{dim} dims", self.of(study, ours, metric, dim) - self.of(study, other, metric, dim), threshold
+            )
+            for dim in self.dims(study, metric, ours, other)
+        ]
 
 
-def neighbors_against_ff(table: SeedTable) -> list[Comparison]:
-    """E2: the same for 1-NN; and that the gain is larger at the smallest size than at the largest."""
+def _compare(what: str, values: pd.Series, threshold: float | None) -> Comparison:
+    """Compare the seeds that both sides of a difference have."""
+    return Comparison(what, values.dropna().sort_index().to_dict(), threshold)
+
+
+def _neighbors_against_ff(table: _Table) -> list[Comparison]:
     found = table.by_size("retrieval", "top_1", "MRL", "FF", -EQUAL)
     if len(found) > 1:
-        larger = difference(found[0].by_seed, found[-1].by_seed)
-        found.append(Comparison(f"gain at {found[0].what} minus gain at {found[-1].what}", larger, 0.0))
+        gain = pd.Series(found[0].by_seed) - pd.Series(found[-1].by_seed)
+        found.append(_compare(f"gain at {found[0].what} minus gain at {found[-1].what}", gain, 0.0))
     return found
 
 
-def tied_against_untied(table: SeedTable) -> list[Comparison]:
-    """E3; nothing is claimed of the smallest size."""
+def _tied_against_untied(table: _Table) -> list[Comparison]:
     found = table.by_size("classification", "top_1", "MRL-E", "MRL", -CLOSE)
     return [replace(one, threshold=None) if i == 0 else one for i, one in enumerate(found)]
 
 
-def sizes_between(table: SeedTable) -> list[Comparison]:
-    """E4: 1-NN at sizes that were not trained, minus the straight line (over log size) between their neighbors."""
-    sizes = table.dims("retrieval", "top_1", "MRL")
+def _sizes_between(table: _Table) -> list[Comparison]:
+    """1-NN at untrained sizes minus the straight line, over log size, between the trained neighbors."""
     trained = table.dims("classification", "top_1", "MRL")
     found = []
-    for dim in sizes:
+    for dim in table.dims("retrieval", "top_1", "MRL"):
         below, above = [d for d in trained if d < dim], [d for d in trained if d > dim]
-        if dim in trained or not below or not above:
-            continue
-        low, here, high = (table.of("retrieval", "MRL", "top_1", d) for d in (below[-1], dim, above[0]))
-        share = math.log(dim / below[-1]) / math.log(above[0] / below[-1])
-        line = {seed: (1 - share) * low[seed] + share * high[seed] for seed in low.keys() & high.keys()}
-        found.append(Comparison(f"{dim} dims", difference(here, line), -EQUAL))
+        if dim not in trained and below and above:
+            low, here, high = (table.of("retrieval", "MRL", "top_1", d) for d in (below[-1], dim, above[0]))
+            share = math.log(dim / below[-1]) / math.log(above[0] / below[-1])
+            found.append(_compare(f"{dim} dims", here - (1 - share) * low - share * high, -EQUAL))
     return found
 
 
-def cascade_saving(table: SeedTable) -> list[Comparison]:
-    """E5: how many times fewer dims a cascade uses for the accuracy of FF; 0 where it never reaches it.
-
-    The claim is made of one FF size, a quarter of the full width or the next smaller one there is.
-    """
-    saved: dict[int, BySeed] = {}
-    for seed in sorted({row.seed for row in table.rows}):
-        of_seed = [row for row in table.rows if row.seed == seed]
-        if any(row.method == GREEDY.format("MRL") for row in of_seed):
-            for dim, ratio in dims_saved(of_seed, GREEDY.format("MRL")).items():
-                saved.setdefault(dim, {})[seed] = ratio or 0.0
+def _cascade_saving(table: _Table) -> list[Comparison]:
+    """How many times fewer dims a cascade uses for FF's accuracy; 0 if it never reaches it."""
+    method = GREEDY.format("MRL")
+    saved: dict[int, dict[int, float]] = {}
+    for seed in sorted({row.seed for row in table.rows if row.method == method}):
+        for dim, ratio in dims_saved([row for row in table.rows if row.seed == seed], method).items():
+            saved.setdefault(dim, {})[seed] = ratio or 0.0
     width = max(table.dims("classification", "top_1", "MRL"), default=0)
     claimed = max((dim for dim in saved if 4 * dim <= width), default=None)
     return [
-        Comparison(f"FF-{dim}", by_seed, MANY_TIMES if dim == claimed else None, "times")
+        Comparison(f"FF-{dim}", by_seed, SAVING if dim == claimed else None, "times")
         for dim, by_seed in sorted(saved.items())
     ]
 
 
-def precision_against_ff(table: SeedTable) -> list[Comparison]:
-    """E6."""
-    return table.by_size("retrieval", "map@10", "MRL", "FF", 0.0)
-
-
-def short_search(table: SeedTable) -> list[Comparison]:
-    """E7: mAP@10 of a search at 16 dims reranked at the full width, and of funnels from 16, minus the full search's."""
-    plans = {(key[0], key[4]) for key in table.found if key[1:3] == ("MRL", "map@10") and key[4][2] is not None}
-    width = max((rerank or 0 for _, (_, _, rerank) in plans), default=0)
-    full = max((plan for _, plan in plans if plan[0] == width), default=None, key=lambda plan: plan[1] or 0)
-    if full is None:
-        return []
-    reference = table.of("adaptive_retrieval", "MRL", "map@10", None, full)
+def _short_search(table: _Table) -> list[Comparison]:
+    """mAP@10 of shortlists found at 16 dims and reranked at the full width, and of funnels, minus the full search's."""
+    plans = [(key[0], key[4]) for key in table.by_seed if key[1:3] == ("MRL", "map@10") and key[4][2]]
+    width = max((plan[2] for _, plan in plans), default=0)
     found = []
-    for study, plan in sorted(plans, key=str):
-        if plan[0] == SHORTLIST_DIM and plan[2] == width and (study == "funnel_retrieval" or plan[1] == full[1]):
-            name = "funnel" if study == "funnel_retrieval" else "shortlist"
-            ours = table.of(study, "MRL", "map@10", None, plan)
-            found.append(Comparison(f"{name} of {plan[1]}", difference(ours, reference), -EQUAL))
+    for full_study, full in plans:
+        if full[0] == full[2] == width:
+            reference = table.of(full_study, "MRL", "map@10", None, full)
+            for study, plan in sorted(plans):
+                kind = "funnel" if study == "funnel_retrieval" else "shortlist"
+                if plan[0] == SHORTLIST_DIM and plan[2] == width and (kind == "funnel" or plan[1] == full[1]):
+                    values = table.of(study, "MRL", "map@10", None, plan)
+                    found.append(_compare(f"{kind} of {plan[1]}", values - reference, -EQUAL))
     return found
 
 
-def baselines_behind(table: SeedTable) -> list[Comparison]:
-    """E8: at MRL's smallest size."""
-    found = []
-    for study, methods in BASELINES.items():
-        kind = "linear" if study == "classification" else "1-NN"
-        smallest = table.dims(study, "top_1", "MRL")[:1]
-        for method in methods:
-            for dim in smallest:
-                sides = (table.of(study, name, "top_1", dim) for name in ("MRL", method))
-                found.append(Comparison(f"{method} ({kind}, {dim} dims)", difference(*sides), FAR))
-    return found
+def _baselines_behind(table: _Table) -> list[Comparison]:
+    return [
+        _compare(
+            f"{method} ({'linear' if study == 'classification' else '1-NN'}, {dim} dims)",
+            table.of(study, "MRL", "top_1", dim) - table.of(study, method, "top_1", dim),
+            FAR,
+        )
+        for study, methods in BASELINES.items()
+        for method in methods
+        for dim in table.dims(study, "top_1", "MRL")[:1]
+    ]
 
 
-def superclasses_fall_less(table: SeedTable) -> list[Comparison]:
-    """E9: what class accuracy loses from the full width to a size, minus what superclass accuracy loses.
-
-    The claim is made of the smallest size.
-    """
+def _superclasses_fall_less(table: _Table) -> list[Comparison]:
+    """What class accuracy loses from the full width to a size, minus what superclass accuracy loses."""
     metrics = ("superclass_top_1", "superclass_top_1_with_reject")
     metric = next((name for name in metrics if table.dims("hierarchy", name, "MRL")), metrics[0])
     *sizes, width = table.dims("hierarchy", metric, "MRL") or [0]
     found = []
-    for dim in sizes:
-        losses = [
-            difference(table.of(study, "MRL", name, width), table.of(study, "MRL", name, dim))
+    for i, dim in enumerate(sizes):
+        (classes, few), (superclasses, few_superclasses) = (
+            [table.of(study, "MRL", name, size) for size in (width, dim)]
             for study, name in (("classification", "top_1"), ("hierarchy", metric))
-        ]
-        found.append(Comparison(f"{width} to {dim} dims", difference(*losses), 0.0 if dim == sizes[0] else None))
+        )
+        lost = (classes - few) - (superclasses - few_superclasses)
+        found.append(_compare(f"{width} to {dim} dims", lost, None if i else 0.0))
     return found
 
 
-def transfer(further: Mapping[str, SeedTable]) -> list[Comparison]:
-    """E10."""
-    found = []
-    for name, table in further.items():
-        found += table.by_size("few_shot", f"top_1_{SHOTS}_shot", "MRL", "FF", -EQUAL, f"{name}: {SHOTS}-shot at ")
-        found += table.by_size("retrieval", "top_1", "MRL", "FF", -EQUAL, f"{name}: 1-NN at ")
-    return found
+def _transfer(table: _Table, dataset: str) -> list[Comparison]:
+    found = table.by_size("few_shot", f"top_1_{SHOTS}_shot", "MRL", "FF", -EQUAL, f"{dataset}: {SHOTS}-shot at ")
+    return found + table.by_size("retrieval", "top_1", "MRL", "FF", -EQUAL, f"{dataset}: 1-NN at ")
 
 
-# Claim, the rows that it needs, and how it is measured.
-MEASURES: dict[str, tuple[str, str, Callable[[SeedTable], list[Comparison]]]] = {
+# The claim, the rows that it needs, and its comparisons.
+MEASURES: dict[str, tuple[str, str, Callable[[_Table], list[Comparison]]]] = {
     "E1": (
         "MRL is at least as accurate as FF trained at each size (linear top-1, to half a point)",
         "MRL and FF of one size",
-        accuracy_against_ff,
+        lambda table: table.by_size("classification", "top_1", "MRL", "FF", -EQUAL),
     ),
     "E2": (
         "1-NN of MRL is at least as accurate as FF's at each size (to half a point), with a larger gain at small sizes",
         "MRL and FF of one size",
-        neighbors_against_ff,
+        _neighbors_against_ff,
     ),
     "E3": (
         "MRL-E is within two points of MRL at all sizes but the smallest (linear top-1)",
         "MRL-E and MRL",
-        tied_against_untied,
+        _tied_against_untied,
     ),
     "E4": (
         "sizes between the trained ones lie on the curve (1-NN top-1, to half a point of the line between neighbors)",
         "MRL at sizes between the trained ones",
-        sizes_between,
+        _sizes_between,
     ),
     "E5": (
         "the cascade reaches the accuracy of FF at a quarter of the width (or the next size below) with at least two "
         "times fewer expected dims",
         "the cascade of MRL and FF of a quarter of its width or less",
-        cascade_saving,
+        _cascade_saving,
     ),
-    "E6": ("mAP@10 of MRL is above FF's at each size", "MRL and FF of one size", precision_against_ff),
+    "E6": (
+        "mAP@10 of MRL is above FF's at each size",
+        "MRL and FF of one size",
+        lambda table: table.by_size("retrieval", "map@10", "MRL", "FF", 0.0),
+    ),
     "E7": (
         "a shortlist or funnel that begins at 16 dims matches the search at full width (mAP@10, to half a point)",
         "adaptive retrieval of MRL from 16 dims",
-        short_search,
+        _short_search,
     ),
     "E8": (
         "truncation, random coordinates, PCA and low-rank heads of FF are at least five points behind MRL at the "
         "smallest size",
         "MRL and baselines of FF at its smallest size",
-        baselines_behind,
+        _baselines_behind,
     ),
     "E9": (
         "superclass accuracy falls less than class accuracy from the full width to the smallest size",
         "MRL's superclass accuracy",
-        superclasses_fall_less,
+        _superclasses_fall_less,
     ),
 }
 TRANSFER = (

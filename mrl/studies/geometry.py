@@ -1,10 +1,7 @@
-"""Cosine similarity of positive and of random pairs at every prefix size (paper, appendix E, table 6).
+"""The geometry of nested embeddings: cosines of pairs (paper, appendix E, table 6) and what the notebooks show.
 
-The geometry of nested embeddings: where variance and classes are among the coordinates, and maps of prefixes.
-
-The same queries at growing prefix sizes: which neighbors come, and which queries show the most.
-
-Where in an image the classifier of each prefix looks: Grad-CAM (Selvaraju et al., 2017), by the package grad-cam.
+The notebooks look at blocks of coordinates, maps of prefixes, neighbors at growing sizes, and Grad-CAM (Selvaraju et
+al., 2017), all as arrays; `mrl.figures` draws them.
 """
 
 from __future__ import annotations
@@ -17,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from mrl.errors import UserError
 from mrl.matryoshka import prefix, unit_prefix
@@ -26,8 +23,8 @@ from mrl.results import Row, Source
 from mrl.retrieval.search import Neighbors
 from mrl.studies.classification import Classifier
 
-STUDY = "similarity"
-BATCH_PAIRS = 4096
+NUM_SHOWN = 4
+MIN_MAP_SIDE = 4
 
 
 def similarity(
@@ -40,44 +37,41 @@ def similarity(
     num_pairs: int = 10_000,
     seed: int = 0,
 ) -> list[Row]:
-    """Rows of the mean cosine of pairs, -1 to 1, at each size: cosine_positive and cosine_random.
+    """Return rows of the mean cosine, in [-1, 1], of pairs at each size: cosine_positive and cosine_random.
 
-    A positive pair is two different images of one class, a random pair two different images of any.
-    (The paper's positive pairs are an image and its caption.) The same pairs are taken at every size;
-    ``n`` is their number. Where no class has two images there are no positive pairs and no such rows.
-
-    Args:
-        vectors: Embeddings ``(N, D)``, raw.
-        labels: ``(N,)`` whole numbers.
-        dims: Prefix sizes, each 1 to D.
-        source: What the rows are of.
-        method: The rows' method.
-        num_pairs: How many pairs of each kind are drawn, with replacement.
-        seed: Of the draw.
-
-    Raises:
-        UserError: The labels do not fit the embeddings, there are fewer than two images, a size is
-            larger than the width, or an image of a pair has an embedding with NaN or infinity.
+    A positive pair is two images of one class (in the paper, an image and its caption), a random pair any two images.
+    Arguments as in `cosines`; there are no rows of positive pairs if no class has two images.
     """
-    if len(vectors) < 2:
-        raise UserError(f"{source.run}: a pair needs two images, but there is {len(vectors)}")
+    rows = []
+    for dim, found in cosines(vectors, labels, dims, num_pairs, seed).items():
+        for metric, values in zip(("cosine_positive", "cosine_random"), found, strict=True):
+            if len(values):
+                rows.append(source.row("similarity", method, metric, float(values.mean()), len(values), dim=dim))
+    return rows
+
+
+def cosines(
+    vectors: np.ndarray, labels: np.ndarray, dims: Sequence[int], num_pairs: int = 5000, seed: int = 0
+) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+    """Return ``{dim: (cosines of positive pairs, cosines of random pairs)}``, of the same pairs at every size.
+
+    ``num_pairs`` of each kind are sampled with replacement from raw embeddings ``(N, D)`` with labels ``(N,)``.
+    """
     rng = np.random.default_rng(seed)
-    drawn = {
-        "cosine_positive": positive_pairs(labels, num_pairs, rng),
-        "cosine_random": positive_pairs(np.zeros_like(labels), num_pairs, rng),
-    }
-    return [
-        source.row(STUDY, method, metric, value, len(pairs), dim=dim)
-        for metric, pairs in drawn.items()
-        if len(pairs)
-        for dim, value in _mean_cosines(vectors, pairs, dims).items()
-    ]
+    kinds = [positive_pairs(labels, num_pairs, rng), positive_pairs(np.zeros_like(labels), num_pairs, rng)]
+    sides = [torch.from_numpy(np.array(vectors[pairs], dtype=np.float32)) for pairs in kinds]  # (P, 2, D)
+    found = {}
+    for dim in dims:
+        unit = [unit_prefix(z, dim).double() for z in sides]
+        positive, random = (z.prod(dim=1).sum(dim=1).clamp(-1, 1).numpy() for z in unit)
+        found[dim] = positive, random
+    return found
 
 
 def positive_pairs(labels: np.ndarray, num_pairs: int, rng: np.random.Generator) -> np.ndarray:
-    """Pairs ``(num_pairs, 2)`` of different rows with one label, drawn with replacement; ``(0, 2)`` if there are none.
+    """Return indices ``(num_pairs, 2)`` of pairs of different images of one class; ``(0, 2)`` if there are none.
 
-    The first of a pair is any row that shares its label, each as likely; the second any other of its class.
+    The first image is any that shares its class, the second any other of its class, each with equal probability.
     """
     order = np.argsort(labels, kind="stable")
     _, class_starts, class_sizes = np.unique(labels[order], return_index=True, return_counts=True)
@@ -91,147 +85,61 @@ def positive_pairs(labels: np.ndarray, num_pairs: int, rng: np.random.Generator)
     return np.stack([order[first], order[second]], axis=1)
 
 
-def _mean_cosines(vectors: np.ndarray, pairs: np.ndarray, dims: Sequence[int]) -> dict[int, float]:
-    sums = dict.fromkeys(dims, 0.0)
-    for start in range(0, len(pairs), BATCH_PAIRS):
-        some = pairs[start : start + BATCH_PAIRS]
-        left, right = (torch.from_numpy(np.array(vectors[rows], dtype=np.float32)) for rows in some.T)
-        for side, rows in zip((left, right), some.T, strict=True):
-            broken = (~side.isfinite().all(dim=1)).nonzero()[:, 0]
-            if len(broken):
-                raise UserError(f"row {rows[broken[0]]} of the embeddings holds NaN or infinity, so it has no cosine")
-        for dim in sums:
-            cosines = (unit_prefix(left, dim).double() * unit_prefix(right, dim).double()).sum(dim=1)
-            # Rounding alone can carry a cosine past 1, and a sum past the number of pairs.
-            sums[dim] += cosines.clamp(-1, 1).sum().item()
-    return {dim: min(1.0, max(-1.0, total / len(pairs))) for dim, total in sums.items()}
-
-
 class Blocks(NamedTuple):
-    """What each block of coordinates holds; block g is from the size before to ``dims[g]``.
+    """Statistics of blocks of coordinates; block g ends at ``dims[g]`` and begins where the one before ends."""
 
-    Attributes:
-        dims: Ends of the blocks, G sizes, ascending.
-        variance: Mean variance of a coordinate ``(G,)``, divided by that of all coordinates.
-        between: The share ``(G,)`` of a block's variance that lies between class means, 0 to 1.
-        rank: Effective rank ``(G,)`` of each block.
-        prefix_rank: Effective rank ``(G,)`` of everything up to each size.
-    """
-
-    dims: tuple[int, ...]
-    variance: np.ndarray
-    between: np.ndarray
-    rank: np.ndarray
-    prefix_rank: np.ndarray
+    dims: tuple[int, ...]  # G sizes, ascending
+    variance: np.ndarray  # (G,) mean variance of a coordinate, divided by that of all coordinates
+    between: np.ndarray  # (G,) share of the block's variance that lies between class means
+    rank: np.ndarray  # (G,) effective rank of each block
+    prefix_rank: np.ndarray  # (G,) effective rank of each prefix
 
 
 def blocks(vectors: np.ndarray, labels: np.ndarray, dims: Sequence[int]) -> Blocks:
-    """`Blocks` of raw embeddings.
-
-    Args:
-        vectors: ``(N, D)``.
-        labels: ``(N,)`` int64.
-        dims: Ends of the blocks, ascending, each 1 to D.
-
-    Raises:
-        UserError: The sizes are not ascending and up to D, or there are fewer than two images.
-    """
-    edges = [0, *dims]
-    if sorted(set(edges)) != edges or not dims or edges[-1] > vectors.shape[1]:
-        raise UserError(f"sizes {list(dims)} must be ascending, each 1 to the width, {vectors.shape[1]}")
-    if len(vectors) < 2:
-        raise UserError(f"a variance needs two or more images, but there is {len(vectors)}")
-    centered = np.asarray(vectors[:, : edges[-1]], dtype=np.float64)
-    centered = centered - centered.mean(axis=0)
-    variance = centered.var(axis=0)
-    between = _class_means(centered, labels).var(axis=0)
-    spans = list(itertools.pairwise(edges))
+    """Return the `Blocks` of raw embeddings ``(N, D)`` with labels ``(N,)``, for ascending ``dims``."""
+    z = np.asarray(vectors[:, : dims[-1]], dtype=np.float64)
+    z = z - z.mean(axis=0)
+    _, index, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    sums = np.zeros((len(counts), z.shape[1]))
+    np.add.at(sums, index, z)
+    variance, between = z.var(axis=0), (sums / counts[:, None])[index].var(axis=0)
+    spans = [slice(*span) for span in itertools.pairwise([0, *dims])]
     return Blocks(
-        dims=tuple(dims),
-        variance=np.array([_ratio(variance[a:b].mean(), variance.mean()) for a, b in spans]),
-        between=np.array([_ratio(between[a:b].sum(), variance[a:b].sum()) for a, b in spans]),
-        rank=np.array([effective_rank(centered[:, a:b]) for a, b in spans]),
-        prefix_rank=np.array([effective_rank(centered[:, :b]) for _, b in spans]),
+        tuple(dims),
+        variance=np.array([_ratio(variance[span].mean(), variance.mean()) for span in spans]),
+        between=np.array([_ratio(between[span].sum(), variance[span].sum()) for span in spans]),
+        rank=np.array([effective_rank(z[:, span]) for span in spans]),
+        prefix_rank=np.array([effective_rank(z[:, :dim]) for dim in dims]),
     )
 
 
 def effective_rank(centered: np.ndarray) -> float:
-    """The exponential of the entropy of the normalized eigenvalues of the covariance (Roy and Vetterli, 2007).
+    """Return the exponential of the entropy of the covariance's normalized eigenvalues (Roy and Vetterli, 2007).
 
-    Between 1, all variance in one direction, and the number of columns, the same in all; 0 without variance.
-
-    Args:
-        centered: ``(N, d)``, columns of mean 0.
+    For ``(N, d)`` columns of mean 0 it lies between 1 (one direction) and d (equal variance); 0 without variance.
     """
     shares = np.linalg.svd(centered, compute_uv=False) ** 2
-    if shares.sum() == 0:
+    if not shares.any():
         return 0.0
-    shares = shares / shares.sum()
-    shares = shares[shares > 0]
+    shares = shares[shares > 0] / shares.sum()
     return float(np.exp(-(shares * np.log(shares)).sum()))
 
 
-def spread_rows(num_rows: int, most: int) -> np.ndarray:
-    """Up to ``most`` rows of ``num_rows``, evenly spread from first to last."""
-    return np.linspace(0, num_rows - 1, min(most, num_rows)).round().astype(np.int64)
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else 0.0
 
 
 def maps(vectors: np.ndarray, dims: Sequence[int], seed: int = 0) -> dict[int, np.ndarray]:
-    """``{dim: (N, 2)}``: a t-SNE map of the unit prefixes of each size.
-
-    Raises:
-        UserError: There are fewer than 10 images, or a size does not fit the embeddings.
-    """
-    if len(vectors) < 10:
-        raise UserError(f"a map needs 10 or more images, but there are {len(vectors)}")
+    """Return ``{dim: (N, 2)}``: a t-SNE map of the unit prefixes of each size."""
     from sklearn.manifold import TSNE
 
     z = torch.from_numpy(np.array(vectors, dtype=np.float32))
-    perplexity = min(30.0, (len(z) - 1) / 3)
-    settings = {"perplexity": perplexity, "init": "random", "random_state": seed}
-    return {dim: TSNE(**settings).fit_transform(unit_prefix(z, dim).numpy()) for dim in dims}
-
-
-def cosines(
-    vectors: np.ndarray, labels: np.ndarray, dims: Sequence[int], num_pairs: int = 5000, seed: int = 0
-) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-    """``{dim: (cosines of pairs of one class, cosines of random pairs)}``, the same pairs at every size.
-
-    Args:
-        vectors: Embeddings ``(N, D)``, raw.
-        labels: ``(N,)`` int64.
-        dims: Sizes, each 1 to D.
-        num_pairs: How many pairs of each kind are drawn; none of one class where no class has two images.
-        seed: Of the draw.
-    """
-    rng = np.random.default_rng(seed)
-    kinds = [positive_pairs(labels, num_pairs, rng), positive_pairs(np.zeros_like(labels), num_pairs, rng)]
-    z = torch.from_numpy(np.array(vectors, dtype=np.float32))
-    found = {}
-    for dim in dims:
-        unit = unit_prefix(z, dim)
-        of_class, random = ((unit[pairs[:, 0]] * unit[pairs[:, 1]]).sum(dim=1).numpy() for pairs in kinds)
-        found[dim] = (of_class, random)
-    return found
-
-
-def _class_means(centered: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """``(N, D)``: each row's class mean."""
-    _, index, counts = np.unique(labels, return_inverse=True, return_counts=True)
-    sums = np.zeros((len(counts), centered.shape[1]))
-    np.add.at(sums, index, centered)
-    return (sums / counts[:, None])[index]
-
-
-def _ratio(part: float, whole: float) -> float:
-    return float(part / whole) if whole else 0.0
-
-
-NUM_SHOWN = 4
+    tsne = TSNE(perplexity=min(30.0, (len(z) - 1) / 3), init="random", random_state=seed)
+    return {dim: tsne.fit_transform(unit_prefix(z, dim).numpy()) for dim in dims}
 
 
 def shown_sizes(dims: Sequence[int]) -> list[int]:
-    """Up to four of ``dims`` for a picture: the smallest, every second after it, and the largest.
+    """Return up to four of ``dims`` for a figure: the smallest, every second one after it, and the largest.
 
     >>> shown_sizes([8, 16, 32, 64, 128, 256, 512, 1024, 2048])
     [8, 32, 128, 2048]
@@ -242,159 +150,79 @@ def shown_sizes(dims: Sequence[int]) -> list[int]:
 def telling_queries(
     found: Mapping[int, Neighbors], query_labels: np.ndarray, database_labels: np.ndarray, num_queries: int
 ) -> np.ndarray:
-    """Rows ``(num_queries,)`` of the queries whose neighbors get better most from the smallest size to the largest.
+    """Return the indices ``(num_queries,)`` of the queries whose neighbors improve most from smallest to largest size.
 
-    Of each class at most one, as long as there are classes left; equal gains by lower row. These are picked to be
-    seen, not to be representative.
-
-    Args:
-        found: ``{dim: (indices, scores)}`` of `mrl.exact_search`, for all images or for those that
-            `mrl.studies.retrieval.thin_indices` takes; what is returned are rows of these queries.
-        query_labels: ``(Q,)`` int64, of the same.
-        database_labels: ``(N,)`` int64.
-        num_queries: 1 to Q.
-
-    Raises:
-        UserError: There are not so many queries.
+    At most one query of each class while there are classes left; of equal gains, the first. ``found`` is the result
+    of `mrl.exact_search`. Made for display: the choice is not representative.
     """
-    if not 1 <= num_queries <= len(query_labels):
-        raise UserError(f"{num_queries} queries were asked for; allowed are 1 to {len(query_labels)}")
     right = {dim: (database_labels[rows] == query_labels[:, None]).sum(axis=1) for dim, (rows, _) in found.items()}
     order = np.argsort(right[min(right)] - right[max(right)], kind="stable")
     _, firsts = np.unique(query_labels[order], return_index=True)
-    best_of_class = np.sort(firsts)
-    others = np.setdiff1d(np.arange(len(order)), best_of_class)
-    return order[np.concatenate([best_of_class, others])[:num_queries]]
+    others = np.setdiff1d(np.arange(len(order)), firsts)
+    return order[np.concatenate([np.sort(firsts), others])[:num_queries]]
 
 
 def undecided_images(predictions: np.ndarray, labels: np.ndarray, num_images: int) -> np.ndarray:
-    """Rows ``(num_images,)`` of the images whose predicted class changes most often with size and ends up right.
+    """Return the indices ``(num_images,)`` of the images whose predicted class changes most often and ends up right.
 
-    Args:
-        predictions: Classes ``(G, N)`` int64, smallest size first.
-        labels: ``(N,)`` int64.
-        num_images: 1 to N.
-
-    Raises:
-        UserError: There are not so many images.
+    ``predictions`` are classes ``(G, N)`` int64, smallest size first.
     """
-    if not 1 <= num_images <= len(labels):
-        raise UserError(f"{num_images} images were asked for; allowed are 1 to {len(labels)}")
     changes = (np.diff(predictions, axis=0) != 0).sum(axis=0)
     return np.lexsort((-changes, predictions[-1] != labels))[:num_images]
 
 
-SMALLEST_MAP = 4
-
-
 def grad_cams(
-    model: MatryoshkaClassifier,
-    images: Tensor,
-    classifiers: Sequence[Classifier],
-    targets: np.ndarray,
-    layer: str | None = None,
+    model: MatryoshkaClassifier, images: Tensor, classifiers: Sequence[Classifier], targets: np.ndarray
 ) -> np.ndarray:
-    """Heat ``(G, B, H, W)``, 0 to 1 within each image: what speaks for the target class, at each size.
+    """Return Grad-CAM heat maps ``(G, B, H, W)``, 0 to 1 in each map: the evidence for the target classes at each size.
 
-    The score that is differentiated is the logit of each prefix's own classifier, so the maps of one image
-    differ in nothing but the size.
+    The score is the logit of each prefix's own classifier. The maps come from the backbone's last stage that has at
+    least 4 x 4 cells and that the scores depend on (of a transformer's last block they may read the class token alone).
 
-    Args:
-        model: In eval mode.
-        images: ``(B, 3, H, W)``, normalized, on the model's device.
-        classifiers: Weight ``(C, dim)`` and bias ``(C,)`` of G sizes.
-        targets: ``(G, B)`` int64: the class that is asked about, e.g. the predicted one.
-        layer: Module of the backbone whose output is weighed; `default_layer` when None.
+    ``images`` ``(B, 3, H, W)`` are normalized and on the device of the model, which is in eval mode; ``targets`` are
+    ``(G, B)`` int64, for G ``classifiers``.
 
     Raises:
-        UserError: grad-cam is not installed, or the backbone has no such layer.
+        UserError: The backbone has no such stage.
     """
-    try:
-        from pytorch_grad_cam import GradCAM
-        from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
-    except ImportError as error:
-        raise UserError("Grad-CAM needs the package grad-cam: pip install grad-cam") from error
-    name = default_layer(model, images.shape[-1]) if layer is None else layer
-    try:
-        module = model.backbone.get_submodule(name)
-    except AttributeError as error:
-        raise UserError(f"the backbone has no layer {name!r}; those with maps are {list(_stages(model))}") from error
-    to_maps = _MapsFirst(_stages(model).get(name), getattr(model.backbone, "num_prefix_tokens", 0))
-    maps = []
-    for classifier, of_size in zip(classifiers, targets, strict=True):
-        with GradCAM(_OneSize(model, classifier), [module], reshape_transform=to_maps) as cam:
-            maps.append(cam(images, [ClassifierOutputTarget(int(target)) for target in of_size]))
-    return np.stack(maps)
-
-
-def default_layer(model: MatryoshkaClassifier, px: int) -> str:
-    """The last stage of the backbone whose maps are at least 4 x 4 for images of ``px`` pixels.
-
-    Small images leave the very last stage a single cell, which can show nothing.
-
-    Raises:
-        UserError: timm does not say where the backbone's stages are, or none has maps as large.
-    """
-    weight = next(model.parameters())
-    sides: dict[str, float] = {}
-    hooks = [
-        model.backbone.get_submodule(name).register_forward_hook(
-            lambda _, __, output, name=name, channels=channels: sides.update({name: _side(output, channels)})
-        )
-        for name, channels in _stages(model).items()
-    ]
-    with torch.no_grad():
-        model.embed(torch.zeros(1, 3, px, px, device=weight.device, dtype=weight.dtype))
+    outputs: list[Tensor] = []
+    stages: Any = getattr(model.backbone, "feature_info", None) or []
+    layers = [model.backbone.get_submodule(stage["module"]) for stage in stages]
+    hooks = [layer.register_forward_hook(lambda _, __, output: outputs.append(output)) for layer in layers]
+    z = model.embed(images)
     for hook in hooks:
         hook.remove()
-    large = [name for name, side in sides.items() if side >= SMALLEST_MAP]
-    if not large:
-        raise UserError(
-            f"no stage of this backbone has maps of {SMALLEST_MAP} x {SMALLEST_MAP} or more for images of {px} px "
-            f"({sides}); name a layer"
+    scores = [
+        F.linear(prefix(z, weight.shape[1]), weight, bias).gather(1, torch.from_numpy(of_size)[:, None].to(z.device))
+        for (weight, bias), of_size in zip(classifiers, targets, strict=True)
+    ]
+    for stage, output in reversed(list(zip(stages, outputs, strict=True))):
+        maps, *slopes = (
+            _to_maps(model, values, stage["num_chs"])
+            for values in (
+                output,
+                *(torch.autograd.grad(score.sum(), output, retain_graph=True)[0] for score in scores),
+            )
         )
-    return large[-1]
+        if min(maps.shape[2:]) >= MIN_MAP_SIDE and all(slope.any() for slope in slopes):
+            return np.stack([_heat(maps, slope, images.shape[2:]) for slope in slopes])
+    raise UserError(
+        f"Grad-CAM needs a stage with {MIN_MAP_SIDE} x {MIN_MAP_SIDE} cells or more, and none of the {len(stages)} "
+        f"that timm lists for this backbone has as many for images of {images.shape[-1]} px"
+    )
 
 
-class _OneSize(nn.Module):
-    """Logits ``(B, C)`` of one prefix, down to the images."""
-
-    def __init__(self, model: MatryoshkaClassifier, classifier: Classifier):
-        super().__init__()
-        self.model = model
-        self.weight, self.bias = (part.detach() for part in classifier)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return F.linear(prefix(self.model.embed(images), self.weight.shape[1]), self.weight, self.bias)
+def _heat(maps: Tensor, slopes: Tensor, size: Sequence[int]) -> np.ndarray:
+    """Sum the channels of ``maps`` ``(B, channels, h, w)``, weighted by their mean slope; ``(B, H, W)``, 0 to 1."""
+    heat = (slopes.mean(dim=(2, 3), keepdim=True) * maps).sum(dim=1).relu()
+    heat = F.interpolate(heat[None], size, mode="bilinear")[0]
+    low, high = heat.amin(dim=(1, 2), keepdim=True), heat.amax(dim=(1, 2), keepdim=True)
+    return ((heat - low) / (high - low).clamp(min=1e-7)).numpy(force=True)
 
 
-class _MapsFirst:
-    """A layer's output as ``(B, channels, height, width)``, from timm's other two shapes of it too."""
-
-    def __init__(self, channels: int | None, num_prefix_tokens: int):
-        self.channels = channels
-        self.num_prefix_tokens = num_prefix_tokens
-
-    def __call__(self, output: Tensor) -> Tensor:
-        if output.ndim == 3:  # tokens of a transformer, in rows, after class and register tokens
-            output = output[:, self.num_prefix_tokens :]
-            side = math.isqrt(output.shape[1])
-            return output.unflatten(1, (side, -1)).permute(0, 3, 1, 2)
-        if output.shape[1] != self.channels and output.shape[-1] == self.channels:
-            return output.permute(0, 3, 1, 2)
-        return output
-
-
-def _stages(model: MatryoshkaClassifier) -> dict[str, int]:
-    """``{module: channels}`` of the backbone's stages, in order, as timm lists them."""
-    info: Any = getattr(model.backbone, "feature_info", None)
-    if not info:
-        raise UserError("timm does not list the stages of this backbone, so Grad-CAM has no layer to look at")
-    return {stage["module"]: stage["num_chs"] for stage in info}
-
-
-def _side(output: Tensor, channels: int) -> float:
-    """Side of the map in a layer's output, in cells; the shorter one of a map that is not square."""
-    if output.ndim == 3:
-        return math.sqrt(output.shape[1])
-    return min(output.shape[2:] if output.shape[1] == channels else output.shape[1:3])
+def _to_maps(model: MatryoshkaClassifier, output: Tensor, channels: int) -> Tensor:
+    """Return a stage's output as ``(B, channels, h, w)``; timm also has tokens and channels-last outputs."""
+    if output.ndim == 3:  # a transformer's tokens, class and register tokens first
+        output = output[:, getattr(model.backbone, "num_prefix_tokens", 0) :]
+        return output.unflatten(1, (math.isqrt(output.shape[1]), -1)).movedim(3, 1)
+    return output if output.shape[1] == channels else output.movedim(3, 1)

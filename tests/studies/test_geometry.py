@@ -1,8 +1,91 @@
+import itertools
+
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 
 from mrl.errors import UserError
-from mrl.studies.geometry import blocks, cosines, effective_rank, maps, spread_rows
+from mrl.model import build_backbone, build_model
+from mrl.results import Source
+from mrl.studies.geometry import (
+    blocks,
+    cosines,
+    effective_rank,
+    grad_cams,
+    maps,
+    positive_pairs,
+    shown_sizes,
+    similarity,
+    telling_queries,
+    undecided_images,
+)
+
+SOURCE = Source("digits", "some_run", 3, 32, 28, False)
+
+
+def values(rows):
+    return {(row.metric, row.dim): row.value for row in rows}
+
+
+def mean_cosine(vectors, pairs, dim):
+    sums = 0.0
+    for i, j in pairs:
+        a, b = vectors[i, :dim], vectors[j, :dim]
+        sums += a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+    return sums / len(pairs)
+
+
+def test_similarity_approaches_the_mean_over_all_pairs():
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(5), 6)
+    vectors = rng.standard_normal((5, 16))[labels] + rng.standard_normal((30, 16))
+    everything = list(itertools.permutations(range(30), 2))
+    positive = [(i, j) for i, j in everything if labels[i] == labels[j]]
+    found = values(similarity(vectors, labels, [4, 16], SOURCE, "MRL", num_pairs=100_000))
+    for dim in (4, 16):
+        # The standard error of 100,000 samples of a value within -1 to 1 is below 0.0032.
+        assert found["cosine_positive", dim] == pytest.approx(mean_cosine(vectors, positive, dim), abs=0.01)
+        assert found["cosine_random", dim] == pytest.approx(mean_cosine(vectors, everything, dim), abs=0.01)
+
+
+def test_similarity_worked_by_hand():
+    # One dim: signs. Two images of a class on one side, the other class's two on the other.
+    vectors = np.array([[1.0, 1.0], [2.0, -2.0], [-3.0, 0.0], [-1.0, 0.0]])
+    labels = np.array([4, 4, 9, 9])
+    found = values(similarity(vectors, labels, [1, 2], SOURCE, "MRL", num_pairs=5000))
+    assert found["cosine_positive", 1] == 1
+    # Of 6 pairs 2 are on one side: (2 - 4) / 6.
+    assert found["cosine_random", 1] == pytest.approx(-1 / 3, abs=0.05)
+    # The pair of class 4 is at a right angle, that of class 9 parallel, and both come equally often.
+    assert found["cosine_positive", 2] == pytest.approx(0.5, abs=0.05)
+    of_pairs = cosines(vectors, labels, [1, 2], num_pairs=50)
+    assert set(of_pairs[1][1].round(5)) == {-1, 1} and set(of_pairs[2][0].round(5)) == {0, 1}
+
+
+def test_positive_pairs_are_two_images_of_one_class_each_other_equally_often():
+    labels = np.array([3, 70_000, 3, 1, 70_000, 3, 2])
+    pairs = positive_pairs(labels, 40_000, np.random.default_rng(0))
+    kinds, counts = np.unique(pairs, axis=0, return_counts=True)
+    frequency = {tuple(kind): count / len(pairs) for kind, count in zip(kinds.tolist(), counts, strict=True)}
+    # Five images share a class; those of class 3 have two partners, those of class 70,000 one.
+    of_three = dict.fromkeys(itertools.permutations((0, 2, 5), 2), 1 / 10)
+    assert frequency == pytest.approx(of_three | {(1, 4): 1 / 5, (4, 1): 1 / 5}, abs=0.02)
+
+
+def test_fault_1_neither_scale_nor_names_of_classes_change_similarity():
+    rng = np.random.default_rng(0)
+    vectors, labels = rng.standard_normal((40, 8)), rng.integers(4, size=40)
+    before = values(similarity(vectors, labels, [4, 8], SOURCE, "MRL"))
+    scaled = vectors * rng.uniform(0.1, 10, (40, 1))
+    assert values(similarity(scaled, labels + 65_536, [4, 8], SOURCE, "MRL")) == pytest.approx(before, abs=1e-5)
+
+
+def test_identical_images_are_at_1_at_most_and_classes_of_one_image_have_no_positive_pairs():
+    vectors = np.tile(np.random.default_rng(0).standard_normal(24), (9, 1))
+    rows = similarity(vectors, np.arange(9), [8, 24], SOURCE, "FF", num_pairs=50)
+    assert {(row.metric, row.dim, row.n) for row in rows} == {("cosine_random", 8, 50), ("cosine_random", 24, 50)}
+    assert all(row.value == pytest.approx(1) for row in rows)
 
 
 def test_effective_rank_counts_equal_directions_and_ignores_rotation_and_scale():
@@ -13,8 +96,7 @@ def test_effective_rank_counts_equal_directions_and_ignores_rotation_and_scale()
     assert effective_rank(np.outer(rng.normal(size=50), [1, 2, 3])) == pytest.approx(1)
     assert effective_rank(np.zeros((50, 3))) == 0
     # Shares 3/4 and 1/4 of the variance: exp(-(3/4 log 3/4 + 1/4 log 1/4)).
-    two = orthonormal[:, :2] * np.sqrt([3, 1])
-    assert effective_rank(two) == pytest.approx(4 / 3**0.75)
+    assert effective_rank(orthonormal[:, :2] * np.sqrt([3, 1])) == pytest.approx(4 / 3**0.75)
 
 
 def test_blocks_hold_their_coordinates_variance_and_class_share():
@@ -27,30 +109,8 @@ def test_blocks_hold_their_coordinates_variance_and_class_share():
     assert found.rank.tolist() == pytest.approx([1, 1])
     assert found.prefix_rank[0] == pytest.approx(1)
     assert found.prefix_rank[1] == pytest.approx(np.exp(-(10 / 12 * np.log(10 / 12) + 2 / 12 * np.log(2 / 12))))
-
-
-def test_blocks_without_variance_are_zero_and_not_nan():
-    found = blocks(np.ones((4, 4)), np.zeros(4, dtype=np.int64), [2, 4])
-    assert not np.concatenate(found[1:]).any()
-
-
-@pytest.mark.parametrize("dims", [[4, 2], [2, 2], [2, 9], [0, 2], []])
-def test_impossible_blocks_are_refused(dims):
-    with pytest.raises(UserError, match="ascending, each 1 to the width, 8"):
-        blocks(np.ones((4, 8)), np.zeros(4, dtype=np.int64), dims)
-
-
-def test_spread_rows_go_from_first_to_last():
-    assert spread_rows(10, 4).tolist() == [0, 3, 6, 9]
-    assert spread_rows(3, 10).tolist() == [0, 1, 2]
-
-
-def test_cosines_are_those_of_unit_prefixes():
-    # Within a class prefixes of 1 point the same way, whole vectors do not.
-    vectors = np.array([[1, 0], [1, 1], [-1, 0], [-2, 2]], dtype=np.float32)
-    found = cosines(vectors, np.array([0, 0, 1, 1]), [1, 2], num_pairs=50)
-    assert found[1][0] == pytest.approx(1) and found[2][0] == pytest.approx(np.sqrt(0.5))
-    assert set(np.round(found[1][1], 5)) == {-1, 1}
+    without_variance = blocks(np.ones((4, 4)), np.zeros(4, dtype=np.int64), [2, 4])
+    assert not np.concatenate(without_variance[1:]).any(), "zero, not NaN"
 
 
 def test_a_map_keeps_far_groups_apart_and_is_the_same_twice():
@@ -61,5 +121,79 @@ def test_a_map_keeps_far_groups_apart_and_is_the_same_twice():
     np.testing.assert_array_equal(first, second)
     distances = np.linalg.norm(first[:, None] - first[None], axis=2) + 1e9 * np.eye(30)
     assert (labels[distances.argmin(axis=1)] == labels).all()
-    with pytest.raises(UserError, match="10 or more images"):
-        maps(vectors[:9], [2])
+
+
+def test_sizes_for_a_figure():
+    assert shown_sizes([8, 16, 32, 64, 128, 256, 512, 1024, 2048]) == [8, 32, 128, 2048]
+    assert shown_sizes([8, 16, 32, 64, 128, 256, 512]) == [8, 32, 128, 512]
+    assert shown_sizes([8, 16]) == [8, 16] and shown_sizes([8]) == [8]
+
+
+def test_queries_that_gain_most_come_first_one_of_each_class():
+    database_labels = np.array([0, 1])
+    small = np.array([[1, 1], [1, 0], [0, 0], [1, 1]])
+    full = np.array([[0, 0], [0, 0], [1, 0], [0, 0]])
+    # Right neighbors, small and full: query 0 0 -> 2, 1 1 -> 2, 2 (class 1) 0 -> 1, 3 0 -> 2.
+    found = {8: (small, small), 32: (full, full)}
+    labels = np.array([0, 0, 1, 0])
+    assert telling_queries(found, labels, database_labels, 2).tolist() == [0, 2]
+    assert telling_queries(found, labels, database_labels, 4).tolist() == [0, 2, 3, 1]
+
+
+def test_undecided_images_change_most_and_end_up_right():
+    labels = np.array([0, 0, 0, 0])
+    predictions = np.array([[0, 1, 1, 2], [0, 0, 2, 1], [0, 0, 0, 2]])
+    assert undecided_images(predictions, labels, 4).tolist() == [2, 1, 0, 3]
+
+
+VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+
+
+def small(name, dims, kwargs=None, px=32):
+    torch.manual_seed(0)
+    model = build_model(build_backbone(name, "scratch", 4 if kwargs else 2, False, kwargs or {}), 5, dims)
+    model.train()(torch.randn(8, 3, px, px))  # BatchNorms that saw data
+    return model.eval()
+
+
+def classifiers_of(model):
+    return [model.head.weight_and_bias(g) for g in range(len(model.head.nesting_list))]
+
+
+def slow_cam(model, layer, image, g, target):
+    """Grad-CAM by its definition, one image: channels weighed by their mean gradient, then a ReLU, up and to 0..1."""
+    kept = {}
+    hook = model.backbone.get_submodule(layer).register_forward_hook(lambda _, __, output: kept.update(map=output))
+    logit = model(image[None])[g, 0, target]
+    hook.remove()
+    [gradient] = torch.autograd.grad(logit, kept["map"])
+    heat = (gradient.mean(dim=(2, 3), keepdim=True) * kept["map"]).sum(dim=1).relu().detach()
+    heat = F.interpolate(heat[None], image.shape[1:], mode="bilinear")[0, 0]
+    return ((heat - heat.min()) / (heat.max() - heat.min())).numpy()
+
+
+def test_grad_cam_is_the_gradient_of_each_prefixs_own_classifier_at_the_last_stage_with_16_cells():
+    model = small("test_resnet", (8, 32, 96))
+    images, targets = torch.randn(2, 3, 32, 32), np.array([[0, 1], [2, 3], [4, 0]])
+    sides = {}
+    for stage in model.backbone.feature_info:
+        name = stage["module"]
+        model.backbone.get_submodule(name).register_forward_hook(
+            lambda _, __, output, name=name: sides.update({name: output.shape[-1]})
+        )
+    heat = grad_cams(model, images, classifiers_of(model), targets)
+    layer = [name for name, side in sides.items() if side >= 4][-1]
+    assert layer != list(sides)[-1], "the very last stage is too small here"
+    assert heat.shape == (3, 2, 32, 32)
+    for g in range(3):
+        for i in range(2):
+            np.testing.assert_allclose(heat[g, i], slow_cam(model, layer, images[i], g, targets[g, i]), atol=1e-4)
+    assert np.abs(heat[0] - heat[2]).max() > 0.1
+    with pytest.raises(UserError, match="4 x 4 cells or more.* for images of 3 px"):
+        grad_cams(model, torch.randn(2, 3, 3, 3), classifiers_of(model), targets)
+
+
+def test_grad_cam_of_a_transformer_looks_at_a_block_whose_patches_count():
+    model = small("vit_tiny_patch16_224", (8, 32), VIT)
+    heat = grad_cams(model, torch.randn(1, 3, 32, 32), classifiers_of(model), np.array([[0], [1]]))
+    assert heat.shape == (2, 1, 32, 32) and heat.min() == 0 and heat.max() == 1, "the last block's patches are unread"

@@ -10,11 +10,18 @@ from mrl.errors import UserError
 from mrl.matryoshka import NestedLinear
 from mrl.results import Source
 from mrl.studies.hierarchy import (
+    Hierarchy,
     build_hierarchy,
+    confusion_counts,
     default_superclasses,
+    group_classes,
     hierarchy,
+    knowledge,
+    nearest_classes,
     per_class,
     read_class_table,
+    sizes_from_two,
+    sizes_needed,
     trend,
     within_superclasses,
 )
@@ -27,7 +34,7 @@ TABLE = {"cat": "animal", "dog": "animal", "oak": "plant", "rose": "plant"}
 
 
 def values(rows):
-    return {(row.metric, row.dim): row.value for row in rows}
+    return {(row.metric, row.group, row.dim): row.value for row in rows}
 
 
 def test_worked_by_hand():
@@ -40,26 +47,26 @@ def test_worked_by_hand():
     # 8 dims: cat as dog is an animal, dog right, oak as rock is no plant, rock right.
     # 16 dims: cat right, dog as oak, oak as rose is a plant, rock as cat.
     assert values(rows) == {
-        ("superclass_top_1", 8): pytest.approx(2 / 3),
-        ("superclass_top_1", 16): pytest.approx(2 / 3),
-        ("superclass_top_1_with_reject", 8): 0.75,
-        ("superclass_top_1_with_reject", 16): 0.5,
-        ("superclass_top_1 in animal", 8): 1,
-        ("superclass_top_1 in animal", 16): 0.5,
-        ("superclass_top_1 in plant", 8): 0,
-        ("superclass_top_1 in plant", 16): 1,
-        ("top_1 in animal", 8): 0.5,
-        ("top_1 in animal", 16): 0.5,
-        ("top_1 in plant", 8): 0,
-        ("top_1 in plant", 16): 0,
+        ("superclass_top_1", None, 8): pytest.approx(2 / 3),
+        ("superclass_top_1", None, 16): pytest.approx(2 / 3),
+        ("superclass_top_1_with_reject", None, 8): 0.75,
+        ("superclass_top_1_with_reject", None, 16): 0.5,
+        ("superclass_top_1", "animal", 8): 1,
+        ("superclass_top_1", "animal", 16): 0.5,
+        ("superclass_top_1", "plant", 8): 0,
+        ("superclass_top_1", "plant", 16): 1,
+        ("top_1", "animal", 8): 0.5,
+        ("top_1", "animal", 16): 0.5,
+        ("top_1", "plant", 8): 0,
+        ("top_1", "plant", 16): 0,
     }
-    assert {(row.metric, row.n) for row in rows if row.dim == 8} == {
-        ("superclass_top_1", 3),
-        ("superclass_top_1_with_reject", 4),
-        ("superclass_top_1 in animal", 2),
-        ("superclass_top_1 in plant", 1),
-        ("top_1 in animal", 2),
-        ("top_1 in plant", 1),
+    assert {(row.metric, row.group, row.n) for row in rows if row.dim == 8} == {
+        ("superclass_top_1", None, 3),
+        ("superclass_top_1_with_reject", None, 4),
+        ("superclass_top_1", "animal", 2),
+        ("superclass_top_1", "plant", 1),
+        ("top_1", "animal", 2),
+        ("top_1", "plant", 1),
     }
 
 
@@ -69,7 +76,7 @@ def test_fault_14_classes_outside_the_table_are_counted_apart_and_only_where_the
     partial, whole = build_hierarchy(CLASSES, TABLE), build_hierarchy(CLASSES, TABLE | {"rock": "mineral"})
     found = values(hierarchy(always_rock, labels, [8], partial, SOURCE, "MRL"))
     # The reject class alone makes a model that knows no superclass look right.
-    assert (found["superclass_top_1", 8], found["superclass_top_1_with_reject", 8]) == (0, 0.75)
+    assert (found["superclass_top_1", None, 8], found["superclass_top_1_with_reject", None, 8]) == (0, 0.75)
     metrics = {row.metric for row in hierarchy(always_rock, labels, [8], whole, SOURCE, "MRL")}
     assert "superclass_top_1_with_reject" not in metrics
 
@@ -83,23 +90,36 @@ def test_equals_a_loop_over_images_and_is_never_below_class_accuracy():
     for g, dim in enumerate((8, 16)):
         pairs = [(table.get(classes[a]), table.get(classes[b])) for a, b in zip(labels, predictions[g], strict=True)]
         inside = [a == b for a, b in pairs if a is not None]
-        assert found["superclass_top_1", dim] == pytest.approx(np.mean(inside))
-        assert found["superclass_top_1_with_reject", dim] == pytest.approx(np.mean([a == b for a, b in pairs]))
+        assert found["superclass_top_1", None, dim] == pytest.approx(np.mean(inside))
+        assert found["superclass_top_1_with_reject", None, dim] == pytest.approx(np.mean([a == b for a, b in pairs]))
         of_s1 = [a == b for a, b in zip(labels, predictions[g], strict=True) if table.get(classes[a]) == "s1"]
-        assert found["top_1 in s1", dim] == pytest.approx(np.mean(of_s1))
-        assert found["superclass_top_1 in s1", dim] >= found["top_1 in s1", dim]
+        assert found["top_1", "s1", dim] == pytest.approx(np.mean(of_s1))
+        assert found["superclass_top_1", "s1", dim] >= found["top_1", "s1", dim]
 
 
-def test_names_of_classes_and_superclasses_change_no_number():
+def test_within_a_superclass_only_its_own_classes_compete_and_one_class_has_no_rows():
+    superclasses = build_hierarchy(CLASSES, TABLE | {"rock": "mineral"})
+    head = NestedLinear([4, 8], 5)
+    classifiers = [head.weight_and_bias(g) for g in range(2)]
     rng = np.random.default_rng(0)
-    labels, predictions = rng.integers(5, size=50), rng.integers(5, size=(1, 50))
-    renamed = {"cat": "z", "dog": "z", "oak": "a", "rose": "a"}
-    first, second = (
-        values(hierarchy(predictions, labels, [8], build_hierarchy(CLASSES, table), SOURCE, "MRL"))
-        for table in (TABLE, renamed)
-    )
-    assert first["superclass_top_1", 8] == second["superclass_top_1", 8]
-    assert first["top_1 in animal", 8] == second["top_1 in z", 8]
+    vectors, labels = rng.standard_normal((80, 8)).astype(np.float32), rng.integers(5, size=80)
+    rows = within_superclasses(vectors, labels, classifiers, superclasses, SOURCE, "MRL")
+    with torch.no_grad():
+        logits = head(torch.from_numpy(vectors)).numpy()
+    for name, members in {"animal": [0, 1], "plant": [2, 4]}.items():
+        for g, dim in enumerate((4, 8)):
+            right = [
+                max(members, key=lambda c: of_image[c]) == label
+                for of_image, label in zip(logits[g], labels, strict=True)
+                if label in members
+            ]
+            [row] = [row for row in rows if (row.group, row.dim) == (name, dim)]
+            assert (row.study, row.metric) == ("hierarchy", "top_1_within")
+            assert (row.value, row.n) == (pytest.approx(np.mean(right)), len(right))
+    assert len(rows) == 4
+    animals = labels < 2
+    rows = within_superclasses(vectors[animals], labels[animals], classifiers, superclasses, SOURCE, "MRL")
+    assert {row.group for row in rows} == {"animal"}, "plants have no images"
 
 
 @pytest.mark.parametrize(
@@ -123,92 +143,65 @@ def test_per_class_rows_worked_by_hand_without_the_class_that_has_no_images():
     predictions = np.array([[0, 1, 1], [0, 0, 0], [0, 0, 1]])
     rows = per_class(predictions, labels, [8, 16, 32], ["cat", "dog", "oak"], SOURCE, "MRL")
     found = values(rows)
-    assert [found["top_1 of class cat", dim] for dim in (8, 16, 32)] == [0.5, 1, 1]
-    assert [found["top_1 of class dog", dim] for dim in (8, 16, 32)] == [1, 0, 1]
-    assert not any("oak" in metric for metric, _ in found)
-    assert found["classes that are monotone", None] == found["classes that are dip then rise", None] == 0.5
-    assert sum(value for (metric, _), value in found.items() if "that are" in metric) == 1
-    assert {row.n for row in rows if "that are" in row.metric} == {2}
-    assert not any("that are" in row.metric for row in per_class(predictions[:1], labels, [8], "abc", SOURCE, "FF"))
+    assert [found["top_1", "cat", dim] for dim in (8, 16, 32)] == [0.5, 1, 1]
+    assert [found["top_1", "dog", dim] for dim in (8, 16, 32)] == [1, 0, 1]
+    assert {(row.group, row.n) for row in rows if row.dim == 8} == {("cat", 2), ("dog", 1)}
+    shares = {row.group: row.value for row in rows if row.metric == "share_of_classes"}
+    assert shares["monotone"] == shares["dip then rise"] == 0.5 and sum(shares.values()) == 1
+    assert {(row.n, row.dim) for row in rows if row.metric == "share_of_classes"} == {(2, None)}
+    assert {row.metric for row in per_class(predictions[:1], labels, [8], "abc", SOURCE, "FF")} == {"top_1"}
 
 
-def test_per_class_equals_a_loop():
-    rng = np.random.default_rng(0)
-    labels, predictions = rng.integers(7, size=200), rng.integers(7, size=(2, 200))
-    found = values(per_class(predictions, labels, [8, 16], [str(c) for c in range(7)], SOURCE, "MRL"))
-    for c in range(7):
-        for g, dim in enumerate((8, 16)):
-            right = [p == c for p, label in zip(predictions[g], labels, strict=True) if label == c]
-            assert found[f"top_1 of class {c}", dim] == pytest.approx(np.mean(right))
+def test_fault_1_class_indices_beyond_65536_stay_apart():
+    labels = np.array([2048, 2049, 65_536, 65_537, 69_999])
+    predictions = np.array([labels, [2049, 2049, 65_537, 65_537, 4463]])
+    found = values(per_class(predictions, labels, [4, 8], [f"c{i}" for i in range(70_000)], SOURCE, "MRL"))
+    assert [found["top_1", f"c{label}", 8] for label in labels] == [0, 1, 0, 1, 0]
+    superclass_of = np.zeros(70_000, dtype=np.int64)
+    superclass_of[[2049, 65_537]] = 1
+    rows = hierarchy(predictions, labels, [4, 8], Hierarchy(superclass_of, ("even", "odd")), SOURCE, "MRL")
+    assert values(rows)["superclass_top_1", None, 8] == 3 / 5
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
-        ("class\tgroup\ncat\tanimal\n", "columns"),
-        ("", "columns"),
-        ("class\tsuperclass\ncat\n", "line 2.*'cat'"),
-        ("class\tsuperclass\ncat\tanimal\ncat\tplant\n", "line 3.*'cat'"),
+        ("class\tgroup\ncat\tanimal\n", "needed are the class first and one called superclass"),
+        ("superclass\ncat\n", "needed are the class first and one called superclass"),
+        ("", "is not a tab-separated table"),
+        ("class\tsuperclass\ncat\n", "class 'cat' needs one superclass"),
+        ("class\tsuperclass\ncat\t \n", "class 'cat' needs one superclass"),
+        ("class\tsuperclass\ncat\tanimal\ncat\tplant\n", "class 'cat' needs one superclass"),
+        (None, "does not exist"),
     ],
 )
-def test_a_table_that_cannot_be_read_is_refused(tmp_path, content, said):
-    (tmp_path / "table.tsv").write_text(content)
-    with pytest.raises(UserError, match=said):
+def test_a_table_that_cannot_be_read_is_refused(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "table.tsv").write_text(content)
+    with pytest.raises(UserError, match=f"table.tsv.*{message}"):
         read_class_table(tmp_path / "table.tsv", "superclass")
 
 
-def test_a_table_may_have_more_columns_and_empty_lines(tmp_path):
-    (tmp_path / "table.tsv").write_text('id\tname\tsuperclass\nn1\ta "cat\tanimal\n\nn2\toak\tplant\n')
-    assert read_class_table(tmp_path / "table.tsv", "superclass") == {"n1": "animal", "n2": "plant"}
+def test_a_table_may_have_more_columns_quotes_repeats_empty_lines_and_classes_called_na(tmp_path):
+    (tmp_path / "table.tsv").write_text(
+        'id\tname\tsuperclass\nn1\ta "cat\tanimal\n\nNA\toak\tplant\n01\tx\tplant\nn1\t\tanimal\n'
+    )
+    assert read_class_table(tmp_path / "table.tsv", "superclass") == {"n1": "animal", "NA": "plant", "01": "plant"}
 
 
-def test_a_missing_table_and_one_of_other_classes_are_refused(tmp_path):
-    with pytest.raises(UserError, match="none.tsv does not exist"):
-        read_class_table(tmp_path / "none.tsv", "superclass")
+def test_a_table_of_other_classes_is_refused():
     with pytest.raises(UserError, match="none of the 5 classes"):
         build_hierarchy(CLASSES, {"bus": "vehicle"})
-    with pytest.raises(UserError, match="none of the 2 images"):
-        labels = np.array([3, 3])
-        hierarchy(labels[None], labels, [8], build_hierarchy(CLASSES, TABLE), SOURCE, "MRL")
 
 
 @pytest.mark.shared
 def test_the_table_of_tiny_imagenet_holds_all_its_classes():
     folder = SHARED / "tiny-imagenet-200"
     table = read_class_table(folder / "superclasses.tsv", "superclass")
-    classes = (folder / "wnids.txt").read_text().split()
-    superclasses = build_hierarchy(classes, table)
+    superclasses = build_hierarchy((folder / "wnids.txt").read_text().split(), table)
     assert (len(superclasses.names), superclasses.superclass_of.min()) == (20, 0)
     with (folder / "superclasses.tsv").open() as file:
         assert {line["wnid"]: line["superclass"] for line in csv.DictReader(file, delimiter="\t")} == table
-
-
-def test_within_a_superclass_only_its_own_classes_compete():
-    superclasses = build_hierarchy(CLASSES, TABLE)
-    head = NestedLinear([4, 8], 5)
-    classifiers = [head.weight_and_bias(g) for g in range(2)]
-    rng = np.random.default_rng(0)
-    vectors, labels = rng.standard_normal((80, 8)).astype(np.float32), rng.integers(5, size=80)
-    rows = within_superclasses(vectors, labels, classifiers, superclasses, SOURCE, "MRL")
-    with torch.no_grad():
-        logits = head(torch.from_numpy(vectors)).numpy()
-    for name, members in {"animal": [0, 1], "plant": [2, 4]}.items():
-        for g, dim in enumerate((4, 8)):
-            right = [
-                max(members, key=lambda c: of_image[c]) == label
-                for of_image, label in zip(logits[g], labels, strict=True)
-                if label in members
-            ]
-            [row] = [row for row in rows if (row.metric, row.dim) == (f"top_1 within {name}", dim)]
-            assert (row.study, row.value, row.n) == ("hierarchy", pytest.approx(np.mean(right)), len(right))
-
-
-def test_a_superclass_of_one_class_or_without_images_has_nothing_to_tell_apart():
-    head, labels = NestedLinear([8], 5), np.array([0, 1, 3])
-    classifiers = [head.weight_and_bias(0)]
-    table = build_hierarchy(CLASSES, TABLE | {"rock": "mineral"})
-    rows = within_superclasses(np.ones((3, 8), np.float32), labels, classifiers, table, SOURCE, "FF")
-    assert {row.metric for row in rows} == {"top_1 within animal"}
 
 
 def test_imagenet_gets_the_papers_superclasses_and_no_other_data_do():
@@ -216,5 +209,56 @@ def test_imagenet_gets_the_papers_superclasses_and_no_other_data_do():
     superclasses = build_hierarchy(wnids, default_superclasses(wnids))
     assert len(superclasses.names) == 30
     assert (superclasses.superclass_of >= 0).sum() == 467
-    assert default_superclasses(wnids[1:]) is None
-    assert default_superclasses(CLASSES) is None
+    assert default_superclasses(wnids[1:]) is None and default_superclasses(CLASSES) is None
+
+
+def test_sizes_below_the_trained_ones_are_powers_of_two_from_two_on():
+    assert sizes_from_two([8, 16]) == [2, 4, 8, 16]
+    assert sizes_from_two([12, 24]) == [2, 4, 8, 12, 24]
+    assert sizes_from_two([2, 4]) == [2, 4]
+
+
+def test_nearest_classes_are_those_of_a_slow_search():
+    rng = np.random.default_rng(0)
+    queries, database = rng.normal(size=(20, 6)).astype(np.float32), rng.normal(size=(30, 6)).astype(np.float32)
+    labels = rng.integers(0, 4, 30)
+    found = nearest_classes(queries, database, labels, [2, 6])
+    for g, dim in enumerate((2, 6)):
+        for q, query in enumerate(queries[:, :dim]):
+            cosines = [query @ row / np.linalg.norm(query) / np.linalg.norm(row) for row in database[:, :dim]]
+            assert found[g, q] == labels[int(np.argmax(cosines))]
+
+
+def test_classes_that_point_the_same_way_are_one_group_whatever_their_length():
+    angles = np.radians([0, 10, 90, 100, 200])
+    labels = np.repeat(np.arange(5), 4)
+    lengths = np.random.default_rng(0).uniform(1, 50, (20, 1))
+    vectors = lengths * np.stack([np.cos(angles), np.sin(angles)], axis=1)[labels]
+    groups = group_classes(vectors.astype(np.float32), labels, ["a", "b", "c", "d", "e"], 3)
+    assert groups.names == ("a, b", "c, d", "e")
+    assert groups.superclass_of.tolist() == [0, 0, 1, 1, 2]
+
+
+def test_knowledge_of_classes_groups_and_random_groups():
+    groups = Hierarchy(np.array([0, 0, 1, 1]), ("ab", "cd"))
+    labels = np.array([0, 1, 2, 3])
+    predictions = np.array([[1, 0, 3, 2], [0, 1, 2, 2]])
+    found = values(knowledge(predictions, labels, [2, 8], groups, SOURCE, "MRL", num_shuffles=3000))
+    assert (found["top_1", None, 2], found["top_1", None, 8]) == (0, 0.75)
+    assert (found["superclass_top_1", None, 2], found["superclass_top_1", None, 8]) == (1, 1)
+    # Of two random pairs of four classes, a wrong class is the partner of the right one in a third of all cases.
+    assert found["shuffled_superclass_top_1", None, 2] == pytest.approx(1 / 3, abs=0.03)
+    assert found["shuffled_superclass_top_1", None, 8] == pytest.approx(0.75 + 0.25 / 3, abs=0.01)
+
+
+def test_confusions_are_counted_and_needed_sizes_hand_worked():
+    labels = np.array([0, 0, 1, 1, 2])
+    predictions = np.array([[1, 1, 1, 1, 2], [0, 1, 1, 1, 2], [0, 0, 1, 0, 2]])
+    counts = confusion_counts(predictions, labels, 4)
+    assert counts[1].tolist() == [[1, 1, 0, 0], [0, 2, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]]
+    assert counts.sum(axis=(1, 2)).tolist() == [5, 5, 5]
+    # Class 0 gets better up to 32; class 1 is best at 8 already; class 3 has no image.
+    assert sizes_needed(counts, [8, 16, 32]).tolist() == [32, 8, 8, 0]
+    # A dip on the way does not count as reached; half a class of two images is a tolerance of 0.5.
+    assert sizes_needed(counts[[2, 0, 2]], [8, 16, 32])[0] == 32
+    assert sizes_needed(counts, [8, 16, 32], tolerance=0.5)[0] == 16
