@@ -80,7 +80,7 @@ def runs(tmp_path_factory):
     for name, dims in (("mrl", "[8, 16, 32, 96]"), ("ff", "[96]")):
         assert training.main([*TINY, dims, "--run.name", name, "--run.dir", str(folder)]) == 0
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluation, "run_studies", lambda *arguments: [])  # the notebooks need no rows
+        patch.setattr(evaluation, "run_studies", lambda *_, **__: [])  # the notebooks need no rows
         assert evaluation.main(["--runs", str(folder / "mrl"), str(folder / "ff")]) == 0
     return folder
 
@@ -89,7 +89,6 @@ def runs(tmp_path_factory):
 def test_it_runs_on_other_runs_and_draws(path, runs, tmp_path):
     pytest.importorskip("nbclient")
     pytest.importorskip("ipykernel")
-    pytest.importorskip("pytorch_grad_cam")
     from notebooks.execute import execute
 
     environment = {"MRL_RUN": str(runs / "mrl"), "MRL_OTHER_RUN": str(runs / "ff"), "MRL_MAX_IMAGES": "60"}
