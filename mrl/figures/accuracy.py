@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
@@ -12,15 +13,11 @@ from mrl.paper import paper_rows
 from mrl.results import METHODS, Row
 
 NESTED = ("MRL", "MRL-E")
-NEAREST = ("retrieval", "top_1")
+LINEAR, NEAREST, RETRIEVAL = ("classification", "top_1"), ("retrieval", "top_1"), ("retrieval", "map@10")
 PANELS = {
-    "accuracy_by_dim": {("classification", "top_1"): "linear classification", NEAREST: "1-nearest neighbor"},
-    "map_by_dim": {("retrieval", "map@10"): "retrieval"},
-    "baselines": {
-        ("classification", "top_1"): "linear classification",
-        NEAREST: "1-nearest neighbor",
-        ("retrieval", "map@10"): "retrieval",
-    },
+    "accuracy_by_dim": {LINEAR: "linear classification", NEAREST: "1-nearest neighbor"},
+    "map_by_dim": {RETRIEVAL: "retrieval"},
+    "baselines": {LINEAR: "linear classification", NEAREST: "1-nearest neighbor", RETRIEVAL: "retrieval"},
     "superclasses": {
         ("hierarchy", "superclass_top_1"): "images of classes that have a superclass",
         ("hierarchy", "superclass_top_1_with_reject"): "all images; one more class for the rest",
@@ -40,7 +37,7 @@ def trained_dims(rows: Sequence[Row]) -> Trained:
     return trained
 
 
-def is_trained(row: Row, trained: Trained) -> bool:
+def is_trained(row: Any, trained: Trained) -> bool:
     """Return False if the size of ``row`` is known to lie between the trained sizes of a nested model."""
     return row.dim in trained.get((row.method, row.run), {row.dim})
 
@@ -75,10 +72,7 @@ def _draw(rows: Sequence[Row], panels: Mapping[tuple[str, str], str], trained: T
     rows = [row for row in rows if row.dim is not None and row.group is None]
     table = style.table_of(rows, " or ".join(title for title in panels.values()))
     styles = style.styles_of(table)
-    table["between"] = [
-        trained is not None and row.dim not in trained.get((row.method, row.run), {row.dim})
-        for row in table.itertuples()
-    ]
+    table["between"] = [not is_trained(row, trained or {}) for row in table.itertuples()]
     published, of_paper = style.paper_beside(rows), trained_dims(paper_rows(rows[0].dataset))
     by_panel = dict(list(table.groupby(["study", "metric"])))
     shown = [key for key in panels if key in by_panel]

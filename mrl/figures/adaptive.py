@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pandas as pd
 from matplotlib import rc_context
@@ -33,14 +34,14 @@ def cascade_by_expected_dim(rows: Sequence[Row]) -> Figure:
     there are several, else over the random splits into images to fit and to report on.
     """
     rows = [row for row in rows if row.study == "cascade" and row.expected_dim is not None]
-    table = style.table_of([row for row in rows if row.metric == "top_1"], "the cascade study")
-    over_splits = style.table_of([row for row in rows if row.metric in ("top_1", "top_1_std")], "the cascade study")
-    over_splits = over_splits[over_splits.metric == "top_1_std"]
-    styles, published = style.styles_of(table), style.paper_beside(rows)
+    accuracies = [row for row in rows if row.metric == "top_1"]
+    table = style.table_of(accuracies, "the cascade study")
+    both = style.table_of([row for row in rows if row.metric in ("top_1", "top_1_std")], "the cascade study")
+    styles, published = style.styles_of(table), style.paper_beside(accuracies)
     first = next(iter(table.label[table.method != "FF"]), None)
     figure, [[axes]] = style.subplots(1, 1, (6.0, 4.2))
     for label, points in table.groupby("label", sort=False):
-        errors = over_splits[over_splits.label == label]
+        errors = both[(both.label == label) & (both.metric == "top_1_std")]
         means = style.draw_line(axes, points, label, styles[label], "expected_dim", errors)
         last = 0.0
         for point in means.itertuples() if label == first else ():
@@ -48,9 +49,7 @@ def cascade_by_expected_dim(rows: Sequence[Row]) -> Figure:
                 last = point.x
                 style.annotate(axes, f"≤{point.dim}", (point.x, point.y), (3, -11), color=styles[label]["color"])
         method = points.method.iloc[0]
-        of_paper = [
-            (row.expected_dim or 0.0, row) for row in published if row.method == method and row.metric == "top_1"
-        ]
+        of_paper = [(row.expected_dim or 0.0, row) for row in published if row.method == method]
         style.draw_paper(axes, of_paper, method, styles[label]["color"])
     style.dim_axis(axes, table.dim)
     axes.set(xlabel="expected dim (mean size that decides an image; dims)", ylabel=style.metric_label("top_1"))
@@ -76,7 +75,7 @@ def first_correct_histogram(rows: Sequence[Row]) -> Figure:
     bar = 0.8 / len(styles)
     for i, (label, look) in enumerate(styles.items()):
         shares = table[table.label == label].groupby("column").percent.agg(["mean", "std", "count"])
-        look = {"facecolor": look["color"], "edgecolor": "white", "hatch": HATCHES[i % len(HATCHES)]}
+        look = {"facecolor": look["color"], "edgecolor": "white", "linewidth": min(1, 5 * bar), "hatch": HATCHES[i % 4]}
         if shares["count"].max() > 1:
             look |= {"yerr": shares["std"].fillna(0), "error_kw": {"elinewidth": 1, "capsize": min(2, 20 * bar)}}
         places = shares.index + (i - (len(styles) - 1) / 2) * bar
@@ -122,13 +121,14 @@ def adaptive_retrieval(rows: Sequence[Row]) -> Figure:
     """
     rows = [row for row in rows if row.study in STUDIES and row.metric in ("map@10", "top_1")]
     table = style.table_of(rows, "adaptive retrieval")
-    published = {(row.metric, row.shortlist_dim, row.rerank_dim): row for row in style.paper_beside(rows)}
+    published = {(row.metric, *_sizes(row)): row for row in style.paper_beside(rows)}
     metrics = sorted(table.metric.unique())
     costs = [name for name in COST_LABELS if table[name].notna().all()]
     figure, grid = style.subplots(len(metrics), len(costs), (5.0, 3.5), sharex="col", sharey="row")
     size, full = table.shortlist_size[table.shortlist_dim == table.rerank_dim].max(), table.rerank_dim.max()
     reranked = [f"shortlist of {size}, reranked at {dims} dims" for dims in (full, "fewer")]
     labels = dict(zip(SEARCH_STYLES, (SINGLE, *reranked, "other shortlist lengths", "funnel"), strict=True))
+    short = {kind: label.partition(" (")[0] for kind, label in labels.items()}
     for line, metric in zip(grid, metrics, strict=True):
         line[0].set_ylabel(style.metric_label(metric))
         for kind, points in search_kinds(table[table.metric == metric]).items():
@@ -140,18 +140,16 @@ def adaptive_retrieval(rows: Sequence[Row]) -> Figure:
                 for point in means[::step].itertuples() if kind == "single" else ():
                     style.annotate(axes, point.shortlist_dim, (point.x, point.y), (5, -9))
             if kind in ("single", "full"):
-                keys = [(metric, *sizes) for sizes in zip(means.shortlist_dim, means.rerank_dim, strict=True)]
-                of_paper = [(published[key].cost or 0.0, published[key]) for key in keys if key in published]
-                style.draw_paper(line[0], of_paper, _short(labels[kind]), look["color"])
+                same = [published.get((metric, *_sizes(point))) for point in means.itertuples()]
+                of_paper = [(row.cost or 0.0, row) for row in same if row]
+                style.draw_paper(line[0], of_paper, short[kind], look["color"])
     for column, cost in zip(grid.T, costs, strict=True):
         for axes in column:
             style.cost_axis(axes, COST_LABELS[cost] if axes is column[-1] else "")
     name = rows[0].method if table.run.nunique() > 1 else f"{rows[0].method} ({rows[0].run})"
     heading = f"{rows[0].dataset}, {name}: {style.counts(table)} queries{style.seeds_note(table)}"
-    return style.finish(
-        figure, heading, [*labels.values(), *(style.PAPER.format(_short(label)) for label in labels.values())]
-    )
+    return style.finish(figure, heading, [*labels.values(), *map(style.PAPER.format, short.values())])
 
 
-def _short(label: str) -> str:
-    return label.partition(" (")[0]
+def _sizes(row: Any) -> tuple[int, int, int]:
+    return row.shortlist_dim, row.shortlist_size, row.rerank_dim

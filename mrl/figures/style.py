@@ -65,8 +65,8 @@ def metric_label(metric: str) -> str:
     """Return the axis label of a metric with its unit, e.g. "mAP@10 (%)" for "map@10"."""
     if metric.startswith("superclass_top_1"):
         return "superclass top-1 accuracy (%)"
-    if metric.startswith("top_"):
-        return f"top-{metric.split('_')[1]} accuracy (%)" if not metric.endswith("_shot") else "top-1 accuracy (%)"
+    if metric.startswith("top_1"):  # few-shot too
+        return "top-1 accuracy (%)"
     return f"{metric.replace('map', 'mAP')} (%)"
 
 
@@ -97,18 +97,13 @@ def line_styles(labels: Mapping[tuple[str, str], str]) -> dict[str, Style]:
     unused, styles = dict(METHOD_STYLES), {}
     for (method, _), label in labels.items():
         if label not in styles:
-            other = dict(zip(("color", "marker", "linestyle"), next(others), strict=True))
-            styles[label] = unused.pop(method, other)
+            own = unused.pop(method, None)
+            styles[label] = own or dict(zip(("color", "marker", "linestyle"), next(others), strict=True))
     return styles
 
 
 def table_of(rows: Sequence[Row], wanted: str) -> pd.DataFrame:
-    """Return rows of one dataset as a table in the order of the legend, with the columns label and percent too.
-
-    Args:
-        rows: What a figure shows.
-        wanted: What it is of, for the message if there are none.
-    """
+    """Return rows of one dataset as a table in the order of the legend, with two more columns, label and percent."""
     if not rows:
         raise NothingToDraw(f"there are no rows of {wanted}")
     if len(datasets := {row.dataset for row in rows}) > 1:
