@@ -99,11 +99,8 @@ def test_lines_are_the_rows_and_fixed_feature_models_join_in_any_order_of_rows()
                 "FF, plain truncation": ([8, 16, 32], [20, 50, 90]),
             }
             assert (axes.get_xlabel(), axes.get_ylabel()) == ("embedding size (dims)", "top-1 accuracy (%)")
-            assert axes.get_xscale() == "log" and [tick.get_text() for tick in axes.get_xticklabels()] == [
-                "8",
-                "16",
-                "32",
-            ]
+            ticks = [tick.get_text() for tick in axes.get_xticklabels()]
+            assert axes.get_xscale() == "log" and ticks == ["8", "16", "32"]
             low, high = axes.get_ylim()
             assert low < 20 and 100 < high < 103
         assert legend(figure) == list(drawn(figure.axes[0]))

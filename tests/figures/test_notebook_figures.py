@@ -52,11 +52,8 @@ def test_confusions_show_numbers_and_the_worst_classes_of_many():
     counts = np.array([[[3, 1], [0, 4]], [[4, 0], [0, 4]]])
     first, second = confusions(counts, [4, 8], [4, 8], ["a", "b"]).axes
     assert [axes.get_title() for axes in (first, second)] == ["4 dims: 1 of 8 wrong", "8 dims: 0 of 8 wrong"]
-    assert {(text.get_position(), text.get_text()) for text in first.texts} == {
-        ((0, 0), "3"),
-        ((1, 0), "1"),
-        ((1, 1), "4"),
-    }
+    numbers = {(*text.get_position(), text.get_text()) for text in first.texts}
+    assert numbers == {(0, 0, "3"), (1, 0, "1"), (1, 1, "4")}
     many = np.eye(50, dtype=np.int64)[None] * 5
     many[0, 40, 41] = 9
     [axes] = confusions(many, [8], [8], [f"c{i}" for i in range(50)]).axes
@@ -110,13 +107,12 @@ def test_heat_lies_over_each_image_under_the_class_that_its_size_predicts():
 
 
 def test_retrieval_is_drawn_by_time_and_by_bytes_and_the_chosen_size_is_ringed():
-    plans = [("adaptive_retrieval", 32, 32), ("adaptive_retrieval", 8, 8), ("adaptive_retrieval", 8, 32)]
-    rows = [
-        SOURCE.row(study, "MRL", "map@10", 0.5 + i / 10, 40, ms_per_query=i + 1.0, cost=1.0)
-        for i, (study, _, _) in enumerate([*plans, ("funnel_retrieval", 8, 32)])
-    ]
-    sizes = [{"shortlist_dim": small, "shortlist_size": 200, "rerank_dim": dim} for _, small, dim in [*plans, plans[2]]]
-    rows = [type(row)(**vars(row) | of) for row, of in zip(rows, sizes, strict=True)]
+    plans = [("adaptive", 32, 32), ("adaptive", 8, 8), ("adaptive", 8, 32), ("funnel", 8, 32)]
+    rows = []
+    for i, (kind, *sizes) in enumerate(plans):
+        of = dict(zip(("shortlist_dim", "rerank_dim"), sizes, strict=True))
+        of |= {"shortlist_size": 200, "cost": 1.0, "ms_per_query": i + 1.0}
+        rows.append(SOURCE.row(f"{kind}_retrieval", "MRL", "map@10", 0.5 + i / 10, 40, **of))
     by_time, by_bytes = retrieval_in_use(rows, 8).axes
     single = "one search, no reranking (numbers: its dims)"
     assert lines(by_time)[single] == ([2, 1], [60, 50]) and lines(by_bytes)[single] == ([32, 128], [60, 50])
