@@ -1,121 +1,157 @@
-"""The geometry of nested embeddings, drawn: variance and rank by block, maps of prefixes, cosines of pairs."""
+"""What is in a prefix: blocks of coordinates, maps, cosines, groups of classes, confusions, dims that a class needs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib import rc_context
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
-from mrl.figures.style import METHOD_STYLES, OTHER_STYLES, Style, add_legend, dim_axis
+from mrl.figures import style
+from mrl.results import Row
 from mrl.studies.geometry import Blocks
 
-MOST_CLASSES_COLORED = 10
-OF_CLASS, RANDOM = "pairs of one class", "random pairs"
+MAX_COLORED = 10
+MAX_NAMED = 30
+KNOWLEDGE = "prefix_knowledge"
+LINES: dict[tuple[str, str], tuple[str, style.Style]] = {
+    (KNOWLEDGE, "superclass_top_1"): ("right group, 1-NN", {"color": style.GREEN, "marker": "s"}),
+    (KNOWLEDGE, "shuffled_superclass_top_1"): (
+        "right group, 1-NN, were groups random",
+        {"color": style.GREEN, "ls": ":"},
+    ),
+    (KNOWLEDGE, "top_1"): ("right class, 1-NN", {"color": style.BLUE, "marker": "o"}),
+    ("classification", "top_1"): ("right class, linear classifier", {"color": "black", "marker": "x", "ls": "--"}),
+}
+BINS: list[float] = np.linspace(-1, 1, 81).tolist()
+AS_MANY = "as many as there are dims"
 
 
+@rc_context(style.RC)
 def block_statistics(by_run: Mapping[str, Blocks]) -> Figure:
-    """Where variance, classes and directions are among the coordinates; a line per run.
+    """Draw where variance, classes and directions are among the coordinates; a line per run.
 
     Three panels: variance of a coordinate by block, the share of a block's variance that lies between classes, and
-    the effective rank of everything up to a size. A block is called by its last coordinate.
-
-    Args:
-        by_run: ``{name: its blocks}``.
+    the effective rank of everything up to a size. A block is named by its last coordinate.
     """
-    figure = Figure(figsize=(11.4, 3.9), layout="constrained")
-    FigureCanvasAgg(figure)
-    variance, between, rank = figure.subplots(1, 3)
-    styles: list[Style] = [METHOD_STYLES["MRL"], METHOD_STYLES["FF"], *OTHER_STYLES]
-    for (name, found), style in zip(by_run.items(), styles, strict=False):
-        look = {"label": name, "linewidth": 1.6, "markerfacecolor": "white", "markersize": 5, **style}
-        variance.plot(found.dims, found.variance, **look)
+    figure, [[variance, between, rank]] = style.subplots(1, 3, (3.7, 3.6))
+    dims = sorted({dim for found in by_run.values() for dim in found.dims})
+    looks = [style.METHOD_STYLES["MRL"], style.METHOD_STYLES["FF"], *list(style.METHOD_STYLES.values())[7:]]
+    for (name, found), look in zip(by_run.items(), looks, strict=False):
+        variance.plot(found.dims, found.variance, label=name, **look)
         between.plot(found.dims, 100 * found.between, **look)
         rank.plot(found.dims, found.prefix_rank, **look)
-    dims = sorted({dim for found in by_run.values() for dim in found.dims})
-    rank.plot(dims, dims, color="0.6", linewidth=0.8, linestyle=(0, (4, 4)), label="as many as there are dims")
-    variance.axhline(1, color="0.6", linewidth=0.8, linestyle=(0, (4, 4)))
-    for axes in (variance, between):
-        dim_axis(axes, dims)
-        axes.set_xlabel("block of coordinates, up to (dims)")
-        axes.set_ylim(bottom=0)
-    dim_axis(rank, dims)
+    reference: style.Style = {"color": "0.6", "linewidth": 0.8, "linestyle": (0, (4, 4))}
+    rank.plot(dims, dims, label=AS_MANY, **reference)
+    variance.axhline(1, **reference)
+    for axes in (variance, between, rank):
+        style.dim_axis(axes, dims)
     rank.set_yscale("log", base=2)
-    rank.set_ylim(1, 1.15 * max(4.0, *(float(found.prefix_rank.max()) for found in by_run.values())))
     rank.yaxis.set_major_formatter("{x:g}")
-    variance.set_ylabel("variance of a coordinate / mean of all", fontsize=9)
-    between.set_ylabel("share between classes (%)", fontsize=9)
-    rank.set_ylabel("effective rank of the prefix (directions)", fontsize=9)
-    add_legend(figure, [*by_run, "as many as there are dims"])
-    return figure
+    highest = max(4.0, *(float(found.prefix_rank.max()) for found in by_run.values()))
+    rank.set(ylim=(1, 1.15 * highest), ylabel="effective rank of the prefix (directions)")
+    variance.set(ylim=(0, None), ylabel="variance of a coordinate / mean of all")
+    between.set(ylim=(0, None), ylabel="share between classes (%)")
+    for axes in (variance, between):
+        axes.set_xlabel("block of coordinates, up to (dims)")
+    return style.finish(figure, "", [*by_run, AS_MANY])
 
 
+@rc_context(style.BOXED)
 def prefix_maps(maps: Mapping[int, np.ndarray], labels: np.ndarray, classes: Sequence[str]) -> Figure:
-    """A panel per size: the images as t-SNE places their prefixes, colored by class.
+    """Draw maps ``{dim: (N, 2)}`` of N images, colored by class; of many classes, the ten with the most images.
 
-    Of more than 10 classes the ten with the most images are colored, the rest is gray. Names of one character
-    stand beside the middle of their class.
-
-    Args:
-        maps: ``{dim: (N, 2)}``.
-        labels: ``(N,)`` int64.
-        classes: C names.
+    If all names are of one character, each is written beside the middle of its class.
     """
-    figure = Figure(figsize=(2.9 * len(maps), 3.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    all_axes = figure.subplots(1, len(maps), squeeze=False)[0]
-    counts = np.bincount(labels, minlength=len(classes))
-    colored = np.sort(np.argsort(-counts, kind="stable")[:MOST_CLASSES_COLORED])
+    figure, [all_axes] = style.subplots(1, len(maps), (2.85, 3.1))
+    sizes = np.bincount(labels, minlength=len(classes))
+    colored = np.sort(np.argsort(-sizes, kind="stable")[:MAX_COLORED])
+    short = max(map(len, classes)) == 1
     for axes, (dim, places) in zip(all_axes, maps.items(), strict=True):
-        others = ~np.isin(labels, colored)
-        axes.scatter(*places[others].T, s=5, color="0.85", linewidths=0)
+        axes.scatter(*places[~np.isin(labels, colored)].T, s=5, color="0.85", linewidths=0)
         for number, c in enumerate(colored):
-            some = places[labels == c]
-            axes.scatter(*some.T, s=7, color=f"C{number}", linewidths=0, label=classes[c])
-            if len(classes[c]) == 1 and len(some):
-                look: dict[str, Any] = {"xytext": (9, 7), "textcoords": "offset points", "fontsize": 11}
-                middle = np.median(some, axis=0)
-                axes.annotate(classes[c], tuple(middle), color=f"C{number}", fontweight="bold", **look)
-        axes.set_title(f"{dim} dims", fontsize=10)
+            some, color = places[labels == c], f"C{number}"
+            axes.scatter(*some.T, s=7, color=color, linewidths=0, label=classes[c])
+            if short and len(some):
+                middle = tuple(np.median(some, axis=0))
+                style.annotate(axes, classes[c], middle, (9, 7), fontsize=11, color=color, fontweight="bold")
+        axes.set(title=f"{dim} dims", xticks=[], yticks=[])
         axes.margins(0.1)
-        axes.set_xticks([])
-        axes.set_yticks([])
-        axes.spines[:].set_color("0.8")
-    if max(map(len, classes)) > 1:
-        add_legend(figure, [classes[c] for c in colored], entry_inches=1.6)
-    return figure
+    return style.finish(figure, "", [] if short else [classes[c] for c in colored])
 
 
+@rc_context(style.RC | {"axes.grid": False})
 def cosine_distributions(cosines: Mapping[int, tuple[np.ndarray, np.ndarray]]) -> Figure:
-    """A panel per size: how the cosines of pairs of one class and of random pairs are distributed, means dashed.
-
-    Args:
-        cosines: ``{dim: (of one class, random)}``.
-    """
-    figure = Figure(figsize=(2.7 * len(cosines) + 0.3, 3.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    all_axes = figure.subplots(1, len(cosines), sharey=True, squeeze=False)[0]
+    """Draw the distributions of ``{dim: (cosines of pairs of one class, of random pairs)}``, with dashed means."""
+    figure, [all_axes] = style.subplots(1, len(cosines), (2.65, 3.0), sharey=True)
+    kinds = {"pairs of one class": style.BLUE, "random pairs": style.ORANGE}
     # Embeddings after a ReLU have no negative cosines.
-    low = -1 if min(float(values.min()) for pairs in cosines.values() for values in pairs if len(values)) < -0.01 else 0
-    bins = np.linspace(-1, 1, 81)
+    low = -1 if min(values.min(initial=0) for pairs in cosines.values() for values in pairs) < -0.01 else 0
     for axes, (dim, pairs) in zip(all_axes, cosines.items(), strict=True):
-        for label, values, color in zip((OF_CLASS, RANDOM), pairs, ("#0072B2", "#E69F00"), strict=True):
+        for (label, color), values in zip(kinds.items(), pairs, strict=True):
             if len(values):
-                _histogram(axes, values, bins, label, color)
-        axes.set_title(f"{dim} dims", fontsize=10)
-        axes.set_xlabel("cosine")
-        axes.set_xlim(low - 0.03, 1.03)
-        axes.set_xticks(np.linspace(low, 1, 3))
-        axes.spines[["top", "right"]].set_visible(False)
+                look: style.Style = {"color": color, "alpha": 0.55, "label": label}
+                axes.hist(values.clip(-1, 1), BINS, weights=np.full(len(values), 100 / len(values)), **look)
+                axes.axvline(values.mean(), color=color, linewidth=1.4, linestyle="--")
+        axes.set(title=f"{dim} dims", xlabel="cosine", xlim=(low - 0.03, 1.03), xticks=np.linspace(low, 1, 3))
     all_axes[0].set_ylabel("pairs (%)")
-    add_legend(figure, [OF_CLASS, RANDOM])
+    return style.finish(figure, "", kinds)
+
+
+@rc_context(style.RC)
+def accuracy_of_groups_and_classes(rows: Sequence[Row], trained: Sequence[int]) -> Figure:
+    """Draw accuracy of groups of classes and of classes by size, of one run; markers of trained sizes are filled."""
+    table = style.table_of([row for row in rows if (row.study, row.metric) in LINES], "what a prefix knows")
+    figure, [[axes]] = style.subplots(1, 1, (6.0, 3.7))
+    for (study, metric), (label, look) in LINES.items():
+        points = table[(table.study == study) & (table.metric == metric)].sort_values("dim")
+        axes.plot(points.dim, points.percent, label=label if len(points) else None, **look)
+        filled = points[points.dim.isin(trained)]
+        axes.plot(filled.dim, filled.percent, **look | {"ls": "none", "markerfacecolor": look["color"]})
+    style.dim_axis(axes, table.dim)
+    axes.set_ylabel("accuracy (%)")
+    heading = f"{table.dataset[0]}, {table.run[0]}: {style.counts(table)} images; filled: trained sizes"
+    return style.finish(figure, heading, [label for label, _ in LINES.values()])
+
+
+@rc_context(style.BOXED)
+def confusions(counts: np.ndarray, dims: Sequence[int], shown: Sequence[int], classes: Sequence[str]) -> Figure:
+    """Draw numbers of images by class and predicted class, ``(G, C, C)``, at those of the G sizes that are ``shown``.
+
+    Of more than 30 classes those with the most errors at the smallest size shown are drawn.
+    """
+    panels = counts[[list(dims).index(dim) for dim in shown]]
+    errors = panels[0].sum(axis=1) - np.diagonal(panels[0])
+    chosen = np.sort(np.argsort(-errors, kind="stable")[:MAX_NAMED])
+    names = [classes[c] for c in chosen]
+    figure, [all_axes] = style.subplots(1, len(shown), (3.4, 3.9), sharey=True)
+    norm = LogNorm(1, max(2, int(panels.max())))
+    for axes, dim, panel in zip(all_axes, shown, panels, strict=True):
+        part = panel[np.ix_(chosen, chosen)]
+        axes.imshow(np.where(part > 0, part, np.nan), cmap="Blues", norm=norm)
+        for row, column in np.argwhere(part) if len(names) <= 12 else ():
+            color = "white" if norm(part[row, column]) > 0.6 else "black"
+            axes.text(column, row, str(part[row, column]), ha="center", va="center", fontsize=7, color=color)
+        wrong, total = int(panel.sum() - np.trace(panel)), int(panel.sum())
+        axes.set(title=f"{dim} dims: {wrong:,} of {total:,} wrong", xlabel="predicted class")
+        axes.set_xticks(range(len(names)), names, rotation=0 if max(map(len, names)) < 3 else 90, fontsize=8)
+        axes.set_yticks(range(len(names)), names, fontsize=8)
+        axes.tick_params(length=0)
+    all_axes[0].set_ylabel("class")
     return figure
 
 
-def _histogram(axes: Axes, values: np.ndarray, bins: np.ndarray, label: str, color: str) -> None:
-    weights = np.full(len(values), 100 / len(values))
-    axes.hist(np.clip(values, -1, 1), bins.tolist(), weights=weights, color=color, alpha=0.55, label=label)
-    axes.axvline(float(values.mean()), color=color, linewidth=1.4, linestyle="--")
+@rc_context(style.RC)
+def sizes_each_class_needs(needed: np.ndarray, dims: Sequence[int], classes: Sequence[str]) -> Figure:
+    """Draw the size that each class needs, ``(C,)``, largest first; of more than 30 classes, those that need most."""
+    order = np.argsort(-needed, kind="stable")[:MAX_NAMED]
+    order = order[needed[order] > 0]
+    figure, [[axes]] = style.subplots(1, 1, (6.0, 0.24 * len(order) + 1.4))
+    axes.barh([classes[c] for c in order], np.searchsorted(dims, needed[order]) + 1, color=style.BLUE, height=0.7)
+    axes.invert_yaxis()
+    axes.set_xticks(range(1, len(dims) + 1), list(map(str, dims)))
+    axes.set(xlabel="size from which on accuracy is within a point of that at full width (dims)", ylabel="class")
+    axes.grid(False, axis="y")
+    return figure

@@ -1,13 +1,22 @@
 """What the figures of the notebooks draw, read back from their axes."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+import torch
 
-from mrl.errors import UserError
-from mrl.figures.coarse_to_fine import RIGHT, WRONG, grad_cam_sheet, neighbors_by_dim
 from mrl.figures.deployment import cascade_in_use, retrieval_in_use, size_slider
-from mrl.figures.geometry import block_statistics, cosine_distributions, prefix_maps
-from mrl.figures.knowledge import accuracy_of_groups_and_classes, confusions, sizes_each_class_needs
+from mrl.figures.geometry import (
+    accuracy_of_groups_and_classes,
+    block_statistics,
+    confusions,
+    cosine_distributions,
+    prefix_maps,
+    sizes_each_class_needs,
+)
+from mrl.figures.neighbors import grad_cam_sheet, neighbor_grid, neighbors_of
+from mrl.figures.style import GREEN, RED
 from mrl.results import Source
 from mrl.studies.adaptive_classification import CascadePoint
 from mrl.studies.geometry import Blocks
@@ -17,39 +26,34 @@ SOURCE = Source("digits", "a", 0, 32, 32, False)
 
 def lines(axes):
     """{label: (x, y)} of what is in the legend."""
-    return {
-        line.get_label(): tuple(map(list, line.get_data()))
-        for line in axes.lines
-        if not line.get_label().startswith("_")
-    }
+    shown = [line for line in axes.lines if not line.get_label().startswith("_")]
+    return {line.get_label(): tuple(np.round(line.get_xydata().T, 9).tolist()) for line in shown}
 
 
 def test_groups_and_classes_are_lines_in_percent_and_trained_sizes_are_filled():
-    rows = [
-        SOURCE.row(study, "MRL", metric, value, 40, dim=dim)
-        for study, metric, values in (
-            ("prefix_knowledge", "top_1", {4: 0.3, 8: 0.9}),
-            ("prefix_knowledge", "superclass_top_1", {4: 0.6, 8: 0.95}),
-            ("classification", "top_1", {8: 0.8}),
-        )
-        for dim, value in values.items()
-    ]
+    values = {
+        ("prefix_knowledge", "top_1"): {4: 0.3, 8: 0.9},
+        ("prefix_knowledge", "superclass_top_1"): {4: 0.6, 8: 0.95},
+        ("classification", "top_1"): {8: 0.8},
+    }
+    rows = [SOURCE.row(s, "MRL", m, value, 40, dim=dim) for (s, m), of in values.items() for dim, value in of.items()]
     [axes] = accuracy_of_groups_and_classes(rows, [8]).axes
-    drawn = lines(axes)
-    assert drawn["right group, 1-NN"] == ([4, 8], [60, 95])
-    assert drawn["right class, 1-NN"] == ([4, 8], [30, 90])
-    assert drawn["right class, linear classifier"] == ([8], [80])
-    filled = [line for line in axes.lines if line.get_label().startswith("_") and len(line.get_xdata())]
-    assert all(list(line.get_xdata()) == [8] for line in filled) and len(filled) == 3
-    with pytest.raises(UserError, match="no rows of what a prefix knows"):
-        accuracy_of_groups_and_classes([], [8])
+    assert lines(axes) == {
+        "right group, 1-NN": ([4, 8], [60, 95]),
+        "right class, 1-NN": ([4, 8], [30, 90]),
+        "right class, linear classifier": ([8], [80]),
+    }
+    filled = [line for line in axes.lines if line.get_linestyle() == "None" and len(line.get_xdata())]
+    assert [list(line.get_xdata()) for line in filled] == [[8]] * 3
+    assert all(line.get_markerfacecolor() == line.get_color() for line in filled)
 
 
 def test_confusions_show_numbers_and_the_worst_classes_of_many():
     counts = np.array([[[3, 1], [0, 4]], [[4, 0], [0, 4]]])
     first, second = confusions(counts, [4, 8], [4, 8], ["a", "b"]).axes
     assert [axes.get_title() for axes in (first, second)] == ["4 dims: 1 of 8 wrong", "8 dims: 0 of 8 wrong"]
-    assert sorted(text.get_text() for text in first.texts) == ["1", "3", "4"]
+    numbers = {(*text.get_position(), text.get_text()) for text in first.texts}
+    assert numbers == {(0, 0, "3"), (1, 0, "1"), (1, 1, "4")}
     many = np.eye(50, dtype=np.int64)[None] * 5
     many[0, 40, 41] = 9
     [axes] = confusions(many, [8], [8], [f"c{i}" for i in range(50)]).axes
@@ -60,50 +64,64 @@ def test_confusions_show_numbers_and_the_worst_classes_of_many():
 def test_the_class_that_needs_most_stands_first_and_one_without_images_nowhere():
     [axes] = sizes_each_class_needs(np.array([8, 32, 0]), [8, 16, 32], ["a", "b", "c"]).axes
     assert [label.get_text() for label in axes.get_yticklabels()] == ["b", "a"]
-    assert [bar.get_width() for bar in axes.patches] == [3, 1]
+    assert [bar.get_width() for bar in axes.patches] == [3, 1] and axes.yaxis_inverted()
+
+
+def frame(axes):
+    return axes.spines["top"].get_visible() and axes.spines["top"].get_linestyle()
 
 
 def test_neighbors_of_another_class_are_dashed():
-    images = np.zeros((2, 4, 4, 3))
-    figure = neighbors_by_dim(images[0], "cat", {8: (images, ["dog", "cat"]), 32: (images, ["cat", "cat"])})
-    frames = [axes.patches[0] for axes in figure.axes if axes.patches]
-    assert [frame.get_linestyle() for frame in frames] == ["--", "solid", "solid", "solid"]
-    assert [axes.get_ylabel() for axes in figure.axes if axes.get_ylabel()] == ["8 dims", "32 dims"]
+    run = SimpleNamespace(
+        classes=("cat", "dog"),
+        train=SimpleNamespace(labels=np.array([0, 1, 0])),
+        val=SimpleNamespace(labels=np.array([1, 1, 0])),
+        pictures=lambda split, indices: (
+            np.ones((len(indices), 4, 4, 3), dtype=np.float32) * indices[:, None, None, None] / 4
+        ),
+    )
+    found = {8: (np.array([[0, 0], [1, 2]]), None), 32: (np.array([[0, 0], [2, 0]]), None)}
+    grid = np.reshape(neighbors_of(run, found, query=1, images=np.array([0, 2])).axes, (2, 3))
+    assert [frame(axes) for axes in grid[:, 1:].flat] == ["--", "solid", "solid", "solid"]
+    assert [axes.get_title() for axes in grid.flat] == ["query: cat", "dog", "cat", "", "cat", "cat"]
+    assert [axes.get_ylabel() for axes in grid[:, 0]] == ["8 dims", "32 dims"]
+    shown = [float(axes.images[0].get_array().mean()) for axes in grid.flat if axes.images]
+    assert shown == [0.5, 0.25, 0.5, 0.5, 0]
 
 
-def test_heat_lies_over_each_image_under_what_its_size_says():
+def test_photographs_are_shown_small_and_without_frames_if_captions_are_no_classes():
+    photo = torch.zeros(3, 1000, 500, dtype=torch.uint8)
+    [query, neighbor] = neighbor_grid(photo, {8: [(photo, "0.9")]}).axes
+    assert query.images[0].get_array().shape == (224, 112, 3)
+    assert neighbor.get_title() == "0.9" and not frame(neighbor)
+
+
+def test_heat_lies_over_each_image_under_the_class_that_its_size_predicts():
     images, heat = np.zeros((2, 4, 4, 3)), np.arange(2 * 2 * 16.0).reshape(2, 2, 4, 4) / 64
-    axes = np.reshape(grad_cam_sheet(images, ["a", "b"], heat, [8, 32], [["a", "a"], ["a", "b"]]).axes, (2, 3))
-    for i in range(2):
-        for g in range(2):
-            np.testing.assert_array_equal(axes[i, g + 1].images[1].get_array(), heat[g, i])
-    assert axes[1, 1].get_title() == "8 dims: a" and axes[1, 1].title.get_color() == WRONG
-    assert axes[1, 2].get_title() == "32 dims: b" and axes[1, 2].title.get_color() == RIGHT
-
-
-def adaptive_rows(ms=2.0):
-    points = [("adaptive_retrieval", 8, 8), ("adaptive_retrieval", 8, 32), ("adaptive_retrieval", 32, 32)]
-    return [
-        SOURCE.row(
-            study, "MRL", "map@10", 0.5 + i / 10, 40, shortlist_dim=dim, shortlist_size=200, rerank_dim=end,
-            cost=1.0, ms_per_query=ms and ms * (i + 1),
-        )
-        for i, (study, dim, end) in enumerate([*points, ("funnel_retrieval", 8, 32)])
-    ]  # fmt: skip
+    figure = grad_cam_sheet(images, heat, np.array([0, 1]), np.array([[0, 0], [0, 1]]), [8, 32], ["a", "b"])
+    axes = np.reshape(figure.axes, (2, 3))
+    for i, g in np.ndindex(2, 2):
+        np.testing.assert_array_equal(axes[i, g + 1].images[1].get_array(), heat[g, i])
+    assert axes[1, 1].get_title() == "8 dims: a" and axes[1, 1].title.get_color() == RED
+    assert axes[1, 2].get_title() == "32 dims: b" and axes[1, 2].title.get_color() == GREEN
 
 
 def test_retrieval_is_drawn_by_time_and_by_bytes_and_the_chosen_size_is_ringed():
-    by_time, by_bytes = retrieval_in_use(adaptive_rows(), 8).axes
-    plain = "one search, no reranking (numbers: its dims)"
-    assert lines(by_time)[plain] == ([2, 6], [50, 70]) and lines(by_bytes)[plain] == ([32, 128], [50, 70])
-    assert lines(by_bytes)["shortlist, reranked at full width"] == ([32], [60])
+    plans = [("adaptive", 32, 32), ("adaptive", 8, 8), ("adaptive", 8, 32), ("funnel", 8, 32)]
+    rows = []
+    for i, (kind, *sizes) in enumerate(plans):
+        of = dict(zip(("shortlist_dim", "rerank_dim"), sizes, strict=True))
+        of |= {"shortlist_size": 200, "cost": 1.0, "ms_per_query": i + 1.0}
+        rows.append(SOURCE.row(f"{kind}_retrieval", "MRL", "map@10", 0.5 + i / 10, 40, **of))
+    by_time, by_bytes = retrieval_in_use(rows, 8).axes
+    single = "one search, no reranking (numbers: its dims)"
+    assert lines(by_time)[single] == ([2, 1], [60, 50]) and lines(by_bytes)[single] == ([32, 128], [60, 50])
+    assert lines(by_bytes)["shortlist, reranked at full width"] == ([32, 128], [70, 50])
     assert lines(by_bytes)["funnel"] == ([32], [80])
+    knotted = [line for line in by_time.lines if line.get_label() == single]
+    assert knotted[0].get_linestyle() == "None"  # times that fall
     rings = [line for line in by_bytes.lines if line.get_markersize() == 15]
     assert [list(ring.get_xdata()) for ring in rings] == [[32], [32], [32]]
-    with pytest.raises(UserError, match="no measured time"):
-        retrieval_in_use(adaptive_rows(ms=None), 8)
-    with pytest.raises(UserError, match="no rows of adaptive retrieval"):
-        retrieval_in_use([], 8)
 
 
 def test_the_cascade_is_drawn_beside_single_sizes():
@@ -116,30 +134,25 @@ def test_the_cascade_is_drawn_beside_single_sizes():
     assert "up to 32 dims allowed, 12.0 used on average, 80.00% right" in figure.get_suptitle().replace("\n", " ")
 
 
-def test_a_slider_draws_where_it_is_moved_to(monkeypatch):
+def test_a_slider_redraws_at_its_value(monkeypatch):
     pytest.importorskip("ipywidgets")
     import IPython.display
 
     shown, updates = [], []
-
-    class Handle:
-        def update(self, picture):
-            updates.append(picture)
-
-    monkeypatch.setattr(IPython.display, "display", lambda what, display_id=None: shown.append(what) or Handle())
+    handle = SimpleNamespace(update=updates.append)
+    monkeypatch.setattr(IPython.display, "display", lambda what, display_id=None: shown.append(what) or handle)
     size_slider(lambda dim: f"picture of {dim}", [8, 16, 32], start=16)
     picture, slider = shown
     slider.value = 32
     assert picture == "picture of 16" and updates == ["picture of 32"]
-    with pytest.raises(UserError, match=r"start is 9; allowed are the sizes \[8, 16\]"):
-        size_slider(str, [8, 16], start=9)
 
 
 def test_blocks_maps_and_cosines_are_drawn_as_given():
     found = Blocks((8, 16), np.array([2.0, 0.5]), np.array([0.9, 0.4]), np.array([3.0, 2.0]), np.array([3.0, 4.0]))
     variance, between, rank = block_statistics({"run": found}).axes
     assert lines(variance)["run"] == ([8, 16], [2, 0.5])
-    assert lines(between)["run"] == ([8, 16], [90, 40]) and lines(rank)["run"] == ([8, 16], [3, 4])
+    percent, directions = (axes.lines[0].get_ydata() for axes in (between, rank))
+    assert (list(percent), list(directions)) == ([90, 40], [3, 4])
 
     places, labels = np.array([[0.0, 0], [2, 0], [5, 5]]), np.array([0, 0, 1])
     [axes] = prefix_maps({8: places}, labels, ["x", "y"]).axes

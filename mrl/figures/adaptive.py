@@ -1,0 +1,155 @@
+"""Quality against cost: adaptive classification (figure 6, table 22) and adaptive retrieval (figure 8)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from mrl.figures import style
+from mrl.results import Row
+
+HATCHES = ("", "///", "...", "xxx")
+MAX_WIDTH = 14  # inches
+STUDIES = ("adaptive_retrieval", "funnel_retrieval")
+COST_LABELS = {"cost": "million multiply-adds per query", "ms_per_query": "measured milliseconds per query (CPU)"}
+SINGLE = "one search, no reranking (numbers: its dims)"
+SEARCH_STYLES: dict[str, style.Style] = {
+    "single": {"color": "black", "marker": "D", "linestyle": ":"},
+    "full": {"color": style.BLUE, "marker": "o"},
+    "fewer": {"color": "0.6", "marker": ".", "linestyle": "none", "elinewidth": 0, "capsize": 0},  # too many for bars
+    "other": {"color": style.GREEN, "marker": "^", "linestyle": "none"},
+    "funnel": {"color": style.RED, "marker": "*", "linestyle": "none", "markersize": 9, "markerfacecolor": style.RED},
+}
+
+
+@rc_context(style.RC)
+def cascade_by_expected_dim(rows: Sequence[Row]) -> Figure:
+    """Draw accuracy of cascades against expected dim (figure 6), a point per cap, the largest size allowed.
+
+    Caps of the first cascade stand below its points. Bars are one standard deviation along both axes: over seeds if
+    there are several, else over the random splits into images to fit and to report on.
+    """
+    rows = [row for row in rows if row.study == "cascade" and row.expected_dim is not None]
+    accuracies = [row for row in rows if row.metric == "top_1"]
+    table = style.table_of(accuracies, "the cascade study")
+    both = style.table_of([row for row in rows if row.metric in ("top_1", "top_1_std")], "the cascade study")
+    styles, published = style.styles_of(table), style.paper_beside(accuracies)
+    first = next(iter(table.label[table.method != "FF"]), None)
+    figure, [[axes]] = style.subplots(1, 1, (6.0, 4.2))
+    for label, points in table.groupby("label", sort=False):
+        errors = both[(both.label == label) & (both.metric == "top_1_std")]
+        means = style.draw_line(axes, points, label, styles[label], "expected_dim", errors)
+        last = 0.0
+        for point in means.itertuples() if label == first else ():
+            if point.x > 1.15 * last:  # far enough from the last one to be read
+                last = point.x
+                style.annotate(axes, f"≤{point.dim}", (point.x, point.y), (3, -11), color=styles[label]["color"])
+        method = points.method.iloc[0]
+        of_paper = [(row.expected_dim or 0.0, row) for row in published if row.method == method]
+        style.draw_paper(axes, of_paper, method, styles[label]["color"])
+    style.dim_axis(axes, table.dim)
+    axes.set(xlabel="expected dim (mean size that decides an image; dims)", ylabel=style.metric_label("top_1"))
+    held_out, splits = (" held out from fitting", "fitting splits") if first else ("", "splits")
+    note = style.seeds_note(table) or f"; mean and standard deviation over random {splits}"
+    heading = f"{rows[0].dataset}: {style.counts(table)} validation images{held_out}{note}"
+    return style.finish(figure, heading, [*styles, *map(style.PAPER.format, table.method.unique())])
+
+
+@rc_context(style.RC)
+def first_correct_histogram(rows: Sequence[Row]) -> Figure:
+    """Draw the share of images by the smallest prefix that is right, and of those with none (table 22).
+
+    A bar per method and size, numbered in percent if there is room; means over seeds with one standard deviation.
+    """
+    rows = [row for row in rows if row.study == "oracle" and row.metric in ("first_correct", "never_correct")]
+    table = style.table_of(rows, "the oracle study")
+    styles = style.styles_of(table)
+    columns = [*map(int, sorted(table.dim.dropna().unique())), "none"]
+    table["column"] = [columns.index("none" if pd.isna(dim) else dim) for dim in table.dim]
+    width = min(MAX_WIDTH, max(5.6, 1.0 + 0.75 * len(columns) * len(styles) ** 0.5))
+    figure, [[axes]] = style.subplots(1, 1, (width - 0.4, 3.8))
+    bar = 0.8 / len(styles)
+    for i, (label, look) in enumerate(styles.items()):
+        shares = table[table.label == label].groupby("column").percent.agg(["mean", "std", "count"])
+        look = {"facecolor": look["color"], "edgecolor": "white", "linewidth": min(1, 5 * bar), "hatch": HATCHES[i % 4]}
+        if shares["count"].max() > 1:
+            look |= {"yerr": shares["std"].fillna(0), "error_kw": {"elinewidth": 1, "capsize": min(2, 20 * bar)}}
+        places = shares.index + (i - (len(styles) - 1) / 2) * bar
+        bars = axes.bar(places, shares["mean"], bar, label=label, **look)
+        if bar * width / len(columns) > 0.25:  # inches
+            behind = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # over the paper's line
+            axes.bar_label(bars, fmt="%.1f", fontsize=7, padding=2, bbox=behind, zorder=4)
+    for row in style.paper_beside(rows):
+        if (dim := row.dim or "none") in columns:
+            ends, label = (columns.index(dim) - 0.45, columns.index(dim) + 0.45), style.PAPER.format(row.method)
+            axes.hlines(100 * row.value, *ends, "black", "dashed", label=label, linewidth=1)
+    axes.set_xticks(range(len(columns)), columns, rotation=90 if width / len(columns) < 0.45 else 0)
+    axes.set(xlabel="smallest prefix that is right (dims)", ylabel="images (%)")
+    axes.set_ylim(bottom=0)
+    axes.grid(False, axis="x")
+    heading = f"{rows[0].dataset}: {style.counts(table)} validation images{style.seeds_note(table)}"
+    return style.finish(figure, heading, [*styles, *map(style.PAPER.format, table.method.unique())])
+
+
+def search_kinds(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Return the rows of adaptive retrieval by the keys of `SEARCH_STYLES`; kinds without rows are left out.
+
+    Single searches; shortlists reranked at full width, with the single search at full width as their last point;
+    shortlists reranked at fewer dims; shortlists of other lengths; funnels.
+    """
+    is_funnel, is_full = table.study == STUDIES[1], table.rerank_dim == table.rerank_dim.max()
+    is_single = ~is_funnel & (table.shortlist_dim == table.rerank_dim)
+    is_usual = ~is_funnel & (table.shortlist_size == table.shortlist_size[is_single].max())
+    is_fewer, is_other = is_usual & ~is_full & ~is_single, ~is_funnel & ~is_usual
+    kinds = zip(SEARCH_STYLES, (is_single, is_usual & is_full, is_fewer, is_other, is_funnel), strict=True)
+    return {kind: table[of_kind] for kind, of_kind in kinds if of_kind.any()}
+
+
+@rc_context(style.RC)
+def adaptive_retrieval(rows: Sequence[Row]) -> Figure:
+    """Draw quality against cost of adaptive and funnel retrieval (figure 8).
+
+    A row of panels for map@10 and for top-1; a column for multiply-adds and, if it was measured, one for time. Means
+    over seeds, with one standard deviation as bars.
+
+    Args:
+        rows: Of one dataset and of models that differ only in their seed.
+    """
+    rows = [row for row in rows if row.study in STUDIES and row.metric in ("map@10", "top_1")]
+    table = style.table_of(rows, "adaptive retrieval")
+    published = {(row.metric, *_sizes(row)): row for row in style.paper_beside(rows)}
+    metrics = sorted(table.metric.unique())
+    costs = [name for name in COST_LABELS if table[name].notna().all()]
+    figure, grid = style.subplots(len(metrics), len(costs), (5.0, 3.5), sharex="col", sharey="row")
+    size, full = table.shortlist_size[table.shortlist_dim == table.rerank_dim].max(), table.rerank_dim.max()
+    reranked = [f"shortlist of {size}, reranked at {dims} dims" for dims in (full, "fewer")]
+    labels = dict(zip(SEARCH_STYLES, (SINGLE, *reranked, "other shortlist lengths", "funnel"), strict=True))
+    short = {kind: label.partition(" (")[0] for kind, label in labels.items()}
+    for line, metric in zip(grid, metrics, strict=True):
+        line[0].set_ylabel(style.metric_label(metric))
+        for kind, points in search_kinds(table[table.metric == metric]).items():
+            look: style.Style = {"linewidth": 1.3, "elinewidth": 0.8, "capsize": 2} | SEARCH_STYLES[kind]
+            for axes, cost in zip(line, costs, strict=True):
+                means = style.draw_line(axes, points, labels[kind], look, cost)
+                # Times of small sizes are too close for numbers.
+                step = 1 if cost == "cost" else max(1, len(means) - 1)
+                for point in means[::step].itertuples() if kind == "single" else ():
+                    style.annotate(axes, point.shortlist_dim, (point.x, point.y), (5, -9))
+            if kind in ("single", "full"):
+                same = [published.get((metric, *_sizes(point))) for point in means.itertuples()]
+                of_paper = [(row.cost or 0.0, row) for row in same if row]
+                style.draw_paper(line[0], of_paper, short[kind], look["color"])
+    for column, cost in zip(grid.T, costs, strict=True):
+        for axes in column:
+            style.cost_axis(axes, COST_LABELS[cost] if axes is column[-1] else "")
+    name = rows[0].method if table.run.nunique() > 1 else f"{rows[0].method} ({rows[0].run})"
+    heading = f"{rows[0].dataset}, {name}: {style.counts(table)} queries{style.seeds_note(table)}"
+    return style.finish(figure, heading, [*labels.values(), *map(style.PAPER.format, short.values())])
+
+
+def _sizes(row: Any) -> tuple[int, int, int]:
+    return row.shortlist_dim, row.shortlist_size, row.rerank_dim

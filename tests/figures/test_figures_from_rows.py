@@ -1,0 +1,396 @@
+"""What the figures draw from rows, read back from their axes."""
+
+import dataclasses
+import itertools
+import math
+import statistics
+
+import numpy as np
+import pytest
+
+from mrl.errors import UserError
+from mrl.figures import FIGURES, adaptive_retrieval, figures_of, save
+from mrl.figures.style import NothingToDraw
+from mrl.paper import paper_rows
+from mrl.results import Source
+from mrl.studies.adaptive_retrieval import ablation, funnels, pairs
+
+DIMS = (8, 16, 32)
+SEEDS = {0: 0.5, 1: 0.56, 2: 0.68}
+# What each figure is drawn from: (study, metric, group), each with a value for every size.
+SOURCES = {
+    "accuracy_by_dim": [("classification", "top_1", None), ("retrieval", "top_1", None)],
+    "map_by_dim": [("classification", "top_1", None), ("retrieval", "map@10", None)],
+    "interpolation": [("classification", "top_1", None), ("retrieval", "top_1", None)],
+    "superclasses": [("hierarchy", "superclass_top_1", None), ("hierarchy", "superclass_top_1", "dog")],
+    "within_superclasses": [("hierarchy", "top_1_within", "dog"), ("hierarchy", "top_1", "dog")],
+    "robustness": [("robustness", "top_1", None)],
+    "few_shot": [("few_shot", "top_1_1_shot", None), ("few_shot", "top_1_5_shot", None)],
+    "cascade": [("cascade", "top_1", None)],
+    "first_correct": [("oracle", "first_correct", None)],
+    "classes": [("per_class", "top_1", "cat"), ("per_class", "top_1", "dog")],
+}
+
+
+def rows_of(sources, values, method="MRL", run="run", seed=0, dataset="digits", n=50):
+    """``values`` is {dim: value}, the same for each of ``sources``, (study, metric, group)."""
+    source = Source(dataset, run, seed, 32, 28, False)
+    return [
+        source.row(study, method, metric, value, n, dim=dim, group=group, expected_dim=dim and float(dim))
+        for study, metric, group in sources
+        for dim, value in values.items()
+    ]
+
+
+def rows_for(name, seed=0, run=None, method="MRL", dims=DIMS, **of):
+    """Rows of one run for a figure: the value at ``dims[g]`` is that of its seed + g / 100; size 12 is not trained."""
+    method = f"{method} cascade" if name == "cascade" else method
+    of |= {"method": method, "run": run or f"{method}_{seed}", "seed": seed}
+    between = rows_of([("retrieval", "top_1", None)], {12: SEEDS[seed]}, **of) if name == "interpolation" else []
+    return between + rows_of(SOURCES[name], {dim: SEEDS[seed] + g / 100 for g, dim in enumerate(dims)}, **of)
+
+
+def drawn(axes):
+    """``{label: (x, y)}`` of lines, with error bars or without."""
+    lines = {line.get_label(): line for line in axes.lines}
+    lines |= {c.get_label(): c.lines[0] for c in axes.containers if hasattr(c, "lines") and c.lines[0] is not None}
+    return {k: tuple(np.round(line.get_xydata().T, 9).tolist()) for k, line in lines.items() if not k.startswith("_")}
+
+
+def bars(axes):
+    """``{label: (values, heights of their error bars)}`` of lines and histograms."""
+    found = {}
+    for container in axes.containers:
+        is_bars = hasattr(container, "patches")
+        errors = container.errorbar if is_bars else container
+        if errors is not None and errors.lines[2] and container.get_label()[0] != "_":
+            heights = [float(np.ptp(segment[:, 1])) for segment in errors.lines[2][-1].get_segments()]
+            values = [bar.get_height() for bar in container] if is_bars else container.lines[0].get_ydata()
+            found[container.get_label()] = (list(values), heights)
+    return found
+
+
+def legend(figure):
+    return [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def heading(figure):
+    return figure.get_suptitle().replace("\n", " ")
+
+
+ACCURACY = SOURCES["accuracy_by_dim"]
+ROWS = [
+    *rows_of(ACCURACY, {8: 0.8, 16: 0.9, 32: 0.95}, run="mrl"),
+    *rows_of(ACCURACY, {8: 0.7, 16: 0.9, 32: 1.0}, "MRL-E", "mrl_e"),
+    *rows_of(ACCURACY, {8: 0.2, 16: 0.5, 32: 0.9}, "FF truncated", "ff"),
+    *rows_of(ACCURACY, {32: 0.97}, "FF", "ff"),
+    *rows_of(ACCURACY, {8: 0.79}, "FF", "ff8"),
+]
+
+
+def test_lines_are_the_rows_and_fixed_feature_models_join_in_any_order_of_rows():
+    for rows in (ROWS, ROWS[::-1]):
+        figure = FIGURES["accuracy_by_dim"](rows)
+        for axes in figure.axes:
+            assert drawn(axes) == {
+                "MRL": ([8, 16, 32], [80, 90, 95]),
+                "MRL-E": ([8, 16, 32], [70, 90, 100]),
+                "FF (one model per size)": ([8, 32], [79, 97]),
+                "FF, plain truncation": ([8, 16, 32], [20, 50, 90]),
+            }
+            assert (axes.get_xlabel(), axes.get_ylabel()) == ("embedding size (dims)", "top-1 accuracy (%)")
+            ticks = [tick.get_text() for tick in axes.get_xticklabels()]
+            assert axes.get_xscale() == "log" and ticks == ["8", "16", "32"]
+            low, high = axes.get_ylim()
+            assert low < 20 and 100 < high < 103
+        assert legend(figure) == list(drawn(figure.axes[0]))
+        assert heading(figure) == "digits: 50 images"
+
+
+def test_sizes_whose_numbers_would_overlap_have_none():
+    dims = sorted({*(2**i for i in range(3, 12)), *(5 * 2**i for i in range(1, 9))})
+    [axes, _] = FIGURES["accuracy_by_dim"](rows_of(ACCURACY, dict.fromkeys(dims, 0.5))).axes
+    ticks = axes.get_xticks()
+    assert ticks[0] == 8 and ticks[-1] == 2048 and 1280 not in ticks
+    assert min(math.log2(b / a) for a, b in itertools.pairwise(ticks)) > 0.75
+
+
+@pytest.mark.parametrize("num_runs", [3, 12])
+def test_models_of_one_method_differ_in_color_and_their_legend_fits(num_runs, tmp_path):
+    runs = [f"a_run_with_a_very_long_name_that_fills_half_of_a_figure_{i}" for i in range(num_runs)]
+    figure = FIGURES["map_by_dim"]([row for run in runs for row in rows_for("map_by_dim", run=run)])
+    assert legend(figure) == sorted(f"MRL: {run}" for run in runs)
+    looks = [(line.get_color(), line.get_marker()) for line in figure.axes[0].lines]
+    assert len({color for color, _ in looks}) == num_runs
+    assert len(set(looks)) == num_runs
+    paths = save(figure, tmp_path / "new" / "figure")
+    assert [path.read_bytes()[:4] for path in paths] == [b"\x89PNG", b"%PDF"]
+    box = figure.legends[0].get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y0 >= 0 and box.y1 < figure.axes[0].bbox.y0
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_rows_of_several_datasets_are_refused_and_no_rows_are_nothing_to_draw(name):
+    with pytest.raises(NothingToDraw):
+        FIGURES[name]([])
+    if name != "baselines":
+        with pytest.raises(UserError, match=r"one dataset, but the rows are of \['digits', 'tiny'\]"):
+            FIGURES[name]([*rows_for(name), *rows_for(name, 1, dataset="tiny")])
+
+
+@pytest.mark.parametrize("name", [name for name in SOURCES if name != "classes"])
+def test_seeds_of_one_recipe_are_their_mean_with_one_standard_deviation(name):
+    figure = FIGURES[name]([row for seed in SEEDS for row in rows_for(name, seed)])
+    panels = [bars(axes) for axes in figure.axes if axes.get_visible()]
+    assert panels and all(panels)
+    for panel in panels:
+        [(values, heights)] = panel.values()
+        np.testing.assert_allclose(values[:3], [58, 59, 60])
+        np.testing.assert_allclose(heights[:3], 200 * statistics.stdev(SEEDS.values()))
+    assert "mean and standard deviation of 3 seeds" in heading(figure)
+
+
+@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize("dims", [DIMS, (8, 20, 32)], ids=["one seed twice", "other sizes"])
+def test_models_that_differ_in_more_than_their_seed_are_not_averaged(name, dims):
+    figure = FIGURES[name](rows_for(name, 0, "one") + rows_for(name, int(dims != DIMS), "other", dims=dims))
+    shown = [*itertools.chain(*map(legend, [figure] if figure.legends else []))]
+    shown += [axes.get_title() for axes in figure.axes]
+    for run in ("one", "other"):
+        assert any(label.endswith(f": {run}") for label in shown), shown
+    assert "seeds" not in heading(figure)
+
+
+def test_fixed_feature_models_of_several_sizes_and_seeds_are_one_line():
+    models = [(seed, dim) for seed in (0, 1) for dim in DIMS]
+    rows = [row for seed, dim in models for row in rows_for("accuracy_by_dim", seed, f"ff{dim}_{seed}", "FF", (dim,))]
+    for axes in FIGURES["accuracy_by_dim"]([*rows, *rows_for("accuracy_by_dim", 2)]).axes:
+        values, heights = bars(axes)["FF (one model per size)"]
+        np.testing.assert_allclose(values, 53)
+        np.testing.assert_allclose(heights, 2 * statistics.stdev((50, 56)))
+
+
+def test_figure_5_fills_trained_sizes_and_leaves_those_between_hollow_and_out_of_other_figures():
+    rows = rows_for("interpolation") + rows_for("accuracy_by_dim", method="FF", dims=(32,))
+    [axes] = FIGURES["interpolation"](rows).axes
+    assert drawn(axes)["MRL"] == ([8, 16, 32], [50, 51, 52])
+    [trained, between] = [c.lines[0] for c in axes.containers if c.get_label() in ("MRL", "_between")]
+    assert trained.get_markerfacecolor() == trained.get_color() == between.get_color()
+    assert (between.get_markerfacecolor(), between.get_linestyle()) == ("white", "None")
+    assert [*map(list, between.get_data())] == [[12], [50]]
+    for axes in FIGURES["accuracy_by_dim"](rows).axes:
+        assert drawn(axes)["MRL"][0] == [8, 16, 32]
+    for some in (rows_for("accuracy_by_dim"), [row for row in rows if row.study == "retrieval"]):
+        with pytest.raises(NothingToDraw, match="between the trained"):
+            FIGURES["interpolation"](some)
+
+
+def test_baselines_are_drawn_beside_all_methods_each_in_its_own_style():
+    sources = [*ACCURACY, ("retrieval", "map@10", None)]
+    methods = ("MRL", "FF PCA", "FF SVD", "FF random coordinates", "FF random projection")
+    rows = [row for method in methods for row in rows_of(sources, {8: 0.5, 16: 0.6}, method)]
+    figure = FIGURES["baselines"](rows)
+    assert [axes.get_title() for axes in figure.axes] == ["linear classification", "1-nearest neighbor", "retrieval"]
+    assert legend(figure) == list(methods)
+    for axes in figure.axes:
+        lines = [c.lines[0] for c in axes.containers]
+        assert len({line.get_marker() for line in lines}) == len({line.get_color() for line in lines}) == len(methods)
+    assert legend(FIGURES["accuracy_by_dim"](rows)) == ["MRL"]
+    assert "baselines" not in figures_of(rows_of(sources, {8: 0.5}))
+
+
+PAPER = {
+    "accuracy_by_dim": ("MRL (paper)", 66.63),
+    "map_by_dim": ("MRL (paper)", 56.74),
+    "interpolation": ("MRL (paper)", 62.19),
+    "cascade": ("MRL cascade (paper)", 73.79),
+}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_papers_values_are_dashed_beside_as_many_images_of_imagenet_only(name):
+    label, first = PAPER[name]
+    n = 40_000 if name == "cascade" else 50_000
+    for dataset, num_images in (("digits", n), ("imagenet_v2", n), ("imagenet", 2000)):
+        figure = FIGURES[name](rows_for(name, dataset=dataset, n=num_images))
+        assert not any("paper" in text for axes in figure.axes for text in drawn(axes))
+    figure = FIGURES[name](rows_for(name, dataset="imagenet", n=n))
+    for axes in figure.axes:
+        [line] = [line for line in axes.lines if line.get_label() == label]
+        assert line.is_dashed() and (12 in line.get_xdata()) == (name == "interpolation")
+    assert drawn(figure.axes[0])[label][1][0] == pytest.approx(first)
+    assert legend(figure).count(label) == 1
+    other = FIGURES[name](rows_for(name, method="MRL-E", dataset="imagenet", n=n))
+    assert "MRL (paper)" not in legend(other) and "MRL cascade (paper)" not in legend(other)
+
+
+def cascade_rows(method, points, **of):
+    """``points`` is {cap: (accuracy, expected dim)}; one standard deviation over splits is 0.01 and 2 dims."""
+    source = Source("digits", of.get("run", "mrl"), of.get("seed", 0), 32, 28, True)
+    return [
+        source.row("cascade", method, metric, value, 40, dim=cap, expected_dim=expected)
+        for cap, point in points.items()
+        for metric, (value, expected) in (("top_1", point), ("top_1_std", (0.01, 2.0)))
+    ]
+
+
+def test_cascades_are_drawn_by_expected_dim_with_bars_over_splits_and_caps_below():
+    rows = cascade_rows("MRL cascade", {16: (0.7, 10), 32: (0.8, 16), 64: (0.82, 24)})
+    ff = cascade_rows("FF", {8: (0.6, 8), 32: (0.75, 32)}, run="ff")
+    figure = FIGURES["cascade"](rows + ff)
+    [axes] = figure.axes
+    assert drawn(axes) == {
+        "MRL cascade, thresholds pairwise": ([10, 16, 24], [70, 80, 82]),
+        "FF (one model per size)": ([8, 32], [60, 75]),
+    }
+    across, along = (bar.get_segments()[0] for bar in axes.containers[0].lines[2])
+    np.testing.assert_allclose(across, [[8, 70], [12, 70]])
+    np.testing.assert_allclose(along, [[10, 69], [10, 71]])
+    assert [text.get_text() for text in axes.texts] == ["≤16", "≤32", "≤64"]
+    assert "40 validation images held out from fitting" in heading(figure)
+    assert "over random fitting splits" in heading(figure)
+    alone = FIGURES["cascade"](ff)
+    assert not alone.axes[0].texts and "fit" not in heading(alone)
+
+
+def oracle_rows(method, shares, dataset="digits", n=50, run="run"):
+    rows = rows_of([("oracle", "first_correct", None)], shares, method, run, dataset=dataset, n=n)
+    return rows + rows_of([("oracle", "never_correct", None)], {None: 0.15}, method, run, dataset=dataset, n=n)
+
+
+def test_the_histogram_shows_shares_without_overlap_and_none_last():
+    shares = {8: 0.7, 16: 0.1, 32: 0.05}
+    [axes] = FIGURES["first_correct"](oracle_rows("MRL", shares) + oracle_rows("MRL-E", shares)).axes
+    assert [container.get_label() for container in axes.containers] == ["MRL", "MRL-E"]
+    for container in axes.containers:
+        np.testing.assert_allclose([bar.get_height() for bar in container], [70, 10, 5, 15])
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["8", "16", "32", "none"]
+    edges = sorted((bar.get_x(), bar.get_x() + bar.get_width()) for container in axes.containers for bar in container)
+    assert all(right <= left + 1e-9 for (_, right), (left, _) in itertools.pairwise(edges))
+
+
+def test_the_histogram_of_many_models_of_other_sizes_stays_small_and_has_no_bars_of_missing_sizes():
+    sizes = [{8 * (i + 1): 0.5, 2048: 0.3} for i in range(40)]
+    rows = [row for i, shares in enumerate(sizes) for row in oracle_rows("MRL", shares, run=f"run_{i}")]
+    figure = FIGURES["first_correct"](rows)
+    assert figure.get_figwidth() <= 14 and not figure.axes[0].texts
+    bar_containers = [container for container in figure.axes[0].containers if hasattr(container, "patches")]
+    assert [len(container) for container in bar_containers] == [3] * 40
+
+
+def test_the_papers_histogram_is_drawn_beside_its_own_method_on_imagenet():
+    shares = {8: 0.7, 16: 0.1, 32: 0.05}
+    figure = FIGURES["first_correct"](oracle_rows("MRL", shares, "imagenet", 50_000))
+    heights = [lines.get_segments()[0][0][1] for lines in figure.axes[0].collections]
+    np.testing.assert_allclose(heights, [67.462, 8.782, 2.588, 18.46])
+    assert legend(figure) == ["MRL", "MRL (paper)"]
+    for others in (oracle_rows("MRL-E", shares, "imagenet", 50_000), oracle_rows("MRL", shares, "imagenet", 49_999)):
+        assert not FIGURES["first_correct"](others).axes[0].collections
+
+
+def search_rows(run="mrl", seed=0, timed=True, dims=(8, 16, 32, 64)):
+    source = Source("digits", run, seed, 32, 28, False)
+    plans = [("adaptive_retrieval", *plan) for plan in pairs(dims, 5000) + ablation(dims, 5000)]
+    plans += [("funnel_retrieval", *plan) for plan in funnels(dims, 5000)]
+    rows = []
+    for study, dim, stages in plans:
+        of = {"shortlist_dim": dim, "shortlist_size": stages[0][1], "rerank_dim": stages[-1][0]}
+        of["cost"] = (5000 * dim + sum(size * length for size, length in stages)) / 1e6
+        of["ms_per_query"] = 0.1 + of["cost"] if timed else None
+        for i, metric in enumerate(("top_1", "map@10")):
+            value = 0.9 - 1 / stages[-1][0] - 0.5 / dim - 0.1 * i - 0.01 * seed
+            rows.append(source.row(study, "MRL", metric, value, 360, **of))
+    return rows
+
+
+def test_figure_8_has_every_row_against_multiply_adds_and_against_time():
+    rows = search_rows()
+    figure = adaptive_retrieval(rows)
+    assert [axes.get_ylabel() for axes in figure.axes] == ["mAP@10 (%)", "", "top-1 accuracy (%)", ""]
+    labels = ["million multiply-adds per query", "measured milliseconds per query (CPU)"]
+    assert [axes.get_xlabel() for axes in figure.axes[2:]] == labels
+    for i, axes in enumerate(figure.axes):
+        metric, column = ("map@10", "top_1")[i // 2], ("cost", "ms_per_query")[i % 2]
+        found = {point for x, y in drawn(axes).values() for point in zip(x, y, strict=True)}
+        expected = {(getattr(row, column), 100 * row.value) for row in rows if row.metric == metric}
+        np.testing.assert_allclose(sorted(found), sorted(expected))
+    single = sorted(
+        (row.cost, 100 * row.value) for row in rows if row.shortlist_dim == row.rerank_dim and row.metric == "top_1"
+    )
+    shown = drawn(figure.axes[2])["one search, no reranking (numbers: its dims)"]
+    np.testing.assert_allclose(list(zip(*shown, strict=True)), single)
+    assert {text.get_text() for text in figure.axes[2].texts} == {"8", "16", "32", "64"}
+
+
+def test_fault_26_rows_without_measured_time_get_no_axis_of_time():
+    figure = adaptive_retrieval(search_rows(timed=False))
+    assert [axes.get_xlabel() for axes in figure.axes] == ["", "million multiply-adds per query"]
+
+
+def test_figure_8_shows_mean_and_deviation_of_seeds_and_other_sizes_in_a_figure_of_their_own():
+    figures = figures_of([row for seed in (0, 1, 4) for row in search_rows(f"mrl_{seed}", seed)])
+    [(name, figure)] = figures.items()
+    assert name == "adaptive_retrieval_mrl" and "3 seeds" in heading(figure)
+    np.testing.assert_allclose(bars(figure.axes[0])["funnel"][1], 200 * statistics.stdev((0, 0.01, 0.04)))
+    apart = figures_of(search_rows("a") + search_rows("b", 1, dims=(4, 32)))
+    assert set(apart) == {"adaptive_retrieval_a", "adaptive_retrieval_b"}
+    assert set(figures_of(search_rows("a") + search_rows("b"))) == set(apart)
+
+
+def test_figure_8_has_the_papers_two_lines_beside_as_many_queries():
+    ours = [dataclasses.replace(row, run="mrl", value=row.value - 0.01) for row in paper_rows("imagenet", "table_11")]
+    dashed = {k: v for k, v in drawn(adaptive_retrieval(ours).axes[0]).items() if "(paper)" in k}
+    single, reranked = "one search, no reranking (paper)", "shortlist of 200, reranked at 2048 dims (paper)"
+    assert set(dashed) == {single, reranked} and dashed[reranked][1][0] == pytest.approx(64.9)
+    for other in ({"dataset": "digits"}, {"n": 1000}):
+        figure = adaptive_retrieval([dataclasses.replace(row, **other) for row in ours])
+        assert not any("(paper)" in label for label in drawn(figure.axes[0]))
+
+
+def test_fault_14_with_and_without_the_reject_class_are_panels_apart_and_flips_are_told():
+    metrics = [("hierarchy", name, None) for name in ("superclass_top_1", "superclass_top_1_with_reject")]
+    rows = rows_of(metrics[:1], {8: 0.7, 16: 0.8}) + rows_of(metrics[1:], {8: 0.6, 16: 0.65}, n=50_000)
+    figure = FIGURES["superclasses"](rows)
+    first, second = figure.axes
+    assert (drawn(first)["MRL"][1], drawn(second)["MRL"][1]) == ([70, 80], [60, 65])
+    assert first.get_title() != second.get_title() and "TTA" not in heading(figure)
+    figure = FIGURES["superclasses"]([dataclasses.replace(row, dataset="imagenet") for row in rows])
+    assert "MRL (paper)" not in drawn(figure.axes[0])
+    assert drawn(figure.axes[1])["MRL (paper)"][1][0] == pytest.approx(85.572)
+    assert "the paper's values with flip TTA (inferred), ours without" in heading(figure)
+
+
+def test_a_panel_per_superclass_the_one_that_gains_most_first_and_unused_ones_hidden():
+    within = [("hierarchy", "top_1_within", f"s_{i}") for i in range(7)]
+    rows = [row for i in range(7) for row in rows_of(within[i : i + 1], {8: 0.1 * i, 16: 0.9})]
+    rows += rows_of(within, {8: 0.9, 16: 0.1}, "FF")
+    all_axes = FIGURES["within_superclasses"](rows).axes
+    shown = [axes for axes in all_axes if axes.get_visible()]
+    assert [axes.get_title() for axes in shown] == [f"s {i} (n = 50)" for i in range(7)] and len(all_axes) == 10
+    assert drawn(shown[3])["MRL"][1] == [30, 90]
+    assert shown[0].get_ylim()[0] < 0 and shown[0].get_ylim()[1] > 90
+
+
+def test_classes_are_shown_relative_to_the_largest_size_with_the_one_that_loses():
+    cat, dog = (("per_class", "top_1", name) for name in ("cat", "dog"))
+    rows = rows_of([cat], {8: 0.9, 16: 0.8, 32: 0.7}) + rows_of([dog], {8: 0.5, 16: 0.6, 32: 0.9})
+    one_size = rows_of([cat, dog], {32: 0.5}, "FF", "ff")
+    [axes] = FIGURES["classes"](rows + one_size).axes  # no empty panel for FF
+    spots = axes.collections[0].get_offsets()
+    np.testing.assert_allclose(sorted(spots[:, 1]), [-40, -30, 10, 20])
+    assert set(2.0 ** np.round(np.log2(spots[:, 0]))) == {8, 16}  # dots stand near their own size
+    assert [text.get_text() for text in axes.texts] == ["cat"]
+    assert axes.get_ylim()[0] < -40 and axes.get_ylim()[1] > 20
+    assert "2 classes of 50 validation images each" in heading(FIGURES["classes"](rows))
+    with pytest.raises(NothingToDraw):
+        FIGURES["classes"](one_size)
+    averaged = FIGURES["classes"](rows + rows_of([cat], {8: 0.5, 16: 0.8, 32: 0.7}, run="other", seed=1))
+    assert "means of up to 2 seeds" in heading(averaged)
+    np.testing.assert_allclose(sorted(averaged.axes[0].collections[0].get_offsets()[:, 1]), [-40, -30, 0, 10])
+
+
+def test_figures_are_drawn_of_what_there_are_rows_of():
+    assert set(figures_of(ROWS)) == {"accuracy_by_dim"}
+    assert set(figures_of(rows_for("classes"))) == {"classes"}
+    shares = [*rows_of([("per_class", "share_of_classes", "monotone")], {None: 0.5})]
+    assert figures_of(shares) == figures_of([]) == {}
