@@ -1,33 +1,34 @@
-"""Tables and figures from committed rows, and the sections of the documents that show them.
+"""Tables and figures from committed rows, and the parts of the documents that show them.
 
     python -m experiments.report                    # results/tiny_imagenet, README.md, docs/RESULTS.md
-    python -m experiments.report --check            # say what would change; exit status 1 if anything
+    python -m experiments.report --check            # list what would change; exit status 1 if anything would
 
-A folder of results holds a folder for each group of runs with results.jsonl and provenance.json; tables.md and the
-figures there are made from these two alone. In a document everything between
-<!-- results: summary GROUP of grid NAME --> and <!-- end of results --> is made too ("tables": all tables).
+A results folder holds one folder per group of runs, with results.jsonl and provenance.json. tables.md and the figures
+are made from these two files alone, and so is the text of a document between
+<!-- results: summary GROUP of grid NAME --> (or "tables" for all tables) and <!-- end of results -->.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
-import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments import tables
-from experiments.grids import PlannedRun
-from experiments.run_state import read_rows_of, read_state
+import pandas as pd
+
 from mrl.errors import UserError
 from mrl.figures import figures_of
-from mrl.results import read_rows, write_rows
+from mrl.figures.accuracy import is_trained, trained_dims
+from mrl.figures.style import line_labels
+from mrl.results import METHODS, Row, read_rows
 from mrl.rundir import atomic_write_text
-from mrl.studies.hierarchy import OF_CLASS
+from mrl.studies.claims import CONFIDENCE, MIN_SEEDS, Comparison, Effect, effects, paper_effects
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = REPOSITORY / "results" / "tiny_imagenet"
@@ -38,131 +39,190 @@ SECTION = re.compile(
     r".*?(?P<end><!-- end of results -->)",
     re.DOTALL,
 )
-# What provenance.json keeps of a run's settings: not where its files lay on the machine.
-PLACES = ("--config", "--run.name", "--run.seed", "--run.dir", "--run.resume", "--data.root", "--model.init")
-
-
-def publish(evaluated: Path, runs: Sequence[PlannedRun], title: str, out: Path) -> None:
-    """Copy what eval.py found into ``out``, with the provenance of the runs; accuracies of single classes stay behind.
-
-    Raises:
-        UserError: As `read_rows` and `read_state`.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    rows = [row for row in read_rows(evaluated / ROWS) if not row.metric.startswith(OF_CLASS)]
-    write_rows(rows, out / ROWS)
-    of_eval = json.loads((evaluated / PROVENANCE).read_text(encoding="utf-8"))
-    record = {
-        "title": title,
-        "evaluation": {key: value for key, value in of_eval.items() if key not in ("command", "runs")},
-        "runs": {run.name: provenance_of(run) for run in runs},
-    }
-    atomic_write_text(out / PROVENANCE, json.dumps(record, indent=2) + "\n")
-
-
-def provenance_of(run: PlannedRun) -> dict[str, Any]:
-    """Recipe, settings, seed, hardware, versions, speed and time of a finished run, without paths of its machine."""
-    starts = json.loads((run.directory / PROVENANCE).read_text(encoding="utf-8"))
-    state, rows = read_state(run), read_rows_of(run)
-    pairs = list(zip(run.words[::2], run.words[1::2], strict=True))
-    waits = [row["data_wait"] for row in rows if "data_wait" in row]
-    last = {key: value for key, value in starts[-1].items() if key not in ("command", "start_step")}
-    return {
-        "recipe": Path(run.words[1]).stem,
-        "settings": " ".join(f"{key} {value}" for key, value in pairs if key not in PLACES)
-        + (f" --model.init {run.needs}" if run.needs else ""),
-        "seed": run.config.run.seed,
-        "hardware": ", ".join(last["gpus"]) or f"CPU {last['cpu']}",
-        "images_per_second": state.images_per_second,
-        "data_wait": statistics.median(waits) if waits else None,
-        "seconds": state.seconds,
-        "starts": len(starts),
-        "top_1": state.top_1,
-        **last,
-    }
+TITLES = {
+    ("classification", "top_1"): "Linear classification, top-1 (%)",
+    ("retrieval", "top_1"): "1-NN, top-1 (%)",
+    ("retrieval", "map@10"): "Retrieval, mAP@10 (%)",
+    ("hierarchy", "superclass_top_1"): "Superclasses, top-1 (%)",
+}
+RULE = (
+    f"A comparison *holds* if Student's {CONFIDENCE:.0%} interval of the mean over seeds (models of the same seed are "
+    "compared) lies at or above the claimed value, *does not hold* if it lies below, and is *undecided* otherwise. "
+    f"Fewer than {MIN_SEEDS} seeds support no claim. ± is one standard deviation over seeds."
+)
+UNITS = (
+    "Differences are in percentage points; values with x are ratios (0.0x: the accuracy was never reached). The values "
+    "of the paper are differences of its tables (ImageNet-1K, ResNet-50, one run each)."
+)
 
 
 def write_report(results: Path, documents: Sequence[Path], check: bool = False) -> list[Path]:
-    """Files whose text changes; they are written, and the figures drawn, unless ``check``.
+    """Draw the figures, write the tables and documents whose text changes, and return the paths of these.
 
-    Raises:
-        UserError: A group has no provenance.json, its rows cannot be read, or a document has a marker without its end.
+    With ``check`` nothing is drawn or written.
     """
-    texts = {folder / TABLES: tables_of(folder) for folder in groups(results)}
+    groups = sorted(path.parent for path in results.glob(f"*/{ROWS}"))
+    texts = {folder / TABLES: f"## {folder.name}\n\n{all_tables(*read_group(folder))}\n" for folder in groups}
     texts |= {path: with_sections(path, results) for path in documents if path.is_file()}
     changed = [path for path, text in texts.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
     if not check:
-        for folder in groups(results):
-            draw(folder)
+        for folder in groups:
+            rows, _ = read_group(folder)
+            for dataset in dict.fromkeys(row.dataset for row in rows):
+                for name, figure in figures_of([row for row in rows if row.dataset == dataset]).items():
+                    figure.savefig(folder / f"{name}_{dataset}.png", dpi=110)
         for path in changed:
             atomic_write_text(path, texts[path])
     return changed
 
 
-def groups(results: Path) -> list[Path]:
-    """Folders of ``results`` that hold rows, by name."""
-    return sorted(path.parent for path in results.glob(f"*/{ROWS}"))
-
-
-def read_group(folder: Path) -> tuple[list[Any], dict[str, Any]]:
-    """The rows and the provenance of one group.
-
-    Raises:
-        UserError: One of them is missing, or there is no row of linear classification.
-    """
-    rows, path = read_rows(folder / ROWS), folder / PROVENANCE
-    if not path.is_file():
-        raise UserError(f"{folder} has {ROWS} but no {PROVENANCE}, so nobody knows what its numbers are of")
-    if not any(row.study == "classification" for row in rows):
-        raise UserError(f"{folder / ROWS} has no row of the classification study, so it tells of no dataset")
-    return rows, json.loads(path.read_text(encoding="utf-8"))
-
-
-def tables_of(folder: Path) -> str:
-    """The text of tables.md."""
-    return f"## {folder.name}\n\n{tables.full(*read_group(folder))}\n"
-
-
-def draw(folder: Path) -> None:
-    """Write every figure that the rows allow into ``folder``, as PNG."""
-    rows, _ = read_group(folder)
-    for dataset in dict.fromkeys(row.dataset for row in rows):
-        for name, figure in figures_of([row for row in rows if row.dataset == dataset]).items():
-            figure.savefig(folder / f"{name}_{dataset}.png", dpi=110)
+def read_group(folder: Path) -> tuple[list[Row], dict[str, Any]]:
+    """Return the rows of one group and its provenance."""
+    return read_rows(folder / ROWS), json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
 
 
 def with_sections(document: Path, results: Path) -> str:
-    """The text of ``document`` with its marked sections made anew.
-
-    Raises:
-        UserError: A marker has no end.
-    """
+    """Return the text of ``document`` with its marked parts made anew."""
     text = document.read_text(encoding="utf-8")
     if text.count("<!-- results: ") != len(SECTION.findall(text)):
         raise UserError(f"{document}: every <!-- results: ... of grid ... --> needs its <!-- end of results -->")
 
-    def made(match: re.Match[str]) -> str:
+    def section(match: re.Match[str]) -> str:
         folder = results / match["group"]
-        return match["begin"] + section(document, folder, match["kind"], match["grid"]) + "\n" + match["end"]
+        if not (folder / ROWS).is_file():
+            made = f"Not run yet: `python -m experiments.reproduce --grid {match['grid']}`"
+        elif match["kind"] == "tables":
+            made = all_tables(*read_group(folder))
+        else:
+            made = summary(*read_group(folder), Path(os.path.relpath(folder, document.parent)).as_posix())
+        return f"{match['begin']}{made}\n{match['end']}"
 
-    return SECTION.sub(made, text)
+    return SECTION.sub(section, text)
 
 
-def section(document: Path, folder: Path, kind: str, grid: str) -> str:
-    """What stands between two markers: a figure and tables, or that the grid has not been run."""
-    if not (folder / ROWS).is_file():
-        return f"Not run yet, so no numbers: `python -m experiments.reproduce --grid {grid}`"
-    rows, provenance = read_group(folder)
-    if kind == "tables":
-        return tables.full(rows, provenance)
-    dataset = tables.dataset_of_training(rows)
-    where = Path(os.path.relpath(folder, document.parent)).as_posix()
-    figure = f"![Accuracy by embedding size: {provenance['title']}]({where}/accuracy_by_dim_{dataset}.png)"
-    return f"{figure}\n\n{tables.summary(rows, provenance)}\n\nMore: [{where}/{TABLES}]({where}/{TABLES})"
+def summary(rows: Sequence[Row], provenance: dict[str, Any], folder: str) -> str:
+    """Return the part for a README: a figure, top-1 by size, and one line on the runs and the effects."""
+    dataset = trained_dataset(rows)
+    figure = f"![Accuracy by embedding size: {provenance['title']}]({folder}/accuracy_by_dim_{dataset}.png)"
+    names: dict[str, list[str]] = {}
+    for effect in measured_effects(rows, dataset):
+        readings = sorted({comparison.reading for comparison in effect.comparisons if comparison.reading})
+        names.setdefault(" or ".join(readings) or "not measured", []).append(effect.name)
+    verdicts = "; ".join(f"{', '.join(listed)}: {reading}" for reading, listed in names.items())
+    line = what_ran(rows, provenance) + (f" Effects, by size: {verdicts}." if verdicts else "")
+    table = table_by_size(rows, dataset, "classification", "top_1")
+    return f"{figure}\n\n{table}\n\n{line} [All tables]({folder}/{TABLES})"
+
+
+def all_tables(rows: Sequence[Row], provenance: dict[str, Any]) -> str:
+    """Return what ran, the tables by size, the effects with every comparison, and the runs."""
+    dataset = trained_dataset(rows)
+    parts = [what_ran(rows, provenance)]
+    for (study, metric), title in TITLES.items():
+        if table := table_by_size(rows, dataset, study, metric):
+            parts += [f"### {title}", table]
+    if found := measured_effects(rows, dataset):
+        claims = markdown([["", "claim", "here"], *([one.name, one.claim, one.verdict] for one in found)])
+        parts += ["### Effects", RULE, claims, table_of_comparisons(found), UNITS]
+    return "\n\n".join([*parts, "### Runs", table_of_runs(provenance)])
+
+
+def trained_dataset(rows: Sequence[Row]) -> str:
+    """Return the dataset that the models classify."""
+    return next(row.dataset for row in rows if row.study == "classification")
+
+
+def what_ran(rows: Sequence[Row], provenance: dict[str, Any]) -> str:
+    """Return one sentence: how many runs, seeds and images, on what hardware, in what time."""
+    runs, dataset = provenance["runs"].values(), trained_dataset(rows)
+    num_images = max(row.n for row in rows if (row.dataset, row.study) == (dataset, "classification"))
+    seeds = sorted({row.seed for row in rows})
+    hardware = ", ".join(sorted({run["hardware"] for run in runs}))
+    seconds = sum(run["seconds"] for run in runs)
+    return (
+        f"{provenance['title']}: {len(runs)} runs, seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}, on "
+        f"{hardware}, {duration(seconds)} of training; {num_images:,} validation images of {dataset}."
+    )
+
+
+def table_by_size(rows: Sequence[Row], dataset: str, study: str, metric: str) -> str:
+    """Return means in percent ± one standard deviation over seeds, a line per method, or "" if there are no rows.
+
+    Sizes at which a nested model was not trained are left out.
+    """
+    trained, key = trained_dims(rows), (dataset, study, metric, None)
+    shown = [row for row in rows if (row.dataset, row.study, row.metric, row.group) == key and row.method in METHODS]
+    shown = [row for row in shown if is_trained(row, trained)]
+    if not shown:
+        return ""
+    labels = line_labels(shown)
+    frame = pd.DataFrame(
+        {"model": labels[row.method, row.run], "dim": row.dim, "percent": 100 * row.value} for row in shown
+    )
+    by_size = frame.groupby(["model", "dim"])["percent"].agg(["mean", "std", "size"])
+    spread = by_size["std"].map(" ± {:.2f}".format).where(by_size["size"] > 1, "")
+    cells = (by_size["mean"].map("{:.2f}".format) + spread).unstack("dim", fill_value="")
+    seeds = (
+        by_size["size"].groupby("model").agg(lambda sizes: " to ".join(map(str, sorted({sizes.min(), sizes.max()}))))
+    )
+    lines = [[model, *cells.loc[model], seeds[model]] for model in dict.fromkeys(labels.values())]
+    return markdown([["model", *map(str, cells.columns), "seeds"], *lines])
+
+
+def measured_effects(rows: Sequence[Row], dataset: str) -> list[Effect]:
+    """Return the effects; none if the rows are of one method only, or of several models of one kind and seed."""
+    labels = line_labels([row for row in rows if row.dataset == dataset and row.study == "classification"])
+    methods = {method for method, _ in labels if method in METHODS}
+    one_line = len({label for (method, _), label in labels.items() if method == "MRL"}) <= 1
+    return effects(rows, dataset) if len(methods) > 1 and one_line else []
+
+
+def table_of_comparisons(found: Sequence[Effect]) -> str:
+    """Return every comparison with its mean, interval, number of seeds, claim, the paper's value and its reading."""
+    paper = paper_effects()
+    table = [["", "comparison", "mean", f"{CONFIDENCE:.0%} interval", "seeds", "claimed", "paper", "reading"]]
+    for effect in found:
+        for one in effect.comparisons:
+            std = "" if one.std is None else f" ± {amount(one, one.std).lstrip('+')}"
+            interval = [] if one.interval is None else [amount(one, value) for value in one.interval]
+            claimed = "" if one.threshold is None else f"at least {amount(one, one.threshold)}"
+            published = paper.get((effect.name, one.what))
+            cells = [effect.name, one.what, amount(one, one.mean) + std, " to ".join(interval), str(one.n), claimed]
+            table.append([*cells, "" if published is None else amount(one, published), one.reading or ""])
+    return markdown(table)
+
+
+def amount(comparison: Comparison, value: float) -> str:
+    """Return a value in the unit of its comparison: "+1.34" percentage points, "14.0x"."""
+    return f"{value:.1f}x" if comparison.unit == "times" else f"{100 * value:+.2f}"
+
+
+def table_of_runs(provenance: dict[str, Any]) -> str:
+    """Return one line per run: its settings, speed, time, hardware and versions."""
+    table = [["run", "settings beside the recipe", "images/s", "data wait", "training", "hardware", "torch", "commit"]]
+    for name, run in provenance["runs"].items():
+        speed = [f"{run['images_per_second']:,.0f}", f"{run['data_wait']:.0%}", duration(run["seconds"])]
+        commit = (run["git_commit"] or "unknown")[:7] + " + changes" * bool(run["git_dirty"])
+        settings = f"{run['recipe']} {run['settings']}".strip()
+        table.append([name, settings, *speed, run["hardware"], run["torch"], commit])
+    return markdown(table)
+
+
+def duration(seconds: float) -> str:
+    """Return hours and minutes, or seconds below two minutes, or "unknown"."""
+    if math.isnan(seconds):
+        return "unknown"
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds // 3600:.0f} h {seconds % 3600 // 60:02.0f} min"
+
+
+def markdown(table: Sequence[Sequence[str]]) -> str:
+    """Return a pipe table; its first line is the head."""
+    head, *lines = [[cell.replace("|", "\\|") for cell in line] for line in table]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Make the report from a command line; returns the exit status."""
+    """Run from a command line; return the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -172,11 +232,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 if anything would change")
     args = parser.parse_args(argv)
     try:
-        if args.results.resolve() != RESULTS and not groups(args.results):
+        if not any(args.results.glob(f"*/{ROWS}")):
             raise UserError(f"--results {args.results} holds no folder with {ROWS}")
-        # Other results than the committed ones do not belong into the documents.
+        # The documents show the committed results only.
         changed = write_report(args.results, DOCUMENTS if args.results.resolve() == RESULTS else (), args.check)
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     for path in changed:

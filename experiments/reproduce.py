@@ -1,136 +1,395 @@
-"""Train a grid of models, evaluate them, and write which of the paper's effects hold, with one command.
+"""Train a grid of models, evaluate them, and report which of the paper's effects hold.
 
-    python -m experiments.reproduce --grid b --list                 # the runs, their state and the time they still need
+    python -m experiments.reproduce --grid b --list                 # the runs, their state, the time left
     python -m experiments.reproduce --grid b --jobs 2               # the small grid: 2 CPU cores, about two hours
     python -m experiments.reproduce --grid a --jobs 2               # the large grid: one GPU, two runs at a time
-    python -m experiments.reproduce --grid b --epochs 1 --seeds 0   # to try it out; the results stay beside the runs
+    python -m experiments.reproduce --grid b --epochs 1 --seeds 0   # a trial; its results stay beside the runs
 
-Tiny-ImageNet comes from python -m mrl.data.prepare_tiny_imagenet. Finished runs are passed over, others go on from
-their last checkpoint. Ctrl-C lets the runs save and stop; the same command goes on. A run that fails is reported, the
-others go on, and the exit status is 1. At the end all runs that have finished are evaluated (eval.py),
-group by group; rows, provenance, tables and figures go to results/tiny_imagenet, and README.md and docs/RESULTS.md are
-brought up to date (python -m experiments.report). The time that --list tells goes by finished runs of the same backbone
-and, before there are any, by the speed that the grid's file assumes.
+Prepare Tiny-ImageNet first (python -m mrl.data.tiny_imagenet). Ctrl-C lets the runs save a checkpoint and stop. The
+same command skips finished runs and resumes the others; do not start it twice at the same time. If a run fails, the
+others continue, and the exit status is 1. Finished runs are then evaluated group by group (eval.py). Rows, provenance,
+tables and figures go to results/tiny_imagenet, and the generated parts of README.md and docs/RESULTS.md are updated.
 
-A run directory takes about 0.3 GB (ResNet-50), and its embeddings 1 GB for 100,000 images of 2048 dims.
+A run directory takes about 0.3 GB (ResNet-50), and its embeddings 1 GB per 100,000 images of 2048 dims.
 """
 
 from __future__ import annotations
 
 import argparse
 import fnmatch
+import json
+import math
+import os
+import queue
+import signal
+import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-from experiments.grids import Grid, make_subset, read_grid
-from experiments.report import DOCUMENTS, RESULTS, publish, write_report
-from experiments.run_state import list_runs, read_state
-from experiments.scheduler import REPOSITORY, Outcome, Scheduler
+import pandas as pd
+import torch
+from jsonargparse import ArgumentError, ArgumentParser
+from tqdm import tqdm
+
+from experiments.report import DOCUMENTS, PROVENANCE, REPOSITORY, RESULTS, ROWS, duration, write_report
+from mrl.config import Config, parse_command_line, to_yaml
 from mrl.errors import UserError
+from mrl.progress import progress
+from mrl.results import CLASS_STUDY, read_rows, write_rows
+from mrl.rundir import atomic_write_text, check_settings
+from mrl.training.logging import stop_signals
+
+GRIDS = Path(__file__).resolve().parent / "grids"
+TRAIN = (sys.executable, str(REPOSITORY / "train.py"))
+POLL_SECONDS, REFRESH_SECONDS = 0.2, 5.0
+# Arguments of train.py that are not among the settings in provenance.json, which holds no paths.
+PLACES = ("--config", "--run.name", "--run.seed", "--run.dir", "--run.resume", "--data.root", "--model.init")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Runs of one recipe in a grid file: one per seed, and per size if there are ``dims``."""
+
+    name: str
+    group: str  # runs of one group are evaluated together
+    recipe: str
+    seeds: list[int]
+    dims: list[int] | None = None  # a fixed-feature run of each size
+    set: dict[str, Any] = field(default_factory=dict)  # settings that differ from the recipe: {train.epochs: 5}
+    init_from: str | None = None  # an earlier run of the grid to take the weights from
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The keys of a grid file."""
+
+    title: str
+    runs: list[Entry]
+    set: dict[str, Any] = field(default_factory=dict)  # settings of all runs
+    subset: str | None = None  # folder name of a subset of the prepared images to train on
+    every_nth_class: int = 1  # which classes the subset has
+    references: dict[str, list[str]] = field(default_factory=dict)  # {group: other runs to evaluate with it}
+    superclasses: str | None = None  # table for eval.py, beside the grid file
+    eval_precision: str = "fp32"  # of eval.py
+    minutes_per_epoch: float | None = None  # what --list assumes until a run of the same backbone has finished
+
+
+@dataclass(frozen=True)
+class Run:
+    """A planned run: its name, its entry in the grid, the argv of train.py and the resulting config."""
+
+    name: str
+    entry: Entry
+    argv: tuple[str, ...]
+    config: Config
+
+    @property
+    def directory(self) -> Path:
+        """The run directory."""
+        return Path(self.config.run.dir) / self.name
+
+    def rows(self, file: str = "metrics.jsonl") -> list[dict[str, Any]]:
+        """Return the rows of a log in the run directory."""
+        path = self.directory / file
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        return [json.loads(line) for line in lines if line.endswith("}")]  # a killed process may leave half a line
+
+    def epochs_done(self) -> float:
+        """Return the epochs trained so far, with fractions."""
+        return max((row["epoch"] for row in self.rows()), default=0.0)
+
+    def seconds(self) -> float:
+        """Return the wall time of training, summed over all starts."""
+        return sum(row["seconds"] for row in self.rows("attempts.jsonl"))
+
+    def is_finished(self) -> bool:
+        """Return whether the model is saved and its last epoch validated; raise if the run has other settings."""
+        if (self.directory / "config.yaml").is_file():
+            check_settings(self.directory, to_yaml(self.config), to_yaml(Config()), "remove it, or give another --runs")
+        last = [row for row in self.rows() if row["epoch"] >= self.config.train.epochs]
+        validated = any(key.startswith("top_1/") for row in last for key in row)
+        return validated and (self.directory / "model.safetensors").is_file()
+
+
+def read_grid(name: str) -> Grid:
+    """Read the grid ``a`` or ``b``, or a grid file.
+
+    Raises:
+        UserError: There is no such file, it is not YAML, or a key is missing, unknown or of the wrong type.
+    """
+    path = GRIDS / f"{name}.yaml" if name in ("a", "b") else Path(name)
+    if not path.is_file():
+        raise UserError(f"--grid is {name!r}, which is not a file; allowed: a, b, or the YAML file of a grid")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Grid)
+    try:
+        grid = Grid(**parser.instantiate(parser.parse_string(path.read_text(encoding="utf-8"))).as_dict())
+    except ArgumentError as error:
+        raise UserError(f"{path}: {' '.join(str(error).split())}") from error
+    return replace(grid, superclasses=grid.superclasses and str(path.parent / grid.superclasses))
+
+
+def plan(
+    grid: Grid, runs_dir: Path, data: Path | None, seeds: Sequence[int] | None = None, epochs: int | None = None
+) -> list[Run]:
+    """Return the runs of a grid, first seeds first, so that a grid that is stopped early has complete comparisons.
+
+    ``data`` replaces the images of the recipes, ``epochs`` the epochs of every run, and ``seeds`` the seeds of entries
+    with several; runs that would start from a run of another seed are then left out.
+
+    Raises:
+        UserError: A name is not unique or unknown, or train.py would refuse the settings of a run.
+    """
+    shared = grid.set | ({"data.root": str(data)} if data else {})
+    placed = [
+        (place, _plan_run(entry, dim, seed, shared, runs_dir, epochs))
+        for entry in grid.runs
+        for dim in (entry.dims or (None,))
+        for place, seed in enumerate(seeds if seeds and len(entry.seeds) > 1 else entry.seeds)
+    ]
+    runs = [run for _, run in sorted(placed, key=lambda pair: pair[0])]
+    names = [run.name for run in runs]
+    if seeds:
+        return [run for run in runs if run.entry.init_from in (None, *names)]
+    for i, run in enumerate(runs):
+        if run.name in names[:i]:
+            raise UserError(f"two runs of the grid are called {run.name}; names must be unique")
+        if run.entry.init_from not in (None, *names[:i]):
+            raise UserError(f"{run.name} starts from {run.entry.init_from}, which is not a run before it")
+    for group, listed in grid.references.items():
+        if group not in {run.entry.group for run in runs} or not set(listed) <= set(names):
+            raise UserError(f"references of the grid: {group} must be a group, and {', '.join(listed)} names of runs")
+    return runs
+
+
+def _plan_run(
+    entry: Entry, dim: int | None, seed: int, shared: dict[str, Any], runs_dir: Path, epochs: int | None
+) -> Run:
+    name = f"{entry.name}{dim or ''}_seed{seed}"
+    settings = shared | entry.set
+    settings |= {"head.nesting_list": [dim]} if dim else {}
+    settings |= {"model.init": str(runs_dir / entry.init_from)} if entry.init_from else {}
+    settings |= {"run.seed": seed, "run.name": name, "run.dir": str(runs_dir), "run.resume": "auto"}
+    argv = ["--config", entry.recipe]
+    for key, value in settings.items():
+        argv += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
+    try:
+        config = parse_command_line(argv, "")
+        if epochs is not None:
+            warmup_epochs = config.optim.warmup_epochs * epochs / config.train.epochs
+            argv += ["--train.epochs", str(epochs), "--optim.warmup_epochs", str(warmup_epochs)]
+            config = parse_command_line(argv, "")
+    except UserError as error:
+        raise UserError(f"run {name}: {error}") from error
+    return Run(name, entry, tuple(argv), config)
+
+
+def make_subset(data: Path, every: int, out: Path) -> None:
+    """Fill ``out`` with links to every n-th class of ``data``, in sorted order."""
+    for split in ("train", "val"):
+        if not (data / split).is_dir():
+            raise UserError(f"--data {data} has no folder {split}; python -m mrl.data.tiny_imagenet makes it")
+        (out / split).mkdir(parents=True, exist_ok=True)
+        for folder in sorted(path for path in (data / split).iterdir() if path.is_dir())[::every]:
+            link = out / split / folder.name
+            if not link.is_symlink():
+                link.symlink_to(folder.resolve())
+
+
+def train_all(runs: Sequence[Run], jobs: int, command: Sequence[str] = TRAIN) -> tuple[dict[str, str], int]:
+    """Train the unfinished runs in order, ``jobs`` at a time, each in a child process with its argv.
+
+    After SIGINT or SIGTERM the children save a checkpoint and end, and no others start.
+
+    Returns:
+        ``{name: reason}`` of the runs that failed, and the number of the signal that stopped the training or 0.
+    """
+    futures: dict[str | None, Future[str | None]] = {}
+    slots: queue.SimpleQueue[dict[str, str]] = queue.SimpleQueue()
+    for environment in slot_environments(jobs):
+        slots.put(environment)
+
+    def train(run: Run) -> str | None:
+        needed = futures.get(run.entry.init_from)
+        if needed and needed.result():
+            return f"it starts from {run.entry.init_from}, which failed"
+        if received:
+            return None
+        slot, started, log = slots.get(), time.monotonic(), run.directory / "train.log"
+        tqdm.write(f"{run.name} {'resumes' if run.rows() else 'starts'}; log: {log}")
+        run.directory.mkdir(parents=True, exist_ok=True)
+        with log.open("ab") as file:
+            process = subprocess.Popen([*command, *run.argv], stdout=file, stderr=file, env=os.environ | slot)
+            while process.poll() is None and not received:
+                time.sleep(POLL_SECONDS)
+            if received:
+                process.terminate()
+            code = process.wait()
+        slots.put(slot)
+        with (run.directory / "attempts.jsonl").open("a", encoding="utf-8") as attempts:
+            attempts.write(json.dumps({"seconds": round(time.monotonic() - started, 1), "exit": code}) + "\n")
+        finished = code == 0 and run.is_finished()
+        tqdm.write(f"{run.name} {'finished' if finished else 'stopped'} after {run.epochs_done():.2f} epochs")
+        if finished or received:
+            return None
+        ending = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
+        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        return f"train.py {ending}; last line of {log}: {lines[-1] if lines else ''}"
+
+    total = sum(run.config.train.epochs for run in runs)
+    with stop_signals() as received, ThreadPoolExecutor(jobs) as pool, progress(total=total, unit="epoch") as bar:
+        for run in runs:
+            if not run.is_finished():
+                futures[run.name] = pool.submit(train, run)
+        while wait(futures.values(), REFRESH_SECONDS).not_done:
+            bar.n = sum(run.epochs_done() for run in runs)
+            bar.refresh()
+    failed = {str(name): reason for name, future in futures.items() if (reason := future.result())}
+    return failed, received[0] if received else 0
+
+
+def slot_environments(jobs: int) -> list[dict[str, str]]:
+    """Return the environment variables of ``jobs`` children: one of the visible GPUs each, or a share of the cores."""
+    if torch.cuda.is_available():
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        gpus = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
+        return [{"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} for i in range(jobs)]
+    return [{"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // jobs))}] * jobs
+
+
+def list_runs(runs: Sequence[Run], wanted: Sequence[Run], minutes_per_epoch: float | None) -> str:
+    """Return a table of the runs in ``wanted``: state, time trained, time left at the speed of finished runs."""
+    table, total = pd.DataFrame(columns=["run", "group", "state", "trained for", "time left"]), 0.0
+    finished = [run for run in runs if run.is_finished()]
+    for run in wanted:
+        same = [other for other in finished if other.config.model.backbone == run.config.model.backbone]
+        epochs = sum(other.config.train.epochs for other in same)
+        speed = sum(other.seconds() for other in same) / epochs if same else 60 * (minutes_per_epoch or math.nan)
+        done = run.epochs_done() / run.config.train.epochs
+        state = "finished" if run in finished else f"{done:.0%} done" if done else "not started"
+        left = (1 - done) * run.config.train.epochs * speed
+        total += left
+        table.loc[len(table)] = [run.name, run.entry.group, state, duration(run.seconds()), duration(left)]
+    return f"{table.to_string(index=False)}\n{len(wanted)} runs; training left, added up: {duration(total)}"
+
+
+def evaluate(grid: Grid, runs: Sequence[Run], few_shot: Sequence[Path], evaluated: Path, out: Path) -> list[str]:
+    """Evaluate and publish the finished runs of every group; return a message for each group that failed."""
+    options = ["--precision", grid.eval_precision]
+    options += ["--superclasses", grid.superclasses] if grid.superclasses else []
+    options += ["--few_shot", *map(str, few_shot)] if few_shot else []
+    problems = []
+    for group in dict.fromkeys(run.entry.group for run in runs):
+        members = [run for run in runs if run.entry.group == group or run.name in grid.references.get(group, [])]
+        finished = [run for run in members if run.is_finished()]
+        if len(finished) < len(members):
+            print(f"{group}: leaving out {', '.join(run.name for run in members if run not in finished)}: not finished")
+        if not any(run.entry.group == group for run in finished):
+            continue
+        command = [sys.executable, str(REPOSITORY / "eval.py"), "--runs", *(str(run.directory) for run in finished)]
+        if subprocess.run([*command, "--out", str(evaluated / group), *options], check=False).returncode:
+            problems.append(f"failed: evaluation of {group}")
+        else:
+            publish(evaluated / group, finished, grid.title, out / group)
+    return problems
+
+
+def publish(evaluated: Path, runs: Sequence[Run], title: str, out: Path) -> None:
+    """Copy the rows of eval.py into ``out``, except those of single classes, with the provenance of the runs."""
+    out.mkdir(parents=True, exist_ok=True)
+    rows = read_rows(evaluated / ROWS)
+    write_rows([row for row in rows if row.study != CLASS_STUDY or row.dim is None], out / ROWS)
+    evaluation = json.loads((evaluated / PROVENANCE).read_text(encoding="utf-8"))
+    evaluation = {key: value for key, value in evaluation.items() if key not in ("command", "runs")}
+    record = {"title": title, "evaluation": evaluation, "runs": {run.name: provenance_of(run) for run in runs}}
+    atomic_write_text(out / PROVENANCE, json.dumps(record, indent=2) + "\n")
+
+
+def provenance_of(run: Run) -> dict[str, Any]:
+    """Return recipe, settings, hardware, versions, speed and time of a finished run, without paths."""
+    starts = json.loads((run.directory / PROVENANCE).read_text(encoding="utf-8"))
+    last = {key: value for key, value in starts[-1].items() if key not in ("command", "start_step")}
+    pairs = zip(run.argv[::2], run.argv[1::2], strict=True)
+    settings = [f"{key} {value}" for key, value in pairs if key not in PLACES]
+    settings += [f"--model.init {run.entry.init_from}"] if run.entry.init_from else []
+    logged = [row for row in run.rows() if "images_per_second" in row]
+    return {
+        "recipe": Path(run.argv[1]).stem,
+        "settings": " ".join(settings),
+        "seed": run.config.run.seed,
+        "hardware": ", ".join(last["gpus"]) or f"CPU {last['cpu']}",
+        "images_per_second": statistics.median(row["images_per_second"] for row in logged),
+        "data_wait": statistics.median(row["data_wait"] for row in logged),
+        "seconds": run.seconds(),
+        "starts": len(starts),
+        **last,
+    }
 
 
 def reproduce(args: argparse.Namespace) -> int:
-    """Train, evaluate, report; returns the exit status."""
-    trying = args.epochs is not None or args.seeds is not None
-    name = Path(args.grid).stem + (f"_{args.epochs}_epochs" if args.epochs else "")
-    runs_dir = args.runs or Path("runs") / f"grid_{name}"
-    out = args.out or (runs_dir / "results" if trying or args.grid not in ("a", "b") else RESULTS)
-    grid = read_grid(args.grid, runs_dir, args.data, args.seeds, args.epochs)
-    wanted = [run for run in grid.runs if any(fnmatch.fnmatch(run.name, pattern) for pattern in args.only)]
+    """Train, evaluate and report; return the exit status."""
+    if args.jobs < 1:
+        raise UserError(f"--jobs is {args.jobs}; allowed: 1 or more")
+    grid, shipped = read_grid(args.grid), args.grid in ("a", "b")
+    runs_dir = args.runs or Path(f"runs/grid_{Path(args.grid).stem}{f'_{args.epochs}_epochs' if args.epochs else ''}")
+    data = args.data or (Path("data/tiny_imagenet") if shipped else None)
+    root = runs_dir / "data" / grid.subset if grid.subset else data
+    runs = plan(grid, runs_dir, root, args.seeds, args.epochs)
+    wanted = [run for run in runs if any(fnmatch.fnmatch(run.name, pattern) for pattern in args.only)]
     if not wanted:
-        raise UserError(f"--only {' '.join(args.only)} fits no run; runs: {', '.join(run.name for run in grid.runs)}")
+        raise UserError(f"--only {' '.join(args.only)} matches no run; runs: {', '.join(run.name for run in runs)}")
     if args.list:
-        print(list_runs(grid, [run.name for run in wanted], {run.name: read_state(run) for run in grid.runs}))
+        print(list_runs(runs, wanted, grid.minutes_per_epoch))
         return 0
-    if grid.subset_every is not None and args.data is None:
-        raise UserError(f"--grid {args.grid} takes a part of prepared images; give their folder: --data DIR")
-    if args.data is not None:
-        make_subset(grid, args.data)
-    outcome = Scheduler(wanted, args.jobs).train_all()
-    if outcome.stopped_by:
-        report_failures(outcome, [])
-        print("stopped; the same command goes on", file=sys.stderr)
-        return 128 + outcome.stopped_by
-    failed = evaluate(grid, runs_dir / "eval", out, args.few_shot)
-    report_failures(outcome, failed)
-    return int(bool(outcome.failed or failed))
+    if grid.subset and root:
+        if data is None:
+            raise UserError(f"--grid {args.grid} trains on a subset of prepared images; give their folder: --data DIR")
+        make_subset(data, grid.every_nth_class, root)
+
+    failed, stopped_by = train_all(wanted, args.jobs)
+    problems = [f"failed: {name}: {reason}" for name, reason in failed.items()]
+    if stopped_by:
+        problems.append("stopped; the same command resumes")
+    else:
+        trial = args.epochs or args.seeds or not shipped
+        out = args.out or (runs_dir / "results" if trial else RESULTS)
+        problems += evaluate(grid, runs, args.few_shot, runs_dir / "eval", out)
+        for path in write_report(out, DOCUMENTS if out.resolve() == RESULTS else ()):
+            print(f"written: {path}")
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    return 128 + stopped_by if stopped_by else int(bool(problems))
 
 
-def evaluate(grid: Grid, evaluated: Path, out: Path, few_shot: Sequence[Path]) -> list[str]:
-    """Evaluate and publish the finished runs of every group, then write the report; returns the groups that failed."""
-    failed = []
-    for group in grid.groups:
-        finished = {run.name: run for run in grid.members(group) if read_state(run).word == "finished"}
-        left_out = [run.name for run in grid.members(group) if run.name not in finished]
-        if left_out:
-            print(f"{group}: without {len(left_out)} runs that have not finished: {', '.join(left_out)}")
-        if not any(run.group == group for run in finished.values()):
-            continue
-        runs = list(finished.values())
-        words = ["--runs", *(str(run.directory) for run in runs), "--out", str(evaluated / group)]
-        words += ["--precision", grid.eval_precision]
-        if grid.superclasses is not None:
-            words += ["--superclasses", str(grid.superclasses)]
-        if few_shot:
-            words += ["--few_shot", *map(str, few_shot)]
-        code = subprocess.run([sys.executable, str(REPOSITORY / "eval.py"), *words], check=False).returncode
-        if code:
-            print(f"{group}: eval.py ended with exit status {code}", file=sys.stderr)
-            failed.append(group)
-            continue
-        publish(evaluated / group, runs, grid.title, out / group)
-    for path in write_report(out, DOCUMENTS if out.resolve() == RESULTS else ()):
-        print(f"written: {path}")
-    return failed
-
-
-def report_failures(outcome: Outcome, groups: Sequence[str]) -> None:
-    """Say on stderr what failed, for whoever reads only the end."""
-    for name, reason in outcome.failed.items():
-        print(f"failed: {name}: {reason}", file=sys.stderr)
-    for group in groups:
-        print(f"failed: evaluation of {group}", file=sys.stderr)
-
-
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line, checked."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run from a command line; return the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add(
-        "--grid", required=True, metavar="a|b|FILE", help="a: ResNet-50, for a GPU; b: small, for a CPU; or a YAML file"
-    )
-    add("--list", action="store_true", help="show the runs, their state and the time they still need; start nothing")
-    add("--only", nargs="+", default=["*"], metavar="PATTERN", help="only runs of these names, e.g. 'r50_ff*_seed0'")
+    add("--grid", required=True, metavar="a|b|FILE", help="a: ResNet-50, for a GPU; b: small, for a CPU; or a file")
+    add("--list", action="store_true", help="show the runs, their state and the time left; start nothing")
+    add("--only", nargs="+", default=["*"], metavar="PATTERN", help="only runs with these names, e.g. 'r50_ff*_seed0'")
     add("--jobs", type=int, default=1, help="runs at a time, spread over the visible GPUs; default: 1")
-    add("--epochs", type=int, help="passes over the data of every run, to try it out; default: the recipes'")
-    add("--seeds", type=int, nargs="+", metavar="SEED", help="instead of the seeds of every entry that has several")
+    add("--epochs", type=int, help="epochs of every run, for a trial; default: the recipes'")
+    add("--seeds", type=int, nargs="+", metavar="SEED", help="seeds of every entry that has several")
     add("--data", type=Path, metavar="DIR", help="prepared images (train/ and val/); default: data/tiny_imagenet")
     add("--runs", type=Path, metavar="DIR", help="folder of the run directories; default: runs/grid_<name>")
     add("--out", type=Path, metavar="DIR", help="where results go; default: results/tiny_imagenet, or <runs>/results")
-    add("--few_shot", type=Path, nargs="+", default=[], metavar="DIR", help="further images for E10, in class folders")
-    args = parser.parse_args(argv)
-    if args.jobs < 1:
-        raise UserError(f"--jobs is {args.jobs}; allowed: 1 or more")
-    if args.epochs is not None and args.epochs < 1:
-        raise UserError(f"--epochs is {args.epochs}; allowed: 1 or more")
-    if args.data is None and args.grid in ("a", "b"):
-        args.data = Path("data/tiny_imagenet")
-    return args
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run from a command line; returns the exit status."""
+    add("--few_shot", type=Path, nargs="+", default=[], metavar="DIR", help="other images for E10, in class folders")
     try:
-        return reproduce(parse(argv))
+        return reproduce(parser.parse_args(argv))
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("killed; the same command goes on from the last checkpoints", file=sys.stderr)
+        print("stopped at once; the same command resumes from the last checkpoints", file=sys.stderr)
         return 130
 
 

@@ -1,43 +1,252 @@
+"""Grid files, the runs in them, and their training; most of it with a stand-in for train.py that keeps its contract."""
+
 import json
+import os
+import signal
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from experiments import reproduce
-from experiments.reproduce import main
-from experiments.scheduler import Outcome
+from experiments.reproduce import list_runs, main, make_subset, plan, read_grid, slot_environments, train_all
+from mrl.config import to_yaml
+from mrl.errors import UserError
+from mrl.matryoshka import default_nesting_list
 from mrl.results import read_rows
 
-# A ViT of one block, 32 wide, on handwritten digits.
-VIT = "{img_size: 16, patch_size: 8, embed_dim: 32, depth: 1, num_heads: 2}"
-GRID = f"""
+GRID = """
 title: Digits
-train_images: 1442
+minutes_per_epoch: 2
+set: {train.epochs: 2, optim.warmup_epochs: 1}
+runs:
+  - {name: mrl, group: main, recipe: digits_mrl, seeds: [0, 1]}
+  - {name: ff, group: main, recipe: digits_ff, seeds: [0, 1], dims: [8, 512]}
+  - {name: tuned, group: other, recipe: digits_mrl, seeds: [0], init_from: ff512_seed0}
+references: {other: [mrl_seed0]}
+"""
+STAND_IN = """
+import json, os, pathlib, signal, sys, time
+stop = []
+signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
+settings = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+directory = pathlib.Path(settings["--run.dir"]) / settings["--run.name"]
+behavior = (directory / "behavior").read_text()
+metrics = directory / "metrics.jsonl"
+done = len(metrics.read_text().splitlines()) if metrics.exists() else 0
+with (directory / "starts").open("a") as file:
+    file.write(f"{done} ")
+(directory / "began").write_text(str(time.monotonic()))
+if behavior == "fails":
+    sys.exit("out of memory")
+for epoch in range(done + 1, 3):
+    with metrics.open("a") as file:
+        file.write(json.dumps({"epoch": epoch, "top_1/8": 0.25, "top_1/64": 0.5}) + "\\n")
+    (directory / "pid").write_text(str(os.getpid()))
+    while behavior == "waits" and not stop:
+        time.sleep(0.01)
+    if stop:
+        sys.exit(143)
+    time.sleep(0.2 if behavior == "slow" else 0)
+(directory / "model.safetensors").write_text(str(time.monotonic()))
+"""
+
+
+def grid_of(tmp_path, text=GRID):
+    (tmp_path / "grid.yaml").write_text(text)
+    return read_grid(str(tmp_path / "grid.yaml"))
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory):
+    """The seven runs of `GRID`."""
+    return plan(grid_of(tmp_path_factory.mktemp("grid")), Path("runs"), None)
+
+
+@pytest.fixture
+def runs(planned, tmp_path, monkeypatch):
+    """The same runs in another folder, with no more arguments than the stand-in needs."""
+    monkeypatch.setattr(reproduce, "POLL_SECONDS", 0.02)
+    moved = []
+    for run in planned:
+        config = replace(run.config, run=replace(run.config.run, dir=str(tmp_path)))
+        moved.append(replace(run, argv=("--run.dir", str(tmp_path), "--run.name", run.name), config=config))
+    return moved
+
+
+def train(runs, jobs=1, **behaviors):
+    for run in runs:
+        run.directory.mkdir(parents=True, exist_ok=True)
+        (run.directory / "behavior").write_text(behaviors.get(run.name, "trains"))
+    return train_all(runs, jobs, (sys.executable, "-c", STAND_IN))
+
+
+def text_of(run, file):
+    path = run.directory / file
+    return path.read_text() if path.exists() else ""
+
+
+def once_running(runs, act):
+    """Do ``act`` in a thread once all ``runs`` have trained an epoch."""
+
+    def wait():
+        while not all(text_of(run, "pid") for run in runs):
+            time.sleep(0.01)
+        act()
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def test_a_grid_file_becomes_runs_with_first_seeds_first(planned):
+    first = ["mrl_seed0", "ff8_seed0", "ff512_seed0", "tuned_seed0"]
+    assert [run.name for run in planned] == [*first, "mrl_seed1", "ff8_seed1", "ff512_seed1"]
+    ff8, tuned = planned[5].config, planned[3].config
+    assert (ff8.head.nesting_list, ff8.run.seed, ff8.train.epochs) == ([8], 1, 2)
+    assert tuned.model.init == "runs/ff512_seed0"
+
+
+def test_other_epochs_and_seeds(tmp_path):
+    grid = grid_of(tmp_path)
+    short = plan(grid, tmp_path, None, seeds=[0], epochs=1)
+    assert [run.name for run in short] == ["mrl_seed0", "ff8_seed0", "ff512_seed0", "tuned_seed0"]
+    assert {(run.config.train.epochs, run.config.optim.warmup_epochs) for run in short} == {(1, 0.5)}
+    # Without the run that starts from the weights of seed 0.
+    assert [run.name for run in plan(grid, tmp_path, None, seeds=[7])] == ["mrl_seed7", "ff8_seed7", "ff512_seed7"]
+
+
+@pytest.mark.parametrize("name", ["a", "b"])
+def test_the_shipped_grids_have_what_the_effects_need(tmp_path, name):
+    grid = read_grid(name)
+    runs = plan(grid, tmp_path, tmp_path / "data")
+    main_group = [run.config for run in runs if run.entry.group == runs[0].entry.group]
+    found = {(str(config.head.nesting_list), config.head.tied, config.run.seed) for config in main_group}
+    sizes = default_nesting_list(2048) if name == "a" else (8, 64, 2048)
+    kinds = [("auto", False), ("auto", True), *((f"[{dim}]", False) for dim in sizes)]
+    assert found == {(*kind, seed) for kind in kinds for seed in range(3)}
+    # What is compared differs in nothing else.
+    same = [replace(config, run=main_group[0].run, head=main_group[0].head) for config in main_group]
+    assert all(config == same[0] for config in same)
+    assert os.path.isfile(grid.superclasses)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "parts"),
+    [
+        ("title: Digits", "titel: Digits", ["grid.yaml", "titel"]),
+        ("seeds: [0, 1]}", "seed: [0, 1]}", ["'seed'"]),
+        ("seeds: [0, 1]}", "seeds: 0}", ["seeds", "list"]),
+        ("init_from: ff512_seed0", "init_from: ff512_seed1", ["tuned_seed0", "ff512_seed1", "not a run before it"]),
+        ("name: tuned,", "name: mrl,", ["two runs of the grid are called mrl_seed0"]),
+        ("train.epochs: 2", "train.epoch: 2", ["run mrl_seed0", "train.epoch", "did you mean train.epochs"]),
+        ("{other: [mrl_seed0]}", "{other: [mrl]}", ["references", "mrl"]),
+        ("title: Digits", "title: {", ["grid.yaml", "parsing"]),
+    ],
+)
+def test_an_invalid_grid_file_is_refused(tmp_path, old, new, parts):
+    assert old in GRID
+    with pytest.raises(UserError) as caught:
+        plan(grid_of(tmp_path, GRID.replace(old, new)), tmp_path, None)
+    assert all(part in str(caught.value) for part in parts)
+
+
+def test_a_subset_links_every_second_class(tmp_path):
+    for split in ("train", "val"):
+        for name in "abcde":
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            (tmp_path / "data" / split / name / "1.JPEG").touch()
+    for _ in range(2):  # the second time it exists
+        make_subset(tmp_path / "data", 2, tmp_path / "half")
+    assert sorted(path.name for path in (tmp_path / "half" / "train").iterdir()) == ["a", "c", "e"]
+    assert (tmp_path / "half" / "val" / "c" / "1.JPEG").is_file()
+    with pytest.raises(UserError, match="has no folder train"):
+        make_subset(tmp_path / "elsewhere", 2, tmp_path / "other")
+
+
+def test_finished_runs_are_skipped_and_others_resumed(runs):
+    assert train(runs[:1]) == ({}, 0)
+    runs[1].directory.mkdir()
+    (runs[1].directory / "metrics.jsonl").write_text('{"epoch": 1, "top_1/8": 0.1}\n')
+    assert train(runs[:2]) == ({}, 0)
+    assert [text_of(run, "starts") for run in runs[:2]] == ["0 ", "1 "]
+    assert runs[1].is_finished() and runs[1].epochs_done() == 2 and runs[1].seconds() > 0
+
+
+def test_a_failed_or_killed_run_stops_only_those_that_start_from_it(runs):
+    killed, good, bad, after = runs[:4]
+    once_running([killed], lambda: os.kill(int(text_of(killed, "pid")), signal.SIGKILL))
+    failed, stopped_by = train(runs[:4], mrl_seed0="waits", ff512_seed0="fails")
+    assert good.is_finished() and not stopped_by and not text_of(after, "starts")
+    log = bad.directory / "train.log"
+    assert failed["mrl_seed0"].startswith("train.py was killed by SIGKILL; ")
+    assert failed["ff512_seed0"] == f"train.py ended with exit status 1; last line of {log}: out of memory"
+    assert failed["tuned_seed0"] == "it starts from ff512_seed0, which failed"
+
+
+def test_a_run_waits_for_the_one_it_starts_from(runs):
+    assert train([runs[2], runs[3]], jobs=2, ff512_seed0="slow") == ({}, 0)
+    assert float(text_of(runs[2], "model.safetensors")) < float(text_of(runs[3], "began"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_the_children_and_the_same_call_resumes(runs, number):
+    waiting = {run.name: "waits" for run in runs[:3]}
+    once_running(runs[:2], lambda: os.kill(os.getpid(), number))
+    assert train(runs[:3], jobs=2, **waiting) == ({}, number)
+    assert [text_of(run, "starts") for run in runs[:3]] == ["0 ", "0 ", ""]  # two at a time, and no more
+    assert train(runs[:3], jobs=2) == ({}, 0)
+    assert [text_of(run, "starts") for run in runs[:3]] == ["0 1 ", "0 1 ", "0 "]
+
+
+def test_children_share_the_gpus(monkeypatch):
+    monkeypatch.setattr(reproduce.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in slot_environments(3)] == ["3", "5", "3"]
+
+
+def test_the_list_estimates_the_time_left(runs):
+    assert list_runs(runs, runs[:2], 2).endswith("2 runs; training left, added up: 0 h 08 min")
+    assert list_runs(runs, runs[:2], None).endswith("unknown")
+    train(runs[:2], ff8_seed0="fails")
+    (runs[0].directory / "attempts.jsonl").write_text('{"seconds": 35.0}\n{"seconds": 35.0}\n')
+    (runs[1].directory / "metrics.jsonl").write_text('{"epoch": 1}\n{"epoch": 2, "l')  # killed while it was writing
+    text = list_runs(runs, runs[:2], 2)
+    assert "finished" in text and "50% done" in text and text.endswith("added up: 35 s")
+
+
+def test_a_run_with_other_settings_is_refused(runs):
+    run = runs[0]
+    before = replace(run.config, train=replace(run.config.train, epochs=3))
+    run.directory.mkdir(parents=True)
+    (run.directory / "config.yaml").write_text(to_yaml(before))
+    with pytest.raises(UserError, match=r"other settings \(train\.epochs was 3, now 2\).*another --runs"):
+        run.is_finished()
+
+
+# A ViT of one block, 32 wide, on handwritten digits.
+DIGITS = """
+title: Digits
 set:
   model.backbone: vit_tiny_patch16_224
-  model.kwargs: {VIT}
+  model.kwargs: {img_size: 16, patch_size: 8, embed_dim: 32, depth: 1, num_heads: 2}
   data.train_px: 16
   data.eval_resize_px: 16
   data.eval_px: 16
   data.batch_size: 256
-  train.epochs: 2
 runs:
-  - {{name: mrl, group: digits, recipe: digits_mrl, seeds: [0]}}
+  - {name: mrl, group: digits, recipe: digits_mrl, seeds: [0]}
 """
 
 
-@pytest.fixture
-def grid(tmp_path):
-    path = tmp_path / "grid.yaml"
-    path.write_text(GRID)
-    return str(path)
-
-
-def test_one_command_trains_evaluates_and_reports(grid, tmp_path, capfd):
-    words = ["--grid", grid, "--runs", str(tmp_path / "runs"), "--epochs", "1"]
-    assert main(words) == 0
+def test_one_command_trains_evaluates_and_reports(tmp_path, capfd):
+    (tmp_path / "grid.yaml").write_text(DIGITS)
+    argv = ["--grid", str(tmp_path / "grid.yaml"), "--runs", str(tmp_path / "runs"), "--epochs", "1"]
+    assert main(argv) == 0
     out = tmp_path / "runs" / "results" / "digits"
     rows = read_rows(out / "results.jsonl")
-    assert {row.run for row in rows} == {"mrl_seed0"} and not any(" of class " in row.metric for row in rows)
+    assert {row.run for row in rows} == {"mrl_seed0"} and not (out / "classes.csv").exists()
     trained = json.loads((tmp_path / "runs" / "mrl_seed0" / "metrics.jsonl").read_text().splitlines()[-1])
     [row] = [r for r in rows if (r.study, r.metric, r.dim) == ("classification", "top_1", 8)]
     assert row.value == pytest.approx(trained["top_1/8"], abs=0.01)
@@ -47,31 +256,25 @@ def test_one_command_trains_evaluates_and_reports(grid, tmp_path, capfd):
     assert str(tmp_path) not in (out / "provenance.json").read_text()  # no paths of the machine
     assert "Digits: 1 runs, seed 0" in (out / "tables.md").read_text()
     capfd.readouterr()
-    assert main([*words, "--list"]) == 0
+    assert main([*argv, "--list"]) == 0
     assert " finished " in capfd.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("argv", "outcome", "status", "message"),
     [
-        (["--jobs", "0"], "--jobs is 0; allowed: 1 or more"),
-        (["--epochs", "0"], "--epochs is 0; allowed: 1 or more"),
-        (["--only", "ff*"], "--only ff* fits no run; runs: mrl_seed0"),
+        (["--jobs", "0"], None, 2, "--jobs is 0; allowed: 1 or more"),
+        (["--epochs", "0"], None, 2, "train.epochs"),
+        (["--only", "tune*", "x*"], None, 2, "--only tune* x* matches no run; runs: mrl_seed0"),
+        (["--grid", "c"], None, 2, "--grid is 'c', which is not a file; allowed: a, b"),
+        ([], ({"mrl_seed0": "killed by SIGKILL"}, 0), 1, "failed: mrl_seed0: killed by SIGKILL"),
+        ([], ({}, signal.SIGINT), 130, "stopped; the same command resumes"),
     ],
 )
-def test_bad_words_are_refused(grid, tmp_path, capsys, words, message):
-    assert main(["--grid", grid, "--runs", str(tmp_path / "runs"), *words]) == 2
-    assert message in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("outcome", "status", "message"),
-    [
-        (Outcome(failed={"mrl_seed0": "killed by SIGKILL"}), 1, "failed: mrl_seed0: killed by SIGKILL"),
-        (Outcome(stopped_by=2), 130, "the same command goes on"),
-    ],
-)
-def test_the_exit_status_tells_of_failures_and_stops(grid, tmp_path, capsys, monkeypatch, outcome, status, message):
-    monkeypatch.setattr(reproduce.Scheduler, "train_all", lambda self: outcome)
-    assert main(["--grid", grid, "--runs", str(tmp_path / "runs")]) == status
+def test_the_exit_status_and_the_message_tell_what_went_wrong(
+    tmp_path, capsys, monkeypatch, argv, outcome, status, message
+):
+    (tmp_path / "grid.yaml").write_text(DIGITS)
+    monkeypatch.setattr(reproduce, "train_all", lambda runs, jobs: outcome)
+    assert main(["--grid", str(tmp_path / "grid.yaml"), "--runs", str(tmp_path / "runs"), *argv]) == status
     assert message in capsys.readouterr().err
