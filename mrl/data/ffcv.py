@@ -81,25 +81,24 @@ class FFCVFile:
             )
         try:
             reader = ffcv.reader.Reader(str(path))
-            held = [(name, type(field).__name__) for name, field in reader.handlers.items()]
+            if [(name, type(field).__name__) for name, field in reader.handlers.items()] != FIELDS:
+                raise ValueError("its fields are not an image and a label")
             images, labels = reader.metadata["f0"], reader.metadata["f1"].astype(np.int64)
             table = reader.alloc_table[np.argsort(reader.alloc_table["sample_id"])]
-            whole = (
-                np.array_equal(table["ptr"], images["data_ptr"]) and (table["ptr"] + table["size"] <= num_bytes).all()
-            )
+            self._starts, self._ends = table["ptr"], table["ptr"] + table["size"]
+            self.is_jpeg = images["mode"] == 0
+            self.sizes = np.stack([images["height"], images["width"]], axis=1).astype(np.int64)
+            num_pixels = self.sizes.prod(axis=1)
+            complete = np.array_equal(self._starts, images["data_ptr"]) and (self._ends <= num_bytes).all()
+            if not complete or (table["size"] != 3 * num_pixels)[~self.is_jpeg].any():
+                raise ValueError("its table of contents does not match its images")
             counts = np.bincount(labels, minlength=len(self.classes)).tolist()
         except Exception as error:  # of many kinds on bad data
             raise self._unusable(f"{path} is damaged or of another version of FFCV ({error!r})") from error
-        self.is_jpeg = images["mode"] == 0
-        self.sizes = np.stack([images["height"], images["width"]], axis=1).astype(np.int64)
-        num_pixels = self.sizes.prod(axis=1)
-        if held != FIELDS or not whole or (table["size"] != 3 * num_pixels)[~self.is_jpeg].any():
-            raise self._unusable(f"{path} is damaged: its table of contents does not match its images")
         if counts != expected:
             raise self._unusable(f"{path} does not have the classes, or images of each, that {path.name}.json says")
         self.labels = torch.from_numpy(labels)
         self._max_pixels = int(num_pixels.max(initial=0))
-        self._starts, self._ends = table["ptr"], table["ptr"] + table["size"]
         self._content = np.memmap(path, np.uint8, mode="r").view(np.ndarray)
 
     def _unusable(self, reason: str) -> UserError:

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2 import functional
 
@@ -30,19 +31,12 @@ MAX_SHOWN = 5
 
 
 class ImageList(NamedTuple):
-    """The image files of a split, by class, then by path.
-
-    Attributes:
-        paths: N files.
-        labels: ``(N,)`` int64, positions in ``classes``.
-        classes: Names of the class folders, sorted.
-        num_ignored: Files that are not images by their extension.
-    """
+    """The image files of a split, by class, then by path."""
 
     paths: list[str]
-    labels: Tensor
-    classes: list[str]
-    num_ignored: int
+    labels: Tensor  # (N,) int64, positions in classes
+    classes: list[str]  # names of the class folders, sorted
+    num_ignored: int  # files that are not images by their extension
 
 
 def list_images(root: str | Path, split: str, show_progress: bool = False) -> ImageList:
@@ -52,20 +46,19 @@ def list_images(root: str | Path, split: str, show_progress: bool = False) -> Im
         UserError: The root, the split, its class folders or the images of a class are missing.
     """
     top = split_folder(root, split)
-    classes, files = list_top(top)
+    _, classes, files = next(walk(top))
     if not classes:
         raise UserError(f"{top} has no class folders, only {shown(files)}; put the images into {top}/<class>/")
-    paths: list[str] = []
-    counts, num_ignored = [], 0
-    for name in progress(classes, show=show_progress, desc=f"list {split}", unit="class"):
+    paths, labels, num_files = [], [], 0
+    for label, name in enumerate(progress(classes, show=show_progress, desc=f"list {split}", unit="class")):
         files = list_files(top / name)
         images = [f"{top}/{name}/{file}" for file in files if is_image(file)]
         if not images:
             raise UserError(f"class folder {top / name} has no images; allowed: {' '.join(IMAGE_EXTENSIONS)}")
         paths += images
-        counts.append(len(images))
-        num_ignored += len(files) - len(images)
-    return ImageList(paths, torch.arange(len(classes)).repeat_interleave(torch.tensor(counts)), classes, num_ignored)
+        labels += [label] * len(images)
+        num_files += len(files)
+    return ImageList(paths, torch.tensor(labels), classes, num_files - len(paths))
 
 
 def split_folder(root: str | Path, split: str) -> Path:
@@ -84,22 +77,15 @@ def find_images(folder: str | Path, show_progress: bool = False) -> list[str]:
 
 
 def list_files(folder: str | Path, show_progress: bool = False) -> list[str]:
-    """Return the files below ``folder`` as paths relative to it, in sorted order, those of a subfolder after its own.
-
-    Hidden files and folders are left out; links to folders are followed.
-    """
+    """Return the files below ``folder`` at any depth, as paths relative to it, in the order of `walk`."""
     start = len(str(folder)) + 1
-    walk = progress(_walk(folder), show=show_progress, desc=f"list {folder}", unit="folder")
-    return [os.path.join(below[start:], name) for below, _, files in walk for name in files]
+    folders = progress(walk(folder), show=show_progress, desc=f"list {folder}", unit="folder")
+    return [os.path.join(below[start:], name) for below, _, files in folders for name in files]
 
 
-def list_top(folder: Path) -> tuple[list[str], list[str]]:
-    """Return the names of the folders and of the files in ``folder``, sorted, without hidden ones."""
-    _, folders, files = next(_walk(folder))
-    return folders, files
+def walk(top: str | Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Walk a tree as os.walk does, in sorted order, without hidden files and folders; follow links."""
 
-
-def _walk(top: str | Path) -> Iterator[tuple[str, list[str], list[str]]]:
     def fail(error: OSError) -> None:
         raise UserError(f"{error.filename} cannot be listed: {error.strerror}") from error
 
@@ -157,11 +143,8 @@ class FolderImages(Images):
         # One array of bytes: with a list, workers would copy a million strings by counting references to them.
         self._paths = np.array([os.fsencode(path) for path in paths])
 
-    def _read(self, index: int) -> Tensor:
-        return read_image(os.fsdecode(self._paths[index]))
-
     def _train_crop(self, index: int, epoch: int, px: int) -> Tensor:
-        image = self._read(index)
+        image = read_image(os.fsdecode(self._paths[index]))
         [box], [mirror] = self.transform.train_boxes(epoch, np.array([index]), np.array([image.shape[1:]]))
         crop = functional.resized_crop(image, *box.tolist(), size=[px, px], antialias=True)
         return self.transform.augment(crop.flip(2) if mirror else crop, epoch, index)
@@ -170,13 +153,14 @@ class FolderImages(Images):
         return torch.stack([self._train_crop(index, epoch, px) for index in indices.tolist()])
 
     def _center_crops(self, indices: np.ndarray) -> Tensor:
-        resize_px, px = self.transform.eval_resize_px, self.transform.eval_px
-        return torch.stack([resize_and_center_crop(self._read(index), resize_px, px) for index in indices.tolist()])
+        px = self.transform.eval_resize_px, self.transform.eval_px
+        return torch.stack([resize_and_center_crop(read_image(os.fsdecode(p)), *px) for p in self._paths[indices]])
 
     def _load_all(self, load: LoadBatch, indices: Sequence[np.ndarray]) -> Iterator[Tensor]:
         loader = DataLoader(
-            _Loaded(load, indices),
+            indices,
             batch_size=None,
+            collate_fn=partial(_load_or_explain, load),
             num_workers=min(self._num_workers, len(indices)),
             pin_memory=self.device.type == "cuda",
             worker_init_fn=_start_worker,
@@ -191,21 +175,12 @@ class FolderImages(Images):
             yield images
 
 
-class _Loaded(Dataset[Tensor | str]):
-    """Batches, or the message of a UserError: one raised in a worker would arrive wrapped in a traceback."""
-
-    def __init__(self, load: LoadBatch, indices: Sequence[np.ndarray]):
-        self.load = load
-        self.indices = indices
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, position: int) -> Tensor | str:
-        try:
-            return self.load(self.indices[position])
-        except UserError as error:
-            return str(error)
+def _load_or_explain(load: LoadBatch, indices: np.ndarray) -> Tensor | str:
+    """Return a batch, or the message of a UserError: raised in a worker, it would arrive wrapped in a traceback."""
+    try:
+        return load(indices)
+    except UserError as error:
+        return str(error)
 
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)

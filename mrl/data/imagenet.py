@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mrl.data.folder import ImageList, is_image, list_images, list_top, shown, split_folder
+from mrl.data.folder import ImageList, is_image, list_images, shown, split_folder, walk
 from mrl.errors import UserError
 
 KAGGLE_FOLDER = Path("ILSVRC/Data/CLS-LOC")
@@ -25,12 +25,12 @@ def list_imagenet(root: str | Path, split: str, show_progress: bool = False) -> 
     """List the images of ``split`` below ``root``, or below ``root``'s ILSVRC/Data/CLS-LOC.
 
     Raises:
-        UserError: Files are missing, classes are not wnids, or flat validation images cannot be labeled reliably.
+        UserError: Files are missing, classes are not wnids, or flat validation images have no reliable labels.
     """
     root = Path(root)
     root = root / KAGGLE_FOLDER if (root / KAGGLE_FOLDER).is_dir() else root
     top = split_folder(root, split)
-    folders, files = list_top(top)
+    _, folders, files = next(walk(top))
     beside = [file for file in files if is_image(file)]
     if split == "val" and beside and not folders:
         inside = root.resolve()

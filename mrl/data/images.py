@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,8 +15,6 @@ from torch import Tensor
 
 from mrl.data.transforms import Transform, normalize
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 LoadBatch = Callable[[np.ndarray], Any]
 
 
@@ -71,10 +69,10 @@ class Images(ABC):
         """Return ``(B, 3, eval_px, eval_px)`` pixels from 0 to 255."""
 
 
-def map_ahead(function: Callable[[Item], Result], items: Iterable[Item], num_threads: int) -> Iterator[Result]:
+def map_ahead(function: Callable[[Any], Any], items: Iterable[Any], num_threads: int) -> Iterator[Any]:
     """Yield ``function(item)`` in order, while threads work on the next ``2 * num_threads`` items."""
     pool = ThreadPoolExecutor(num_threads)
-    started: deque[Future[Result]] = deque()
+    started: deque[Future] = deque()
     try:
         for item in items:
             started.append(pool.submit(function, item))

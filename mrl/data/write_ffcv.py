@@ -16,8 +16,8 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +58,7 @@ def write(images: ImageList, split: str, out: Path, settings: Settings, num_thre
     """Write ``out`` and its description <out>.json; they appear after they have been read back.
 
     Raises:
-        UserError: ``out`` exists, FFCV is not installed, an image cannot be read, or writing failed; then
-            there is nothing at ``out``.
+        UserError: ``out`` exists, FFCV is not installed, an image cannot be read, or writing failed.
     """
     check_out(out)
     unfinished = out.with_name(f".{out.name}.unfinished")
@@ -70,7 +69,7 @@ def write(images: ImageList, split: str, out: Path, settings: Settings, num_thre
         _write_file(unfinished, images, settings, num_threads)
         description["num_bytes"] = unfinished.stat().st_size
         atomic_write_text(Path(f"{unfinished}.json"), json.dumps(description) + "\n")
-        _read_back(unfinished, images, settings)
+        _read_back(FFCVFile(unfinished), images, settings)
         os.replace(f"{unfinished}.json", f"{out}.json")
         os.replace(unfinished, out)
     except OSError as error:
@@ -88,15 +87,12 @@ def check_out(out: Path) -> None:
         raise UserError(f"{out} already exists; remove it, or give another --out")
 
 
-def encode(path: str, settings: Settings, as_jpeg: bool) -> tuple[Any, np.ndarray]:
-    """Return FFCV's entry for an image (mode, width, height) and the bytes to store.
-
-    Raises:
-        UserError: The image cannot be read or stored.
-    """
+def encode(images: ImageList, settings: Settings, index: int) -> tuple[Any, np.ndarray]:
+    """Return FFCV's entry for an image (mode, width, height) and the bytes to store."""
     from ffcv.fields import RGBImageField
 
-    field = RGBImageField("jpg" if as_jpeg else "raw", max_resolution=settings.max_px, jpeg_quality=settings.quality)
+    path, mode = images.paths[index], "jpg" if settings.is_jpeg(index) else "raw"
+    field = RGBImageField(mode, max_resolution=settings.max_px, jpeg_quality=settings.quality)
     pixels = read_image(path).permute(1, 2, 0).contiguous().numpy()
     entry, content = np.zeros(1, dtype=field.metadata_type), []
 
@@ -112,30 +108,24 @@ def encode(path: str, settings: Settings, as_jpeg: bool) -> tuple[Any, np.ndarra
     return entry[0], content[0]
 
 
-def _encode_all(images: ImageList, settings: Settings, num_threads: int) -> Iterator[tuple[Any, np.ndarray]]:
-    def encode_one(index: int) -> tuple[Any, np.ndarray]:
-        return encode(images.paths[index], settings, settings.is_jpeg(index))
-
-    encoded = map_ahead(encode_one, range(len(images.paths)), num_threads)
-    return progress(encoded, desc="write", total=len(images.paths), unit="image")
-
-
 def _write_file(path: Path, images: ImageList, settings: Settings, num_threads: int) -> None:
     """Write with FFCV's own parts, but not its loop over processes, which waits forever for one that has died."""
     from ffcv.fields import IntField, RGBImageField
     from ffcv.memory_allocator import MemoryAllocator
     from ffcv.writer import DatasetWriter
 
+    num_images = len(images.paths)
     page_bytes = max(MIN_PAGE_BYTES, 1 << (3 * settings.max_px**2 - 1).bit_length())  # an image must fit on a page
     writer = DatasetWriter(str(path), {"image": RGBImageField(), "label": IntField()}, page_bytes, num_workers=1)
-    writer.num_samples = len(images.paths)
+    writer.num_samples = num_images
     writer.prepare()
     try:
-        entries = np.zeros(writer.num_samples, dtype=writer.metadata_type)
+        entries = np.zeros(num_images, dtype=writer.metadata_type)
         entries["f1"] = images.labels.numpy()
         allocator = MemoryAllocator(str(path), writer.data_region_start, page_bytes)
+        encoded = map_ahead(partial(encode, images, settings), range(num_images), num_threads)
         with allocator:
-            for index, (entry, content) in enumerate(_encode_all(images, settings, num_threads)):
+            for index, (entry, content) in enumerate(progress(encoded, desc="write", total=num_images, unit="image")):
                 allocator.set_current_sample(index)
                 entry["data_ptr"], storage = allocator.malloc(content.size)
                 storage[:] = content
@@ -149,15 +139,12 @@ def _write_file(path: Path, images: ImageList, settings: Settings, num_threads: 
         os.fsync(file.fileno())
 
 
-def _read_back(path: Path, images: ImageList, settings: Settings) -> None:
+def _read_back(file: FFCVFile, images: ImageList, settings: Settings) -> None:
     """Check every label, and a sample of the images against encoding them again."""
-    file = FFCVFile(path)
-    scratch = file.scratch()
     intact = np.array_equal(file.labels, images.labels)
     for index in np.unique(np.linspace(0, len(images.paths) - 1, NUM_READ_BACK).astype(int)).tolist():
-        file.decode(index, scratch)
-        _, expected = encode(images.paths[index], settings, settings.is_jpeg(index))
-        if not intact or not np.array_equal(file.stored(index), expected):
+        file.decode(index, file.scratch())
+        if not intact or not np.array_equal(file.stored(index), encode(images, settings, index)[1]):
             raise UserError(f"{images.paths[index]} was written with wrong bytes or label; is the disk sound?")
 
 
@@ -176,19 +163,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--max_px", type=int, default=500, help="longer side at most, in pixels; default: 500")
     parser.add_argument("--jpeg_share", type=float, help="share stored as JPEG; default: 0.5 for train, 0 for val")
     parser.add_argument("--quality", type=int, default=90, help="JPEG quality, 1 to 100; default: 90")
-    parser.add_argument("--num_threads", type=int, help="images encoded at once; default: the CPU cores")
+    parser.add_argument(
+        "--num_threads", type=int, default=cores_per_process(), help="images encoded at once; default: the CPU cores"
+    )
     args = parser.parse_args(argv)
     out = args.out or args.root / f"{args.split}.beton"
     try:
-        default_share = {"train": 0.5, "val": 0.0}[args.split]
-        share = default_share if args.jpeg_share is None else args.jpeg_share
-        settings = Settings(args.max_px, share, args.quality)
-        num_threads = cores_per_process() if args.num_threads is None else args.num_threads
-        if num_threads < 1:
-            raise UserError(f"--num_threads is {num_threads}; allowed: 1 or more")
+        default_share = 0.5 if args.split == "train" else 0.0
+        settings = Settings(args.max_px, default_share if args.jpeg_share is None else args.jpeg_share, args.quality)
+        if args.num_threads < 1:
+            raise UserError(f"--num_threads is {args.num_threads}; allowed: 1 or more")
         check_out(out)  # before a million files are listed
         list_split = list_imagenet if args.name == "imagenet" else list_images
-        written = write(list_split(args.root, args.split, True), args.split, out, settings, num_threads)
+        written = write(list_split(args.root, args.split, True), args.split, out, settings, args.num_threads)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

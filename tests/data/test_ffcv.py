@@ -370,11 +370,11 @@ def test_a_failure_is_named_and_leaves_nothing(root, monkeypatch, capsys, spoil)
 def test_ctrl_c_leaves_nothing(root, monkeypatch, capsys):
     encode, calls = write_ffcv.encode, []
 
-    def interrupted(path, settings, as_jpeg):
-        calls.append(path)
+    def interrupted(images, settings, index):
+        calls.append(index)
         if len(calls) == 5:
             raise KeyboardInterrupt
-        return encode(path, settings, as_jpeg)
+        return encode(images, settings, index)
 
     monkeypatch.setattr(write_ffcv, "encode", interrupted)
     assert main(["--root", str(root), "--split", "train", "--num_threads", "1"]) == 130
