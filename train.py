@@ -22,7 +22,7 @@ from torch import nn
 
 from mrl import distributed
 from mrl.config import Config, parse_command_line, to_yaml
-from mrl.data import BACKENDS, Images, build_data, check_rand_augment
+from mrl.data import BACKENDS, Images, build_data
 from mrl.data.transforms import eval_indices, train_indices
 from mrl.distributed import Process
 from mrl.errors import UserError
@@ -58,7 +58,6 @@ def train(config: Config, process: Process) -> int:
         raise UserError(f"{directory} is not the same folder on all machines; run.dir must be one that they share")
 
     images = build_data(config.data, seed, device, process.is_main)
-    check_rand_augment(config.data, images["train"])
     num_images, classes = len(images["train"]), images["train"].classes
     data_seen = {"num_images": num_images, "classes": classes, "backend": BACKENDS[type(images["train"])]}
     accumulation_steps, batch_size = config.train.accumulation_steps, config.data.batch_size

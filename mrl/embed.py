@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ import torch
 
 from mrl import distributed
 from mrl.data import cores_per_process
-from mrl.data.folder import IMAGE_EXTENSIONS, evaluated_images, read_tree
+from mrl.data.folder import IMAGE_EXTENSIONS, evaluated_images, is_image, list_files
 from mrl.distributed import Process
 from mrl.errors import UserError
 from mrl.matryoshka import prefix
@@ -89,14 +88,14 @@ def list_folder(folder: Path) -> tuple[list[str], list[str], int]:
     """
     if not folder.is_dir():
         raise UserError(f"--images {folder} is not a folder")
-    tree = read_tree(folder, show_progress=True)
-    ids = [os.path.join(below.path, image) for below in tree for image in below.images]
+    files = list_files(folder, show_progress=True)
+    ids = [file for file in files if is_image(file)]
     if not ids:
         raise UserError(f"--images {folder} holds no images; allowed: {' '.join(IMAGE_EXTENSIONS)}")
     broken = next((name for name in ids if "\n" in name), None)
     if broken is not None:
         raise UserError(f"{broken!r} has a line break in its name, which a list of ids cannot hold; rename it")
-    return [str(folder / name) for name in ids], ids, sum(below.num_others for below in tree)
+    return [str(folder / name) for name in ids], ids, len(files) - len(ids)
 
 
 def already_there(out: Path, info: VectorInfo) -> bool:

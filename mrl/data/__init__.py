@@ -1,29 +1,26 @@
-"""Images for training and evaluation, behind one batch contract.
-
-A batch is ``(images, labels)``: ``(B, 3, H, W)`` float32, normalized, channels_last, and ``(B,)``
-int64, both on the device. Which rows make it up is for `mrl.data.transforms` to say.
-"""
+"""Images for training and evaluation, by one of three backends with the same batches; see `mrl.data.images`."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import json
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
 from mrl import distributed
 from mrl.config import DataConfig
-from mrl.data.ffcv import FFCVFile, FFCVImages, import_ffcv, read_description
+from mrl.data.ffcv import FFCVFile, FFCVImages, import_ffcv
 from mrl.data.folder import FolderImages, ImageList, list_images, shown
 from mrl.data.imagenet import list_imagenet
-from mrl.data.memory import DIGIT_CLASSES, MemoryImages, check_fits, decode_images, load_digits
+from mrl.data.images import Images
+from mrl.data.memory import DIGIT_CLASSES, MemoryImages, check_memory, decode_images, load_digits
 from mrl.data.transforms import Transform
 from mrl.errors import UserError
 
-Images = MemoryImages | FolderImages | FFCVImages
 BACKENDS: dict[type, str] = {MemoryImages: "memory", FolderImages: "folder", FFCVImages: "ffcv"}
 
 
@@ -34,79 +31,65 @@ def build_data(
     is_main: bool = True,
     splits: Sequence[str] = ("train", "val"),
 ) -> dict[str, Images]:
-    """The splits that ``data`` describes, by name; the main process prints what they are in one line.
+    """Return the ``splits`` that ``data`` describes; the main process prints one line about them.
 
     Raises:
-        UserError: Files are missing, an image cannot be read, the classes are not as expected, or
-            the backend cannot hold them.
+        UserError: Files are missing, an image cannot be read, the classes are not as expected, or the backend cannot
+            hold or augment the images.
     """
     backend, reason = choose_backend(data, splits)
     if not distributed.agree(list(BACKENDS.values()).index(backend)):
         raise UserError(
-            "the machines do not find the same at data.root, or not all of them have FFCV, and would read it by "
-            "different backends; copy it there again, or give --data.backend folder"
+            "the machines do not find the same files in data.root, or FFCV is not installed on all of them, and would "
+            "use different backends; copy the files again, or give --data.backend folder"
         )
-    transform = Transform(
-        seed,
-        data.crop_scale,
-        data.crop_ratio,
-        data.flip,
-        data.eval_resize_px,
-        data.eval_px,
-        data.mean,
-        data.std,
-        data.rand_augment,
-    )
-    images: dict[str, Images]
-    num_ignored = 0
-    num_workers = cores_per_process() if data.num_workers is None else data.num_workers
-    if data.name == "digits":
-        digits = load_digits(data.eval_resize_px)
-        check_classes({split: DIGIT_CLASSES for split in splits}, data.num_classes)
-        images = {split: MemoryImages(*digits[split], DIGIT_CLASSES, transform, device) for split in splits}
-    elif backend == "ffcv":
-        ffcv_files = open_ffcv_files(data, splits)
-        check_classes({split: beton.classes for split, beton in ffcv_files.items()}, data.num_classes)
-        pool = ThreadPoolExecutor(max(1, num_workers), thread_name_prefix="decode")
-        images = {split: FFCVImages(beton, transform, device, pool) for split, beton in ffcv_files.items()}
-        reason += f", {max(1, num_workers)} threads"
-    else:
-        lists = list_splits(data, splits, is_main)
-        check_classes({split: found.classes for split, found in lists.items()}, data.num_classes)
-        if backend == "memory":
-            images = read_into_memory(lists, transform, device, is_main)
-        else:
-            images = {s: FolderImages(*found[:3], transform, device, num_workers) for s, found in lists.items()}
-            reason += f", {num_workers} worker processes"
-        num_ignored = sum(found.num_ignored for found in lists.values())
-    if is_main:
-        print(describe(data.name, images, f"{backend} backend ({reason})", num_ignored), flush=True)
-    return images
-
-
-def check_rand_augment(data: DataConfig, train_images: Images) -> None:
-    """Nothing, if the training images can be augmented as ``data`` says.
-
-    Raises:
-        UserError: RandAugment is asked for, but not of the folder backend.
-    """
-    if data.rand_augment is not None and not isinstance(train_images, FolderImages):
+    if data.rand_augment is not None and backend != "folder":
         raise UserError(
             f"data.rand_augment is {data.rand_augment!r}, but only the folder backend, with one image at a time in "
             "worker processes, can do that; give --data.backend folder, or --data.rand_augment null"
         )
+    shared = {field.name for field in dataclasses.fields(Transform)} - {"seed"}
+    transform = Transform(seed, **{name: getattr(data, name) for name in shared})
+    num_workers = cores_per_process() if data.num_workers is None else data.num_workers
+    images: dict[str, Images] = {}
+    num_ignored = 0
+    if data.name == "digits":
+        _check_classes({split: DIGIT_CLASSES for split in splits}, data.num_classes)
+        digits = load_digits(data.eval_resize_px)
+        images |= {split: MemoryImages(*digits[split], DIGIT_CLASSES, transform, device) for split in splits}
+    elif backend == "ffcv":
+        files = _open_ffcv_files(data.root, splits)
+        _check_classes({split: file.classes for split, file in files.items()}, data.num_classes)
+        num_threads = max(1, num_workers)
+        images |= {split: FFCVImages(file, transform, device, num_threads) for split, file in files.items()}
+        reason += f", {num_threads} threads"
+    else:
+        lists = list_splits(data, splits, is_main)
+        _check_classes({split: found.classes for split, found in lists.items()}, data.num_classes)
+        num_ignored = sum(found.num_ignored for found in lists.values())
+        if backend == "memory":
+            check_memory(sum(len(found.paths) for found in lists.values()), data.eval_resize_px, device)
+            for split, (paths, *labels_and_classes, _) in lists.items():
+                decoded = decode_images(paths, data.eval_resize_px, cores_per_process(), f"decode {split}", is_main)
+                images[split] = MemoryImages(decoded, *labels_and_classes, transform, device)
+        else:
+            reason += f", {num_workers} worker processes"
+            images |= {
+                split: FolderImages(*found[:3], transform, device, num_workers) for split, found in lists.items()
+            }
+    if is_main:
+        print(_describe(data.name, images, f"{backend} backend ({reason})", num_ignored), flush=True)
+    return images
 
 
 def choose_backend(data: DataConfig, splits: Sequence[str]) -> tuple[str, str]:
-    """The backend to use for ``splits``, and why.
-
-    Raises:
-        UserError: The data cannot be had that way.
-    """
+    """Return the backend to use for ``splits``, and why."""
     if data.name == "digits" and data.backend in ("folder", "ffcv"):
         raise UserError(f"data.backend is {data.backend!r}, but digits has no image files; allowed: auto, memory")
     if data.backend != "auto":
         return data.backend, "as data.backend says"
+    if data.rand_augment is not None and data.name != "digits":
+        return "folder", "auto: for RandAugment"
     if data.name in ("digits", "tiny_imagenet"):
         return "memory", "auto: small set"
     names = [f"{split}.beton" for split in splits]
@@ -121,29 +104,23 @@ def choose_backend(data: DataConfig, splits: Sequence[str]) -> tuple[str, str]:
     return "ffcv", f"auto: {' and '.join(names)} found"
 
 
-def open_ffcv_files(data: DataConfig, splits: Sequence[str]) -> dict[str, FFCVFile]:
-    """The FFCV file of each split.
-
-    Raises:
-        UserError: The root is not given, a file is missing or not what it should be, or machines hold other ones.
-    """
-    if data.root is None:
+def _open_ffcv_files(root: str | None, splits: Sequence[str]) -> dict[str, FFCVFile]:
+    if root is None:
         raise UserError(f"data.root is not given; data.backend ffcv needs the folder that holds {splits[0]}.beton")
-    ffcv_files = {}
+    files = {}
     for split in splits:
-        path = Path(data.root) / f"{split}.beton"
+        path = Path(root) / f"{split}.beton"
         if not path.is_file():
-            command = f"python -m mrl.data.write_ffcv --root {data.root} --split {split}"
+            command = f"python -m mrl.data.write_ffcv --root {root} --split {split}"
             raise UserError(f"{path} is missing; write it with {command}, or use data.backend folder")
-        ffcv_files[split] = FFCVFile(path, read_description(path))
-    told = "".join((Path(data.root) / f"{split}.beton.json").read_text() for split in splits)
-    if not distributed.agree(int.from_bytes(hashlib.sha256(told.encode()).digest()[:7], "big")):
-        raise UserError(f"data.root {data.root} does not hold the same .beton files on all machines; copy them again")
-    return ffcv_files
+        files[split] = FFCVFile(path)
+    if not distributed.agree(_digest(*(json.dumps(file.description).encode() for file in files.values()))):
+        raise UserError(f"data.root {root} does not hold the same .beton files on all machines; copy them again")
+    return files
 
 
-def list_splits(data: DataConfig, splits: Sequence[str], is_main: bool = True) -> dict[str, ImageList]:
-    """The image files of each split; called on all processes, of which the main one shows how far it is.
+def list_splits(data: DataConfig, splits: Sequence[str], show_progress: bool = False) -> dict[str, ImageList]:
+    """List the image files of each split; all processes must call this, and find the same.
 
     Raises:
         UserError: The root is not given, something below it is missing, or it is not the same for all processes.
@@ -151,34 +128,24 @@ def list_splits(data: DataConfig, splits: Sequence[str], is_main: bool = True) -
     if data.root is None:
         raise UserError(f"data.root is not given; data.name {data.name} needs the folder that holds train/ and val/")
     list_split = list_imagenet if data.name == "imagenet" else list_images
-    with distributed.local_main_first():  # it lists and keeps the list, the others read that
-        lists = {split: list_split(data.root, split, is_main) for split in splits}
-    if not distributed.agree(digest(data.root, lists)):
+    lists = {split: list_split(data.root, split, show_progress) for split in splits}
+    start = len(str(Path(data.root)))
+    parts = [os.fsencode("\0".join(path[start:] for path in found.paths)) for found in lists.values()]
+    if not distributed.agree(_digest(*parts, *(found.labels.numpy().tobytes() for found in lists.values()))):
         raise UserError(f"data.root {data.root} does not hold the same images on all machines; copy them there again")
     return lists
 
 
-def digest(root: str, lists: dict[str, ImageList]) -> int:
-    """A number that is the same where the names of the files below ``root`` and their labels are; 0 to below 2^63."""
-    start = len(str(Path(root)))
-    found = hashlib.sha256()
-    for images in lists.values():
-        found.update(os.fsencode("\0".join(path[start:] for path in images.paths)))
-        found.update(images.labels.numpy().tobytes())
-    return int.from_bytes(found.digest()[:8], "big") >> 1
+def _digest(*parts: bytes) -> int:
+    return int.from_bytes(hashlib.sha256(b"".join(parts)).digest()[:7], "big")
 
 
-def check_classes(classes: dict[str, Sequence[str]], num_classes: int | None) -> None:
-    """Nothing, if all splits have the same classes, ``num_classes`` of them unless that is None.
-
-    Raises:
-        UserError: They have not.
-    """
+def _check_classes(classes: dict[str, list[str]], num_classes: int | None) -> None:
     (first, expected), *others = classes.items()
     if num_classes is not None and num_classes != len(expected):
         raise UserError(f"data.num_classes is {num_classes}, but the {first} split has {len(expected)} classes")
     for split, names in others:
-        if list(names) != list(expected):
+        if names != expected:
             missing, extra = sorted(set(expected) - set(names)), sorted(set(names) - set(expected))
             raise UserError(
                 f"the classes of {first} and {split} differ: only in {first}: {shown(missing)}; "
@@ -186,34 +153,16 @@ def check_classes(classes: dict[str, Sequence[str]], num_classes: int | None) ->
             )
 
 
-def read_into_memory(
-    lists: dict[str, ImageList], transform: Transform, device: torch.device, is_main: bool
-) -> dict[str, Images]:
-    """Every image of every split, decoded.
-
-    Raises:
-        UserError: An image cannot be read, or there is no room for so many.
-    """
-    px = transform.eval_resize_px
-    check_fits(sum(len(found.paths) for found in lists.values()), px, device)
-    images: dict[str, Images] = {}
-    for split, found in lists.items():
-        decoded = decode_images(found.paths, px, cores_per_process(), f"decode {split}", is_main)
-        images[split] = MemoryImages(decoded, found.labels, found.classes, transform, device)
-    return images
-
-
 def cores_per_process() -> int:
-    """The CPU cores that this process may use, an equal share where torchrun started several on the machine."""
+    """Return this process's share of the machine's CPU cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
-def describe(name: str, images: dict[str, Images], how: str, num_ignored: int) -> str:
-    """One line: what there is, how it is kept, what was left out."""
+def _describe(name: str, images: dict[str, Images], how: str, num_ignored: int) -> str:
     sizes = " + ".join(f"{split} {len(part):,}" for split, part in images.items())
-    num_bytes = sum(part.num_bytes for part in images.values() if isinstance(part, MemoryImages))
     line = f"data: {name}, {sizes} images of {len(next(iter(images.values())).classes)} classes, {how}"
+    num_bytes = sum(part.num_bytes for part in images.values() if isinstance(part, MemoryImages))
     if num_bytes:
         line += f", {num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 / 10 else f", {num_bytes / 2**20:.1f} MiB"
-    return line + (f", {num_ignored:,} files ignored that are no images" if num_ignored else "")
+    return line + (f", {num_ignored:,} files ignored that are not images" if num_ignored else "")

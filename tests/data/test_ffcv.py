@@ -1,24 +1,25 @@
-"""The ffcv backend keeps the common contract: the folder backend's images by way of .beton files."""
+"""FFCV files: writing, reading, and what is wrong with them. tests/data/test_build_data.py compares the batches."""
 
 import dataclasses
 import json
 import os
 import sys
 import tarfile
-from concurrent.futures import ThreadPoolExecutor
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.io import encode_jpeg, write_png
 
 from mrl.config import DataConfig
-from mrl.data import build_data
-from mrl.data.ffcv import IMAGES_PER_TASK, Description, FFCVFile, FFCVImages, import_ffcv, read_description
-from mrl.data.folder import FolderImages, ImageList, list_images
-from mrl.data.transforms import eval_indices, random_resized_crops, train_indices
-from mrl.data.write_ffcv import Settings, write
+from mrl.data import build_data, write_ffcv
+from mrl.data.ffcv import FFCVFile, FFCVImages, import_ffcv
+from mrl.data.folder import FolderImages, ImageList, list_images, read_image
+from mrl.data.transforms import eval_indices, train_indices
+from mrl.data.write_ffcv import Settings, main, write
 from mrl.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -37,8 +38,8 @@ def stacked(batches):
     return torch.cat(images), torch.cat(labels)
 
 
-def opened(path):
-    return FFCVFile(path, read_description(path))
+def names(root):
+    return sorted(path.name for path in root.iterdir() if path.is_file())
 
 
 @pytest.fixture
@@ -50,113 +51,33 @@ def with_ffcv_files(two_classes):
 
 
 @pytest.fixture
-def both(with_ffcv_files):
-    """The same images by both backends."""
-    parts = {b: build_data(with_ffcv_files.config(backend=b), 3, CPU, is_main=False) for b in ("folder", "ffcv")}
-    assert isinstance(parts["folder"]["train"], FolderImages) and isinstance(parts["ffcv"]["train"], FFCVImages)
-    return parts
+def root(image_folder):
+    return image_folder({"train": {"cat": 3, "dog": 4}, "val": {"cat": 1, "dog": 2}}, size=(30, 44))
 
 
 @needs_ffcv
-@pytest.mark.parametrize("flip", [False, True])
-def test_raw_images_are_evaluated_on_the_folders_very_pixels(both, flip):
-    rows = eval_indices(5, 2)
-    (folder, labels), (ffcv, ffcv_labels) = (stacked(both[b]["val"].eval_batches(rows, flip)) for b in both)
-    assert ffcv.shape == (5, 3, 40, 40)
-    assert torch.equal(folder, ffcv)
-    assert torch.equal(labels, ffcv_labels) and labels.tolist() == [0, 0, 1, 1, 1]
-
-
-@needs_ffcv
-def test_jpeg_images_are_evaluated_within_a_few_levels(both):
-    (folder, labels), (ffcv, ffcv_labels) = (stacked(both[b]["train"].eval_batches(eval_indices(7, 4))) for b in both)
+def test_jpeg_images_are_evaluated_within_a_few_levels(with_ffcv_files):
+    (folder, labels), (ffcv, ffcv_labels) = (
+        stacked(build_data(with_ffcv_files.config(backend=b), 3, CPU, False)["train"].eval_batches(eval_indices(7, 4)))
+        for b in ("folder", "ffcv")
+    )
     assert torch.equal(labels, ffcv_labels)
     off = (folder - ffcv).abs().mean(dim=(1, 2, 3)) / LEVEL
     assert (off == 0).sum() == 4 and off.max() < 5  # of 7 images 4 are stored raw
 
 
 @needs_ffcv
-@pytest.mark.parametrize("px", [24, 40])
-def test_training_crops_are_the_folders(both, px):
-    """The same boxes and flips; area interpolation where the folder has antialiased bilinear."""
-    rows = train_indices(7, 7, seed=3, epoch=1)
-    (folder, labels), (ffcv, ffcv_labels) = (stacked(both[b]["train"].train_batches(rows, 1, px)) for b in both)
-    assert ffcv.shape == (7, 3, px, px) and torch.equal(labels, ffcv_labels)
-    assert (folder - ffcv).abs().mean(dim=(1, 2, 3)).max() < 4 * LEVEL
-    other, _ = stacked(both["ffcv"]["train"].train_batches(rows, 2, px))
-    assert (folder - other).abs().mean(dim=(1, 2, 3)).min() > 8 * LEVEL
-
-
-@needs_ffcv
 def test_a_crop_is_resampled_by_averaging_areas(with_ffcv_files, transform):
     plain = dataclasses.replace(transform, crop_scale=(1, 1), crop_ratio=(1, 1), mean=(0, 0, 0), std=(1, 1, 1))
-    uncropped = dataclasses.replace(plain, eval_px=48, eval_resize_px=48)
-    images = FFCVImages(opened(with_ffcv_files.root / "val.beton"), plain, CPU, ThreadPoolExecutor(1))
+    images = FFCVImages(FFCVFile(with_ffcv_files.root / "val.beton"), plain, CPU, 1)
     whole, _ = stacked(images.train_batches([np.arange(5)], 0, 48))
     quarters, _ = stacked(images.train_batches([np.arange(5)], 0, 24))
     expected = whole.reshape(5, 3, 24, 2, 24, 2).mean(dim=(3, 5))
     assert (quarters - expected).abs().max() * 255 <= 0.51
-    _, flipped = random_resized_crops(5, 0, np.arange(5), np.full(5, 48), np.full(5, 48), (1, 1), (1, 1), True)
-    uncut = FFCVImages(opened(with_ffcv_files.root / "val.beton"), uncropped, CPU, ThreadPoolExecutor(1))
-    straight, _ = stacked(uncut.eval_batches([np.arange(5)]))
-    assert torch.equal(whole, torch.where(torch.from_numpy(flipped)[:, None, None, None], straight.flip(3), straight))
 
 
 @needs_ffcv
-def test_batches_keep_the_contract(both):
-    train = both["ffcv"]["train"]
-    for images, labels in [
-        *train.train_batches(train_indices(7, 3, 0, 0), 0, 32),
-        *train.eval_batches(eval_indices(7, 3)),
-    ]:
-        assert images.dtype == torch.float32 and images.is_contiguous(memory_format=torch.channels_last)
-        assert labels.dtype == torch.int64 and len(labels) == len(images)
-    (as_list, _), (as_array, _) = (next(train.eval_batches([rows])) for rows in ([6, 2], np.array([6, 2])))
-    assert torch.equal(as_list, as_array)
-    assert train.classes == ["a", "b"] and len(train) == len(train.labels) == 7
-    assert train.labels.dtype == torch.int64 and train.labels.device == CPU
-
-
-@needs_ffcv
-def test_an_image_is_the_same_in_any_batch_on_any_process_and_after_a_resume(both, with_ffcv_files):
-    train = both["ffcv"]["train"]
-    whole, _ = stacked(train.train_batches([np.arange(7)], 4, 32))
-    single, _ = stacked(train.train_batches([np.array([row]) for row in range(7)], 4, 32))
-    assert torch.equal(whole, single)
-    shares = [train_indices(7, 6, 0, 4, rank, 2) for rank in (0, 1)]
-    two, _ = stacked([batch for share in shares for batch in train.train_batches(share, 4, 32)])
-    assert torch.equal(two, whole[np.concatenate([share[0] for share in shares])])
-    straight, resumed = (
-        stacked(build_data(with_ffcv_files.config(num_workers=n), 3, CPU, False)["train"].train_batches(rows, 4, 32))
-        for n, rows in ((1, train_indices(7, 2, 3, 4)[1:]), (3, train_indices(7, 2, 3, 4, start_step=1)))
-    )
-    assert torch.equal(straight[0], resumed[0]) and torch.equal(straight[1], resumed[1])
-
-
-@needs_ffcv
-@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
-def test_fault_17_every_validation_image_is_seen_once_by_any_number_of_processes(both, world_size):
-    val = both["ffcv"]["val"]
-    shares = [eval_indices(5, 2, rank, world_size) for rank in range(world_size)]
-    seen, labels = stacked([batch for share in shares for batch in val.eval_batches(share)])
-    expected, _ = stacked(val.eval_batches(eval_indices(5, 5)))
-    assert torch.equal(seen, expected) and labels.tolist() == [0, 0, 1, 1, 1]
-
-
-@needs_ffcv
-def test_a_batch_is_put_together_from_the_work_of_several_threads(both):
-    train = both["ffcv"]["train"]
-    rows = np.arange(3 * IMAGES_PER_TASK + 1) % 7
-    (many, labels), (few, _) = (next(train.train_batches([these], 0, 32)) for these in (rows, np.arange(7)))
-    assert torch.equal(many, few[rows]) and torch.equal(labels, train.labels[rows])
-
-
-@needs_ffcv
-def test_reading_leaves_the_global_generators_and_the_number_of_threads_alone(both, monkeypatch):
-    before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
-    list(both["ffcv"]["train"].train_batches(train_indices(7, 2, 0, 0), 0, 32))
-    assert torch.equal(before, torch.get_rng_state())
-    assert np.array_equal(numpy_before, np.random.get_state()[1])  # noqa: NPY002
+def test_importing_ffcv_leaves_the_number_of_threads_alone(monkeypatch):
     for name in [name for name in sys.modules if name.split(".")[0] == "ffcv"]:
         monkeypatch.delitem(sys.modules, name)
     num_threads = torch.get_num_threads()
@@ -172,95 +93,66 @@ def test_labels_stay_distinct_where_float16_would_merge_them(two_classes, tmp_pa
     path = str(next((two_classes.root / "val").rglob("*.png")))
     labels = torch.tensor([2048, 2049, 65_519, 65_520, 70_000])
     images = ImageList([path] * 5, labels, [f"{number:05d}" for number in range(70_001)], 0)
-    write(images, "train", tmp_path / "many.beton", Settings(), 1)
-    many = FFCVImages(opened(tmp_path / "many.beton"), transform, CPU, ThreadPoolExecutor(1))
+    many = FFCVImages(write(images, "train", tmp_path / "many.beton", Settings(), 1), transform, CPU, 1)
     _, found = stacked(many.eval_batches(eval_indices(5, 2)))
     assert torch.equal(found, labels)
 
 
 @needs_ffcv
-def test_an_unfinished_pass_leaves_no_work_behind(both):
-    train = both["ffcv"]["train"]
-    batches = train.train_batches([np.full(64, row % 7) for row in range(40)], 0, 32)
+def test_a_pass_leaves_no_threads_behind(with_ffcv_files):
+    before = set(threading.enumerate())
+    train = build_data(with_ffcv_files.config(num_workers=3), 0, CPU, is_main=False)["train"]
+    batches = train.train_batches([np.full(64, index % 7) for index in range(40)], 0, 32)
     next(batches)
+    assert len(set(threading.enumerate()) - before) == 3
     batches.close()
-    assert train._pool._work_queue.qsize() <= 4 * 4  # of the 160 tasks; those begun are not stopped
+    assert set(threading.enumerate()) <= before
     assert len(list(train.train_batches(train_indices(7, 2, 0, 0), 0, 32))) == 3
+    assert set(threading.enumerate()) <= before
 
 
 @needs_ffcv
-def test_an_image_that_cannot_be_decoded_is_named_where_ffcv_would_hand_out_rubbish(with_ffcv_files):
+def test_fault_17_an_image_that_cannot_be_decoded_is_named_and_not_replaced_by_garbage(with_ffcv_files):
     path = with_ffcv_files.root / "train.beton"
-    beton = opened(path)
-    row = int(np.flatnonzero(beton.is_jpeg)[0])
-    with path.open("r+b") as file:
-        file.seek(int(beton.starts[row]))
-        file.write(bytes(16))
+    file = FFCVFile(path)
+    index = int(np.flatnonzero(file.is_jpeg)[0])
+    content = path.read_bytes()
+    path.write_bytes(content.replace(file.stored(index)[:16].tobytes(), bytes(16)))
     train = build_data(with_ffcv_files.config(), 0, CPU, is_main=False)["train"]
-    with pytest.raises(UserError, match=f"^image {row} in {path} cannot be decoded; write train.beton anew"):
+    with pytest.raises(UserError, match=rf"^image \d in {path} cannot be decoded; write train.beton again"):
         list(train.train_batches(train_indices(7, 1, 0, 0), 0, 32))
 
 
-def cut(path):
-    path.write_bytes(path.read_bytes()[:-1000])
-
-
-def empty(path):
-    path.write_bytes(b"")
-
-
-def other_version(path):
-    path.write_bytes(b"\x07" + path.read_bytes()[1:])
-
-
-def other_classes(path):
+def change_description(path, **changes):
     description = json.loads(Path(f"{path}.json").read_text())
-    description["classes"], description["counts"] = ["a", "b", "c"], [1, 3, 1]
-    Path(f"{path}.json").write_text(json.dumps(description))
-
-
-def no_description(path):
-    Path(f"{path}.json").unlink()
-
-
-def bad_description(path):
-    Path(f"{path}.json").write_text("{}")
-
-
-def zeroed_table(path):
-    content = path.read_bytes()
-    path.write_bytes(content[:-24] + bytes(24))
-
-
-def more_fields(path):
-    path.write_bytes(path.read_bytes()[:2] + b"\xff\xff" + path.read_bytes()[4:])
+    Path(f"{path}.json").write_text(json.dumps(description | changes))
 
 
 @needs_ffcv
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (cut, r"val.beton has [\d,]+ bytes, not the [\d,]+ that val.beton.json says: it is cut short or another file"),
-        (empty, r"val.beton has 0 bytes, not the [\d,]+ that val.beton.json says"),
-        (other_version, r"val.beton is no FFCV file of version 2, .* \(its header says 7\)"),
-        (other_classes, r"val.beton does not hold the classes that val.beton.json says"),
-        (no_description, r"val.beton.json is missing, which names the classes of val.beton"),
-        (bad_description, r"val.beton.json cannot be read"),
-        (zeroed_table, r"val.beton is damaged"),
-        (more_fields, r"val.beton is damaged"),
+        (lambda path, content: path.write_bytes(content[:-1000]), r"has [\d,]+ bytes, but val.beton.json says [\d,]+:"),
+        (lambda path, content: path.write_bytes(b""), r"has 0 bytes, but val.beton.json says"),
+        (lambda path, content: path.write_bytes(b"\x07" + content[1:]), r"is damaged or of another version .*file=7"),
+        (lambda path, content: path.write_bytes(content[:-24] + bytes(24)), r"is damaged"),
+        (lambda path, content: path.write_bytes(content[:2] + b"\xff\xff" + content[4:]), r"is damaged"),
+        (lambda path, _: change_description(path, classes=list("abc"), counts=[1, 3, 1]), r"does not have the classes"),
+        (lambda path, _: Path(f"{path}.json").unlink(), r".json is missing, which has the class names of val.beton"),
+        (lambda path, _: Path(f"{path}.json").write_text("{}"), r".json cannot be read"),
     ],
+    ids=["cut", "empty", "version", "table", "fields", "classes", "no description", "empty description"],
 )
 def test_a_bad_file_is_refused_with_what_to_do(with_ffcv_files, spoil, message):
-    spoil(with_ffcv_files.root / "val.beton")
-    with pytest.raises(UserError, match=f"{message}.*; write val.beton anew with python -m mrl.data.write_ffcv$"):
+    path = with_ffcv_files.root / "val.beton"
+    spoil(path, path.read_bytes())
+    with pytest.raises(UserError, match=f"val.beton ?{message}.*; write val.beton again with python -m mrl.data.write"):
         build_data(with_ffcv_files.config(backend="ffcv"), 0, CPU)
 
 
 @needs_ffcv
 def test_files_of_other_classes_are_refused(with_ffcv_files):
-    description = read_description(with_ffcv_files.root / "val.beton")
-    renamed = dataclasses.replace(description, classes=["a", "z"])
-    (with_ffcv_files.root / "val.beton.json").write_text(renamed.to_json())
+    change_description(with_ffcv_files.root / "val.beton", classes=["a", "z"])
     with pytest.raises(UserError, match="differ: only in train: b; only in val: z"):
         build_data(with_ffcv_files.config(), 0, CPU)
     with pytest.raises(UserError, match=r"data.num_classes is 3, but the train split has 2 classes"):
@@ -268,17 +160,17 @@ def test_files_of_other_classes_are_refused(with_ffcv_files):
 
 
 @needs_ffcv
-def test_auto_takes_the_files_that_are_there_and_says_so(with_ffcv_files, capsys):
+def test_auto_uses_ffcv_files_if_they_are_there(with_ffcv_files, capsys):
     build_data(with_ffcv_files.config(num_workers=2), 0, CPU)
-    build_data(with_ffcv_files.config(backend="folder"), 0, CPU)
+    build_data(with_ffcv_files.config(rand_augment="rand-m9"), 0, CPU)
     (with_ffcv_files.root / "val.beton").unlink()
     build_data(with_ffcv_files.config(), 0, CPU)
     build_data(with_ffcv_files.config(num_workers=2), 0, CPU, splits=("train",))
+    both = "data: folder, train 7 + val 5 images of 2 classes,"
     assert capsys.readouterr().out.splitlines() == [
-        "data: folder, train 7 + val 5 images of 2 classes, ffcv backend "
-        "(auto: train.beton and val.beton found, 2 threads)",
-        "data: folder, train 7 + val 5 images of 2 classes, folder backend (as data.backend says, 0 worker processes)",
-        "data: folder, train 7 + val 5 images of 2 classes, folder backend (auto: set of any size, 0 worker processes)",
+        f"{both} ffcv backend (auto: train.beton and val.beton found, 2 threads)",
+        f"{both} folder backend (auto: for RandAugment, 0 worker processes)",
+        f"{both} folder backend (auto: set of any size, 0 worker processes)",
         "data: folder, train 7 images of 2 classes, ffcv backend (auto: train.beton found, 2 threads)",
     ]
     with pytest.raises(UserError, match=r"val.beton is missing; write it with .* --root .*images --split val, or use"):
@@ -287,20 +179,17 @@ def test_auto_takes_the_files_that_are_there_and_says_so(with_ffcv_files, capsys
 
 @pytest.fixture
 def no_ffcv(two_classes, monkeypatch):
-    """`two_classes` with files that look like FFCV's, and no FFCV to import."""
+    """`two_classes` with files that are named as FFCV's, and no FFCV to import."""
     for name in [name for name in sys.modules if name.split(".")[0] == "ffcv"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "ffcv", None)
-    description = Description("val", ["a", "b"], [2, 3], 5, {})
     for split in ("train", "val"):
         (two_classes.root / f"{split}.beton").write_bytes(b"12345")
-        (two_classes.root / f"{split}.beton.json").write_text(description.to_json())
     return two_classes
 
 
-def test_without_ffcv_auto_takes_the_folder_and_says_why(no_ffcv, capsys):
-    images = build_data(no_ffcv.config(), 0, CPU)
-    assert isinstance(images["val"], FolderImages)
+def test_without_ffcv_auto_uses_the_folder_and_says_why(no_ffcv, capsys):
+    assert isinstance(build_data(no_ffcv.config(), 0, CPU)["val"], FolderImages)
     reason = "auto: FFCV cannot be imported, so train.beton and val.beton cannot be read"
     assert f"folder backend ({reason}, 0 worker processes)" in capsys.readouterr().out
 
@@ -319,8 +208,7 @@ def test_without_ffcv_the_error_says_what_to_install(no_ffcv, backend):
 def test_photographs_are_evaluated_alike(tmp_path):
     """Full-size photographs: the very same pixels, but for those that the writer has shrunk to 500 px."""
     with tarfile.open(SHARED / "imagenet-sample-100" / "images.tar.gz") as tar:
-        members = [member for member in tar.getmembers() if member.isfile()][::5]
-        for member in members:
+        for member in [member for member in tar.getmembers() if member.isfile()][::5]:
             path = tmp_path / "val" / Path(member.name).parent.name / Path(member.name).name
             path.parent.mkdir(parents=True)
             path.write_bytes(tar.extractfile(member).read())
@@ -336,3 +224,197 @@ def test_photographs_are_evaluated_alike(tmp_path):
     for size, levels in zip(sizes, off.tolist(), strict=True):
         assert levels == 0 if size <= 500 else levels < 10
     assert sum(size <= 500 for size in sizes) >= 10
+
+
+@needs_ffcv
+def test_a_flat_validation_folder_of_imagenet_gets_the_classes_of_its_ground_truth(image_folder):
+    root = image_folder({"all": {"n01440764": 1, "n02102040": 2}}, size=(30, 44))
+    (root / "val").mkdir()
+    for number, name in enumerate(["n02102040/0", "n01440764/0", "n02102040/1"]):
+        (root / "all" / f"{name}.png").rename(root / "val" / f"{number}.png")
+    (root / "val_wnids.txt").write_text("0 n02102040\n1 n01440764\n2 n02102040\n")
+    assert main(["--root", str(root), "--split", "val", "--name", "imagenet"]) == 0
+    file = FFCVFile(root / "val.beton")
+    assert (file.classes, file.labels.tolist()) == (["n01440764", "n02102040"], [0, 1, 1])
+    pixels = read_image(str(root / "val" / "1.png")).permute(1, 2, 0).numpy()
+    assert np.array_equal(file.decode(0, file.scratch()), pixels)
+
+
+@needs_ffcv
+def test_the_defaults_are_the_papers(root, capsys):
+    """Longer side up to 500 px, half of the training images as JPEG of quality 90, validation images raw."""
+    for split in ("train", "val"):
+        assert main(["--root", str(root), "--split", split]) == 0
+    assert names(root) == ["train.beton", "train.beton.json", "val.beton", "val.beton.json"]
+    file, val = FFCVFile(root / "train.beton"), FFCVFile(root / "val.beton")
+    assert file.description["settings"] == {"max_px": 500, "jpeg_share": 0.5, "quality": 90}
+    assert val.description["settings"] == {"max_px": 500, "jpeg_share": 0.0, "quality": 90}
+    assert (file.classes, file.description["counts"], val.description["counts"]) == (["cat", "dog"], [3, 4], [1, 2])
+    assert capsys.readouterr().out.startswith(f"{root}/train.beton: 7 images of 2 classes, ")
+    assert file.is_jpeg.tolist() == [False, True, False, True, False, True, False]
+    assert file.labels.tolist() == [0, 0, 0, 1, 1, 1, 1] and file.labels.dtype == torch.int64
+
+
+@pytest.mark.parametrize("share", [0, 0.1, 1 / 3, 0.5, 0.9, 1])
+def test_jpegs_are_spread_evenly(share):
+    chosen = np.cumsum([Settings(jpeg_share=share).is_jpeg(index) for index in range(1000)])
+    assert np.abs(chosen - share * np.arange(1, 1001)).max() <= 1
+
+
+@needs_ffcv
+def test_large_images_are_shrunk_by_averaging_and_small_ones_kept(tmp_path):
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    large = torch.randint(256, (3, 80, 160), dtype=torch.uint8)
+    write_png(large, str(tmp_path / "train" / "a" / "1.png"))
+    write_png(large[:, :20, :30], str(tmp_path / "train" / "a" / "2.png"))
+    file = write(list_images(tmp_path, "train"), "train", tmp_path / "a.beton", Settings(40, jpeg_share=0), 1)
+    assert file.sizes.tolist() == [[20, 40], [20, 30]]
+    averaged = large.float().reshape(3, 20, 4, 40, 4).mean(dim=(2, 4)).permute(1, 2, 0)
+    assert np.abs(file.decode(0, file.scratch()) - averaged.numpy()).max() <= 0.51
+
+
+@needs_ffcv
+def test_the_file_does_not_depend_on_the_number_of_threads(root):
+    for threads in (1, 3):
+        write(list_images(root, "train"), "train", root / f"{threads}.beton", Settings(), threads)
+    assert (root / "1.beton").read_bytes() == (root / "3.beton").read_bytes()
+
+
+@needs_ffcv
+@pytest.mark.filterwarnings("ignore")  # of numba and of Python, about FFCV
+def test_ffcvs_own_loader_reads_the_file_and_we_read_its_writers(root):
+    """Both directions, many images on several pages."""
+    from ffcv.fields import IntField, RGBImageField
+    from ffcv.fields.rgb_image import SimpleRGBImageDecoder
+    from ffcv.loader import Loader, OrderOption
+    from ffcv.writer import DatasetWriter
+
+    images = list_images(root, "train")
+    pixels = [read_image(path).permute(1, 2, 0).numpy() for path in images.paths]
+    write(images, "train", root / "ours.beton", Settings(jpeg_share=0), 2)
+    num_threads = torch.get_num_threads()
+    loader = Loader(
+        str(root / "ours.beton"),
+        batch_size=3,
+        num_workers=1,
+        order=OrderOption.SEQUENTIAL,
+        drop_last=False,
+        pipelines={"image": [SimpleRGBImageDecoder()]},
+    )
+    batches = [(np.array(image), labels.flatten().tolist()) for image, labels in loader]
+    torch.set_num_threads(num_threads)
+    assert np.array_equal(np.concatenate([image for image, _ in batches]), np.stack(pixels))
+    assert [label for _, labels in batches for label in labels] == images.labels.tolist()
+
+    theirs = root / "theirs.beton"
+    writer = DatasetWriter(str(theirs), {"image": RGBImageField("raw"), "label": IntField()}, num_workers=2)
+    writer.from_indexed_dataset(list(zip(pixels, images.labels.tolist(), strict=True)), chunksize=2)
+    description = {"classes": ["cat", "dog"], "counts": [3, 4], "num_bytes": theirs.stat().st_size}
+    Path(f"{theirs}.json").write_text(json.dumps(description))
+    file = FFCVFile(theirs)
+    assert file.labels.tolist() == images.labels.tolist()
+    assert all(np.array_equal(file.decode(index, file.scratch()), pixels[index]) for index in range(7))
+
+
+def text_instead_of_an_image(root, monkeypatch):
+    (root / "train" / "dog" / "2.png").write_text("no image")
+    return "/train/dog/2.png cannot be read as an image"
+
+
+def an_image_that_would_shrink_to_nothing(root, monkeypatch):
+    write_png(torch.zeros(3, 1, 2000, dtype=torch.uint8), str(root / "train" / "dog" / "2.png"))
+    return "/train/dog/2.png cannot be stored at --max_px 500"
+
+
+def a_full_disk(root, monkeypatch):
+    from ffcv.memory_allocator import MemoryAllocator
+
+    def fail(self):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(MemoryAllocator, "flush_page", fail)
+    return "train.beton failed, nothing was left there: .*No space left on device"
+
+
+def a_disk_that_loses_bytes(root, monkeypatch):
+    import ffcv.writer
+
+    finalize = ffcv.writer.DatasetWriter.finalize
+
+    def finalize_and_lose(self, allocations):
+        finalize(self, allocations)
+        with open(self.fname, "r+b") as file:
+            file.seek(int(allocations[4][1]) + 100)
+            file.write(bytes(100))
+
+    monkeypatch.setattr(ffcv.writer.DatasetWriter, "finalize", finalize_and_lose)
+    return "/train/dog/1.png was written with wrong bytes or label"
+
+
+@needs_ffcv
+@pytest.mark.parametrize(
+    "spoil", [text_instead_of_an_image, an_image_that_would_shrink_to_nothing, a_full_disk, a_disk_that_loses_bytes]
+)
+def test_a_failure_is_named_and_leaves_nothing(root, monkeypatch, capsys, spoil):
+    shared_memory = set(os.listdir("/dev/shm"))
+    message = spoil(root, monkeypatch)
+    assert main(["--root", str(root), "--split", "train"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    with pytest.raises(UserError, match=message):
+        write(list_images(root, "train"), "train", root / "train.beton", Settings(), 2)
+    assert names(root) == [] and set(os.listdir("/dev/shm")) <= shared_memory
+
+
+@needs_ffcv
+def test_ctrl_c_leaves_nothing(root, monkeypatch, capsys):
+    encode, calls = write_ffcv.encode, []
+
+    def interrupted(images, settings, index):
+        calls.append(index)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return encode(images, settings, index)
+
+    monkeypatch.setattr(write_ffcv, "encode", interrupted)
+    assert main(["--root", str(root), "--split", "train", "--num_threads", "1"]) == 130
+    assert capsys.readouterr().err == f"stopped; nothing was left at {root}/train.beton\n"
+    assert names(root) == []
+
+
+@needs_ffcv
+def test_the_remains_of_a_killed_writer_are_replaced_and_a_finished_file_is_kept(root, capsys):
+    (root / ".val.beton.unfinished").write_bytes(b"half")
+    (root / "val.beton.json").write_text("old")
+    assert main(["--root", str(root), "--split", "val"]) == 0
+    before = (root / "val.beton").read_bytes()
+    assert names(root) == ["val.beton", "val.beton.json"]
+    assert main(["--root", str(root), "--split", "val"]) == 2
+    assert "val.beton already exists; remove it, or give another --out" in capsys.readouterr().err
+    assert (root / "val.beton").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--max_px", "31"], "--max_px is 31; allowed: 32 to 8192"),
+        (["--jpeg_share", "1.5"], "--jpeg_share is 1.5; allowed: 0"),
+        (["--quality", "0"], "--quality is 0; allowed: 1 to 100"),
+        (["--num_threads", "0"], "--num_threads is 0; allowed: 1 or more"),
+        pytest.param(["--root", "nowhere"], "data.root is 'nowhere', which is not a folder", marks=needs_ffcv),
+    ],
+)
+def test_bad_settings_are_refused(root, capsys, argv, message):
+    assert main(["--root", str(root), "--split", "train", *argv]) == 2
+    assert message in capsys.readouterr().err
+    assert names(root) == []
+
+
+@needs_ffcv
+def test_pages_are_large_enough_for_any_image(tmp_path):
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    path = tmp_path / "train" / "a" / "1.jpg"
+    path.write_bytes(encode_jpeg(torch.zeros(3, 1800, 1800, dtype=torch.uint8)).numpy().tobytes())
+    assert write_ffcv.MIN_PAGE_BYTES < 3 * 1800**2
+    file = write(list_images(tmp_path, "train"), "train", tmp_path / "a.beton", Settings(2000, jpeg_share=0), 1)
+    assert np.array_equal(file.decode(0, file.scratch()), np.zeros((1800, 1800, 3)))

@@ -4,7 +4,7 @@ import torch
 
 from mrl.config import DataConfig
 from mrl.data import build_data, list_splits
-from mrl.data.imagenet import list_imagenet, read_name_and_wnid
+from mrl.data.imagenet import list_imagenet, read_wnids
 from mrl.errors import UserError
 
 CPU = torch.device("cpu")
@@ -107,7 +107,7 @@ def refused(root, split="val"):
 
 def test_flat_images_without_a_ground_truth_are_refused_naming_what_is_allowed(flat):
     message = refused(flat)
-    assert "holds 7 images and no class folders" in message
+    assert "has 7 images and no class folders" in message
     for name in ("LOC_val_solution.csv", "val_wnids.txt", "ILSVRC2012_validation_ground_truth.txt", "meta.mat"):
         assert name in message
     assert str(flat / "ILSVRC2012_devkit_t12" / "data") in message
@@ -156,7 +156,7 @@ def test_a_validation_folder_sorted_by_half_is_refused(flat):
     (flat / "val" / WNIDS[0]).mkdir()
     (flat / "val" / f"{name_of(1)}.JPEG").rename(flat / "val" / WNIDS[0] / f"{name_of(1)}.JPEG")
     write_solution(flat)
-    assert "class folders and beside them 6 images of no class" in refused(flat)
+    assert "class folders and 6 images beside them" in refused(flat)
 
 
 def test_classes_that_are_no_wnids_are_refused(flat):
@@ -174,10 +174,10 @@ def test_a_class_that_is_missing_in_val_is_named(flat):
 
 def test_flat_images_of_other_data_are_refused_as_before(flat):
     write_solution(flat)
-    with pytest.raises(UserError, match="holds no class folders but ILSVRC2012_val_00000001.JPEG"):
+    with pytest.raises(UserError, match="has no class folders, only ILSVRC2012_val_00000001.JPEG"):
         list_splits(DataConfig(name="folder", root=str(flat)), ["val"])
 
 
 def test_commas_and_spaces_separate_alike(tmp_path):
     (tmp_path / "list").write_text("x/b.JPEG n00000002\na,n00000001 3 4\r\n")
-    assert read_name_and_wnid(tmp_path / "list") == {"b": "n00000002", "a": "n00000001"}
+    assert read_wnids(tmp_path / "list") == {"b": "n00000002", "a": "n00000001"}

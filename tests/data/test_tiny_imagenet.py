@@ -118,7 +118,7 @@ def test_an_impossible_number_of_shards_is_refused(shards, tmp_path, number):
 
 
 def test_shards_are_not_taken_from_the_official_layout(official, tmp_path):
-    with pytest.raises(UserError, match=r"--shards is 2, but .* holds no shards"):
+    with pytest.raises(UserError, match=r"--shards is 2, but .* has no shards"):
         prepare(official, tmp_path / "out", shards=2, **COUNTS)
 
 
@@ -145,11 +145,11 @@ def untouched(tmp_path, before):
 
 def test_a_missing_image_is_counted(shards, tmp_path):
     before = sorted(path.name for path in tmp_path.iterdir())
-    with pytest.raises(UserError, match=f"holds 10 train images of class {WNIDS[0]}, not 11"):
+    with pytest.raises(UserError, match=f"has 10 train images of class {WNIDS[0]}, not 11"):
         prepare(shards, tmp_path / "out", **{**COUNTS, "train_per_class": 11})
-    with pytest.raises(UserError, match=f"holds 2 val images of class {WNIDS[0]}, not 3"):
+    with pytest.raises(UserError, match=f"has 2 val images of class {WNIDS[0]}, not 3"):
         prepare(shards, tmp_path / "out", **{**COUNTS, "val_per_class": 3})
-    with pytest.raises(UserError, match="holds images of 3 classes, not 200"):
+    with pytest.raises(UserError, match="has images of 3 classes, not 200"):
         prepare(shards, tmp_path / "out")
     assert untouched(tmp_path, before)
 

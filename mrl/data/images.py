@@ -1,0 +1,84 @@
+"""What all backends have in common: the batch contract, and a thread pool that works ahead."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mrl.data.transforms import Transform, normalize
+
+LoadBatch = Callable[[np.ndarray], Any]
+
+
+class Images(ABC):
+    """The images of a split.
+
+    A batch is ``(images, labels)``: ``(B, 3, H, W)`` float32, normalized, channels_last, and ``(B,)`` int64, both on
+    ``device``. `mrl.data.transforms` chooses the indices of each batch.
+
+    Args:
+        labels: ``(N,)`` int64, positions in ``classes``.
+        classes: Class names.
+        transform: Crops and normalization.
+        device: Where batches are wanted.
+    """
+
+    def __init__(self, labels: Tensor, classes: Sequence[str], transform: Transform, device: torch.device):
+        self.labels = labels
+        self.classes = list(classes)
+        self.transform = transform
+        self.device = device
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def train_batches(self, indices: Sequence[np.ndarray], epoch: int, px: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield a batch of random ``px`` x ``px`` crops for each array of indices."""
+        return self._batches(indices, partial(self._train_crops, epoch=epoch, px=px), flip=False)
+
+    def eval_batches(self, indices: Sequence[np.ndarray], flip: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield a batch of center crops for each array of indices; ``flip`` mirrors all of them."""
+        return self._batches(indices, self._center_crops, flip)
+
+    def _batches(self, indices: Sequence[np.ndarray], load: LoadBatch, flip: bool) -> Iterator[tuple[Tensor, Tensor]]:
+        indices = [np.asarray(batch) for batch in indices]
+        for batch, images in zip(indices, self._load_all(load, indices), strict=True):
+            images = images.to(self.device, non_blocking=True)
+            images = images.flip(3) if flip else images
+            labels = self.labels[torch.from_numpy(batch)].to(self.device, non_blocking=True)
+            yield normalize(images, self.transform.mean, self.transform.std), labels
+
+    def _load_all(self, load: LoadBatch, indices: Sequence[np.ndarray]) -> Iterator[Tensor]:
+        """Yield ``load(batch)`` for each batch of indices."""
+        return map(load, indices)
+
+    @abstractmethod
+    def _train_crops(self, indices: np.ndarray, epoch: int, px: int) -> Tensor:
+        """Return ``(B, 3, px, px)`` pixels from 0 to 255."""
+
+    @abstractmethod
+    def _center_crops(self, indices: np.ndarray) -> Tensor:
+        """Return ``(B, 3, eval_px, eval_px)`` pixels from 0 to 255."""
+
+
+def map_ahead(function: Callable[[Any], Any], items: Iterable[Any], num_threads: int) -> Iterator[Any]:
+    """Yield ``function(item)`` in order, while threads work on the next ``2 * num_threads`` items."""
+    pool = ThreadPoolExecutor(num_threads)
+    started: deque[Future] = deque()
+    try:
+        for item in items:
+            started.append(pool.submit(function, item))
+            if len(started) > 2 * num_threads:
+                yield started.popleft().result()
+        while started:
+            yield started.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
