@@ -171,12 +171,6 @@ def cascade(
     - "top_1_std": their standard deviations over the splits.
     - "top_1_cumulative": the same accuracy; the sizes of all prefixes tried, added up.
     - "threshold", "threshold_std": the paper's thresholds of size ``dim``.
-
-    Args:
-        confidence, correct: As in `fit_thresholds`, at least two sizes.
-        dims: The sizes, ascending.
-        source, method: Shared fields of the rows.
-        num_splits: Random splits into fitting and reporting images.
     """
     names = (GREEDY.format(method), JOINT.format(method))
     points: dict[tuple[str, int], list[tuple[float, float, float]]] = {}
@@ -227,12 +221,9 @@ def std(values: Sequence[float]) -> float:
 def dims_saved(rows: Sequence[Row], method: str, tolerance: float = 0.0) -> dict[int, float | None]:
     """Return ``{FF size: how many times fewer dims the cascade needs for the same accuracy}``; None if it never does.
 
-    The paper's "14x" (section 4.2.1) is such a ratio: 512 dims to an expected 37.
-
-    Args:
-        rows: Rows of `cascade` and `fixed_feature` of one dataset; points of several runs are averaged.
-        method: The cascade's, e.g. "MRL cascade".
-        tolerance: Accuracy (0 to 1) by which a point of the cascade may be lower.
+    The paper's "14x" (section 4.2.1) is such a ratio: 512 dims to an expected 37. ``rows`` are of one dataset;
+    ``method`` is e.g. "MRL cascade". Points of several runs are averaged. A point of the cascade may be less accurate
+    than FF by ``tolerance`` (0 to 1).
     """
     points = [row for row in rows if (row.study, row.metric) == (STUDY, "top_1")]
     columns = ["method", "dim", "value", "expected_dim"]

@@ -84,13 +84,8 @@ def adaptive_retrieval(
     because it would not change the order. ``ms_per_query`` is the measured time of searches and rerankings, all
     queries in one batch and the database already read; None unless all of it ran on the CPU.
 
-    Args:
-        queries, query_labels: ``(Q, D)``, raw, and ``(Q,)`` int64.
-        database, database_labels: ``(N, D)``, raw, and ``(N,)`` int64.
-        nesting_list: Sizes for search and rerank, ascending.
-        source, method: Shared fields of the rows.
-        max_queries: Use only this many queries; see `thin_indices`.
-        device: Where to search; reranking runs on the CPU.
+    Queries ``(Q, D)`` and database ``(N, D)`` are raw embeddings. With ``max_queries``, only that many queries are
+    used; see `thin_indices`. Searches run on ``device``, reranking on the CPU.
     """
     chosen = thin_indices(len(queries), max_queries)
     queries, query_labels = queries[chosen], query_labels[chosen]

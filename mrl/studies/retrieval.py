@@ -57,10 +57,8 @@ def retrieval(
         queries, query_labels: ``(Q, D)`` and ``(Q,)`` int64.
         database, database_labels: ``(N, D)`` and ``(N,)`` int64.
         dims_by_method: Prefix sizes, trained or not, for each method of the rows.
-        source: Shared fields of the rows.
         ks: Numbers of neighbors for the metrics. Those above N are left out, with a warning.
         max_queries: Use only this many queries; see `thin_indices`.
-        device: Where to search.
     """
     if max_queries is not None:
         chosen = thin_indices(len(queries), max_queries)

@@ -28,11 +28,8 @@ def run_studies(
 ) -> list[Row]:
     """Return the rows of every study of a run.
 
-    Args:
-        run: The run.
-        device: Where to compute.
-        superclasses: ``{class: superclass}`` for the hierarchy; if None, the paper's on ImageNet, else no hierarchy.
-        max_queries: Use only this many queries in all retrieval studies; see `mrl.studies.retrieval.thin_indices`.
+    ``superclasses`` is ``{class: superclass}``; if None, the paper's on ImageNet, and no hierarchy study on other data.
+    With ``max_queries``, all retrieval studies use only that many queries; see `mrl.studies.retrieval.thin_indices`.
     """
     dims, width, source = run.head.nesting_list, run.val.vectors.shape[1], run.source
     method = method_name(dims, run.head.tied)
