@@ -118,11 +118,11 @@ def test_sizes_whose_numbers_would_overlap_have_none():
 @pytest.mark.parametrize("num_runs", [3, 12])
 def test_models_of_one_method_differ_in_color_and_their_legend_fits(num_runs, tmp_path):
     runs = [f"a_run_with_a_very_long_name_that_fills_half_of_a_figure_{i}" for i in range(num_runs)]
-    figure = FIGURES["map_by_dim"]([row for run in runs for row in rows_for("map_by_dim", run=run)])
-    assert legend(figure) == sorted(f"MRL: {run}" for run in runs)
+    rows = [row for run in runs for row in rows_for("map_by_dim", run=run)]
+    figure = FIGURES["map_by_dim"](rows + rows_for("map_by_dim", method="FF truncated"))
+    assert legend(figure) == [*sorted(f"MRL: {run}" for run in runs), "FF, plain truncation"]
     looks = [(line.get_color(), line.get_marker()) for line in figure.axes[0].lines]
-    assert len({color for color, _ in looks}) == num_runs
-    assert len(set(looks)) == num_runs
+    assert len({color for color, _ in looks}) == num_runs + 1
     paths = save(figure, tmp_path / "new" / "figure")
     assert [path.read_bytes()[:4] for path in paths] == [b"\x89PNG", b"%PDF"]
     box = figure.legends[0].get_window_extent()
