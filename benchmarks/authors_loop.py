@@ -1,9 +1,8 @@
-"""What there is to beat: a training step of MRL in plain torch, in the manner of the authors' published loop.
+"""A training step of MRL in the manner of the authors' published loop, to compare with.
 
-Written anew, not copied: a module around each strided convolution that blurs first, a classifier and
-logits of their own for each size, a cross-entropy for each in a Python list, autocast to fp16 with
-loss scaling, and at every step the loss kept and a line of text shown, as at their default log level
-(which does not read the loss back from the GPU).
+Written anew, not copied: a module around each strided convolution that blurs first, one classifier per size, a list of
+cross-entropies, autocast to fp16 with loss scaling, and a progress text at every step (their default log level, which
+does not read the loss back from the GPU).
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from tqdm import tqdm
 
 
 class BlurThenConv(nn.Module):
-    """A strided convolution behind a fixed 3x3 blur, as two calls."""
+    """A fixed 3x3 blur, then a strided convolution."""
 
     kernel: Tensor
 
@@ -34,62 +33,49 @@ class BlurThenConv(nn.Module):
 
 
 class ClassifierPerSize(nn.Module):
-    """One classifier for each prefix of the embedding; a tuple of logits."""
+    """One classifier per prefix of the embedding; returns a tuple of logits."""
 
     def __init__(self, dims: Sequence[int], num_classes: int):
         super().__init__()
-        self.dims = tuple(dims)
         self.classifiers = nn.ModuleList([nn.Linear(dim, num_classes) for dim in dims])
 
     def forward(self, z: Tensor) -> tuple[Tensor, ...]:
-        return tuple(classify(z[:, :dim]) for dim, classify in zip(self.dims, self.classifiers, strict=True))
+        return tuple(classify(z[:, : classify.in_features]) for classify in self.classifiers)
 
 
-class SummedLosses(nn.Module):
-    """The sum of one cross-entropy for each logits of a tuple."""
-
-    def __init__(self, label_smoothing: float):
-        super().__init__()
-        self.criterion = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
-
-    def forward(self, outputs: tuple[Tensor, ...], labels: Tensor) -> Tensor:
-        losses = torch.stack([self.criterion(output, labels) for output in outputs])
-        return (torch.ones_like(losses) * losses).sum()
+def summed_losses(outputs: tuple[Tensor, ...], labels: Tensor) -> Tensor:
+    """Return the sum of the cross-entropies of all logits, with label smoothing 0.1."""
+    losses = torch.stack([F.cross_entropy(output, labels, label_smoothing=0.1) for output in outputs])
+    return (torch.ones_like(losses) * losses).sum()
 
 
 def build_authors_model(backbone: str, dims: Sequence[int], num_classes: int, blurpool: bool) -> nn.Module:
-    """A timm ResNet with a classifier for each size in place of its own, its strided convolutions wrapped."""
+    """Return a timm ResNet with a classifier per size and, if ``blurpool``, its strided convolutions wrapped."""
     model = timm.create_model(backbone, num_classes=num_classes)
     model.set_submodule("fc", ClassifierPerSize(dims, num_classes))
-    strided = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Conv2d) and max(module.stride) > 1 and module.in_channels >= 16
-    ]
-    for name, conv in strided if blurpool else []:
-        model.set_submodule(name, BlurThenConv(conv))
+    for name, module in list(model.named_modules()) if blurpool else []:
+        if isinstance(module, nn.Conv2d) and max(module.stride) > 1 and module.in_channels >= 16:
+            model.set_submodule(name, BlurThenConv(module))
     return model
 
 
 def authors_step(model: nn.Module, images: Tensor, labels: Tensor, dtype: torch.dtype) -> Callable[[], None]:
-    """One step on a batch that is there already, with what the loop does around it at its default log level."""
-    device = images.device
-    model.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
-    loss_function = SummedLosses(label_smoothing=0.1)
+    """Return a function that takes one training step on the given batch."""
+    model.to(images.device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     norms = [p for name, p in model.named_parameters() if "bn" in name]
     others = [p for name, p in model.named_parameters() if "bn" not in name]
     groups = [{"params": norms, "weight_decay": 0.0}, {"params": others, "weight_decay": 1e-4}]
     optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    scaler = torch.amp.GradScaler(images.device.type, enabled=dtype == torch.float16)
     losses: list[Tensor] = []
-    bar = tqdm(file=open(os.devnull, "w"))  # noqa: SIM115 - as long as the step is used
+    bar = tqdm(file=open(os.devnull, "w"))  # noqa: SIM115 - open as long as the step is in use
 
     def step() -> None:
         for group in optimizer.param_groups:
             group["lr"] = 0.1
         optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(device.type, dtype):
-            loss = loss_function(model(images), labels)
+        with torch.autocast(images.device.type, dtype):
+            loss = summed_losses(model(images), labels)
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import training_step
-from benchmarks.authors_loop import SummedLosses, build_authors_model
+from benchmarks.authors_loop import build_authors_model, summed_losses
 from mrl import nested_cross_entropy
 from mrl.model import build_backbone, build_model
 
@@ -20,13 +20,13 @@ def test_the_authors_loop_sums_the_same_losses_of_the_same_model():
     ours.load_state_dict(state)
     images, labels = torch.randn(3, 3, 64, 64), torch.tensor([0, 4, 2])
     expected = nested_cross_entropy(ours(images), labels, 0.1).sum()
-    torch.testing.assert_close(SummedLosses(0.1)(theirs(images), labels), expected)
+    torch.testing.assert_close(summed_losses(theirs(images), labels), expected)
 
 
 def test_the_training_step_benchmark_prints_a_row_for_every_contender(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    words = ["--backbone", "resnet10t", "--px", "32", "--batch_sizes", "2", "4", "--num_classes", "5", "--repeats", "1"]
-    training_step.main([*words, "--inner", "1", "--blurpool", "--head_batch_size", "8"])
+    argv = ["--backbone", "resnet10t", "--px", "32", "--batch_sizes", "2", "4", "--num_classes", "5", "--repeats", "1"]
+    training_step.main([*argv, "--inner", "1", "--blurpool", "--head_batch_size", "8"])
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     names = ["plain", "MRL", "MRL-E", "plain timm", "authors' loop"]
     assert [(row["batch_size"], row["name"]) for row in rows if row["measurement"] == "training step"] == [
