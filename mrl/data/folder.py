@@ -157,8 +157,8 @@ class FolderImages(Images):
         return torch.stack([resize_and_center_crop(read_image(os.fsdecode(p)), *px) for p in self._paths[indices]])
 
     def _load_all(self, load: LoadBatch, indices: Sequence[np.ndarray]) -> Iterator[Tensor]:
-        loader = DataLoader(
-            indices,
+        loader: DataLoader = DataLoader(
+            indices,  # type: ignore[arg-type]
             batch_size=None,
             collate_fn=partial(_load_or_explain, load),
             num_workers=min(self._num_workers, len(indices)),

@@ -118,7 +118,7 @@ def test_an_impossible_number_of_shards_is_refused(shards, tmp_path, number):
 
 
 def test_shards_are_not_taken_from_the_official_layout(official, tmp_path):
-    with pytest.raises(UserError, match=r"--shards is 2, but .* has no shards"):
+    with pytest.raises(UserError, match=r"--shards is 2; but there are no train-.*gz in"):
         prepare(official, tmp_path / "out", shards=2, **COUNTS)
 
 
