@@ -160,7 +160,7 @@ def main() -> None:
         for px in args.px:
             loader: Iterable = torchvision_loader(root, px, batch_size, num_workers, device.type == "cuda")
             epochs: dict[str, Epoch] = {BASELINE: partial(their_epoch, loader, device)}
-            ours: dict[str, Images] = {"folder backend": FolderImages(*listed[:3], transform, device, num_workers)}
+            ours: dict[str, Images] = {"folder backend": FolderImages(listed, transform, device, num_workers)}
             for name, file in files.items():
                 ours[f"ffcv backend, {name}"] = FFCVImages(file, transform, device, num_workers)
             epochs |= {name: partial(our_epoch, images, batch_size, px) for name, images in ours.items()}

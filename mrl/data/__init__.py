@@ -74,9 +74,7 @@ def build_data(
                 images[split] = MemoryImages(decoded, labels, classes, transform, device)
         else:
             reason += f", {num_workers} worker processes"
-            images |= {
-                split: FolderImages(*found[:3], transform, device, num_workers) for split, found in lists.items()
-            }
+            images |= {split: FolderImages(found, transform, device, num_workers) for split, found in lists.items()}
     if is_main:
         print(_describe(data.name, images, f"{backend} backend ({reason})", num_ignored), flush=True)
     return images

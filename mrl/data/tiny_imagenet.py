@@ -33,35 +33,33 @@ IMAGE = re.compile(r"(train|val)/n\d{8}/\w[\w.-]*\.JPEG")
 
 
 def prepare(
-    source: Path,
-    out: Path,
-    shards: int | None = None,
-    num_classes: int = 200,
-    train_per_class: int = 500,
-    val_per_class: int = 50,
+    source: Path, out: Path, shards: int | None = None, expected: tuple[int, int, int] = (200, 500, 50)
 ) -> dict[str, int]:
     """Fill the new folder ``out`` from the first ``shards`` of ``source`` (default: all); return images per split.
 
+    ``expected`` are the numbers of classes and of train and val images per class in all of the source.
+
     Raises:
-        UserError: ``out`` exists, the source is not Tiny-ImageNet with that many images per class, or writing failed.
+        UserError: ``out`` exists, the source is not Tiny-ImageNet with that many images, or writing failed.
     """
+    num_classes, train_per_class, val_per_class = expected
     if out.exists():
         raise UserError(f"{out} already exists; remove it, or give another --out")
     if not source.exists():
         raise UserError(f"--source {source} does not exist")
     tars = sorted(source.glob("train-*.tar.gz"), key=lambda path: (len(path.name), path.name))
     if shards is not None and not 1 <= shards <= len(tars):
-        allowed = f"allowed: 1 to {len(tars)}, the" if tars else "but there are no"
-        raise UserError(f"--shards is {shards}; {allowed} train-*.tar.gz in {source}")
+        allowed = f"; allowed: 1 to {len(tars)}, the" if tars else ", but there are no"
+        raise UserError(f"--shards is {shards}{allowed} train-*.tar.gz in {source}")
     if tars:
         train_per_class = train_per_class * len(tars[:shards]) // NUM_SHARDS
     files = _files_in_shards(source, tars[:shards]) if tars else _official_files(source)
-    expected = {"train": train_per_class, "val": val_per_class}
+    per_class = {"train": train_per_class, "val": val_per_class}
     counts: Counter[str] = Counter()
     unfinished = out.parent / f".{out.name}.{os.getpid()}.unfinished"
     try:
         unfinished.mkdir(parents=True)
-        for name, content in progress(files, desc="unpack", total=num_classes * sum(expected.values()), unit="image"):
+        for name, content in progress(files, desc="unpack", total=num_classes * sum(per_class.values()), unit="image"):
             if IMAGE.fullmatch(name) or name == "words.txt":
                 (unfinished / name).parent.mkdir(parents=True, exist_ok=True)
                 with (unfinished / name).open("xb") as file:
@@ -70,16 +68,16 @@ def prepare(
         wnids = sorted({folder.split("/")[1] for folder in counts if folder})
         if len(wnids) != num_classes:
             raise UserError(f"{source} has images of {len(wnids)} classes, not {num_classes}")
-        for split, wnid in itertools.product(expected, wnids):
+        for split, wnid in itertools.product(per_class, wnids):
             found = counts[f"{split}/{wnid}"]
-            if found != expected[split]:
-                raise UserError(f"{source} has {found} {split} images of class {wnid}, not {expected[split]}")
+            if found != per_class[split]:
+                raise UserError(f"{source} has {found} {split} images of class {wnid}, not {per_class[split]}")
         unfinished.rename(out)
     except (OSError, EOFError, tarfile.TarError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"unpacking {source} failed, nothing was left at {out}: {error}") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    return {split: num_classes * each for split, each in expected.items()}
+    return {split: num_classes * each for split, each in per_class.items()}
 
 
 def _files_in_shards(source: Path, tars: list[Path]) -> Iterator[tuple[str, bytes]]:
