@@ -69,14 +69,12 @@ def build_data(
         num_ignored = sum(found.num_ignored for found in lists.values())
         if backend == "memory":
             check_memory(sum(len(found.paths) for found in lists.values()), data.eval_resize_px, device)
-            for split, (paths, *labels_and_classes, _) in lists.items():
+            for split, (paths, labels, classes, _) in lists.items():
                 decoded = decode_images(paths, data.eval_resize_px, cores_per_process(), f"decode {split}", is_main)
-                images[split] = MemoryImages(decoded, *labels_and_classes, transform, device)
+                images[split] = MemoryImages(decoded, labels, classes, transform, device)
         else:
             reason += f", {num_workers} worker processes"
-            images |= {
-                split: FolderImages(*found[:3], transform, device, num_workers) for split, found in lists.items()
-            }
+            images |= {split: FolderImages(found, transform, device, num_workers) for split, found in lists.items()}
     if is_main:
         print(_describe(data.name, images, f"{backend} backend ({reason})", num_ignored), flush=True)
     return images

@@ -135,6 +135,9 @@ class FFCVImages(Images):
         self._file = file
         self._num_threads = num_threads
         self._resize_crop = import_ffcv().libffcv.resize_crop
+        import cv2  # which FFCV needs
+
+        self._cv2 = cv2
 
     def _load_all(self, load: LoadBatch, indices: Sequence[np.ndarray]) -> Iterator[Tensor]:
         return map_ahead(load, indices, self._num_threads)
@@ -145,10 +148,12 @@ class FFCVImages(Images):
     def _train_crops(self, indices: np.ndarray, epoch: int, px: int) -> Tensor:
         boxes, flipped = self.transform.train_boxes(epoch, indices, self._file.sizes[indices])
         crops, scratch = self._empty(len(indices), px), self._file.scratch()
-        for index, (top, left, height, width), out in zip(indices, boxes.tolist(), crops.numpy(), strict=True):
+        for index, (top, left, height, width), mirror, out in zip(
+            indices, boxes.tolist(), flipped, crops.numpy(), strict=True
+        ):
             self._resize_crop(self._file.decode(index, scratch), top, top + height, left, left + width, out)
-        mirrored = torch.from_numpy(flipped)
-        crops[mirrored] = crops[mirrored].flip(2)
+            if mirror:
+                self._cv2.flip(out, 1, out)
         return crops.permute(0, 3, 1, 2)
 
     def _center_crops(self, indices: np.ndarray) -> Tensor:

@@ -127,21 +127,13 @@ def read_image(path: str) -> Tensor:
 
 
 class FolderImages(Images):
-    """A split whose images are read from ``paths`` as needed, by ``num_workers`` processes (0: by this one)."""
+    """A split whose images are read from their files as needed, by ``num_workers`` processes (0: by this one)."""
 
-    def __init__(
-        self,
-        paths: Sequence[str],
-        labels: Tensor,
-        classes: Sequence[str],
-        transform: Transform,
-        device: torch.device,
-        num_workers: int,
-    ):
-        super().__init__(labels, classes, transform, device)
+    def __init__(self, images: ImageList, transform: Transform, device: torch.device, num_workers: int):
+        super().__init__(images.labels, images.classes, transform, device)
         self._num_workers = num_workers
         # One array of bytes: with a list, workers would copy a million strings by counting references to them.
-        self._paths = np.array([os.fsencode(path) for path in paths])
+        self._paths = np.array([os.fsencode(path) for path in images.paths])
 
     def _train_crop(self, index: int, epoch: int, px: int) -> Tensor:
         image = read_image(os.fsdecode(self._paths[index]))
@@ -157,8 +149,8 @@ class FolderImages(Images):
         return torch.stack([resize_and_center_crop(read_image(os.fsdecode(p)), *px) for p in self._paths[indices]])
 
     def _load_all(self, load: LoadBatch, indices: Sequence[np.ndarray]) -> Iterator[Tensor]:
-        loader = DataLoader(
-            indices,
+        loader: DataLoader = DataLoader(
+            indices,  # type: ignore[arg-type]
             batch_size=None,
             collate_fn=partial(_load_or_explain, load),
             num_workers=min(self._num_workers, len(indices)),
@@ -219,4 +211,5 @@ atexit.register(_end_workers)  # after multiprocessing's own handler, so that it
 def evaluated_images(paths: Sequence[str], info: ModelInfo, device: torch.device, num_workers: int) -> FolderImages:
     """Return image files without labels, resized, cropped and normalized as the model expects."""
     transform = Transform(0, (1, 1), (1, 1), False, info.resize_px, info.crop_px, info.mean, info.std)
-    return FolderImages(paths, torch.zeros(len(paths), dtype=torch.int64), [], transform, device, num_workers)
+    images = ImageList(list(paths), torch.zeros(len(paths), dtype=torch.int64), [], 0)
+    return FolderImages(images, transform, device, num_workers)

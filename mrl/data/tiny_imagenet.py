@@ -10,6 +10,7 @@ and, where the source has it, words.txt. --out appears only once it is complete 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import re
 import shutil
@@ -18,7 +19,8 @@ import tarfile
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from mrl.errors import UserError
@@ -31,57 +33,51 @@ IMAGE = re.compile(r"(train|val)/n\d{8}/\w[\w.-]*\.JPEG")
 
 
 def prepare(
-    source: Path,
-    out: Path,
-    shards: int | None = None,
-    num_classes: int = 200,
-    train_per_class: int = 500,
-    val_per_class: int = 50,
+    source: Path, out: Path, shards: int | None = None, expected: tuple[int, int, int] = (200, 500, 50)
 ) -> dict[str, int]:
     """Fill the new folder ``out`` from the first ``shards`` of ``source`` (default: all); return images per split.
 
+    ``expected`` are the numbers of classes and of train and val images per class in all of the source.
+
     Raises:
-        UserError: ``out`` exists, the source is not Tiny-ImageNet with that many images per class, or writing failed.
+        UserError: ``out`` exists, the source is not Tiny-ImageNet with that many images, or writing failed.
     """
+    num_classes, train_per_class, val_per_class = expected
     if out.exists():
         raise UserError(f"{out} already exists; remove it, or give another --out")
     if not source.exists():
         raise UserError(f"--source {source} does not exist")
     tars = sorted(source.glob("train-*.tar.gz"), key=lambda path: (len(path.name), path.name))
-    if shards is not None and not tars:
-        raise UserError(f"--shards is {shards}, but {source} has no shards train-0.tar.gz, train-1.tar.gz, ...")
     if shards is not None and not 1 <= shards <= len(tars):
-        raise UserError(f"--shards is {shards}; allowed: 1 to {len(tars)}, the train shards in {source}")
+        allowed = f"; allowed: 1 to {len(tars)}, the" if tars else ", but there are no"
+        raise UserError(f"--shards is {shards}{allowed} train-*.tar.gz in {source}")
     if tars:
         train_per_class = train_per_class * len(tars[:shards]) // NUM_SHARDS
-        files = _files_in_shards(source, tars[:shards])
-    else:
-        files = _official_files(source)
-    expected = {"train": train_per_class, "val": val_per_class}
+    files = _files_in_shards(source, tars[:shards]) if tars else _official_files(source)
+    per_class = {"train": train_per_class, "val": val_per_class}
     counts: Counter[str] = Counter()
     unfinished = out.parent / f".{out.name}.{os.getpid()}.unfinished"
     try:
         unfinished.mkdir(parents=True)
-        for name, content in progress(files, desc="unpack", total=num_classes * sum(expected.values()), unit="image"):
+        for name, content in progress(files, desc="unpack", total=num_classes * sum(per_class.values()), unit="image"):
             if IMAGE.fullmatch(name) or name == "words.txt":
                 (unfinished / name).parent.mkdir(parents=True, exist_ok=True)
                 with (unfinished / name).open("xb") as file:
                     file.write(content)
                 counts[os.path.dirname(name)] += 1
-        wnids = {folder.split("/")[1] for folder in counts if folder}
+        wnids = sorted({folder.split("/")[1] for folder in counts if folder})
         if len(wnids) != num_classes:
             raise UserError(f"{source} has images of {len(wnids)} classes, not {num_classes}")
-        for split, each in expected.items():
-            for wnid in sorted(wnids):
-                if counts[f"{split}/{wnid}"] != each:
-                    found = counts[f"{split}/{wnid}"]
-                    raise UserError(f"{source} has {found} {split} images of class {wnid}, not {each}")
+        for split, wnid in itertools.product(per_class, wnids):
+            found = counts[f"{split}/{wnid}"]
+            if found != per_class[split]:
+                raise UserError(f"{source} has {found} {split} images of class {wnid}, not {per_class[split]}")
         unfinished.rename(out)
     except (OSError, EOFError, tarfile.TarError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"unpacking {source} failed, nothing was left at {out}: {error}") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    return {split: num_classes * each for split, each in expected.items()}
+    return {split: num_classes * each for split, each in per_class.items()}
 
 
 def _files_in_shards(source: Path, tars: list[Path]) -> Iterator[tuple[str, bytes]]:
@@ -96,31 +92,28 @@ def _files_in_shards(source: Path, tars: list[Path]) -> Iterator[tuple[str, byte
 
 
 def _official_files(source: Path) -> Iterator[tuple[str, bytes]]:
-    """Yield the same of the official zip or folder, where the annotations have the wnids of validation images."""
-    read: Callable[[str], bytes]
+    """Yield the same of the official zip or folder, whose annotations have the wnids of validation images."""
     if zipfile.is_zipfile(source):
         archive = zipfile.ZipFile(source)
-        names = [name.removeprefix(f"{OFFICIAL_FOLDER}/") for name in archive.namelist()]
-        read = lambda name: archive.read(f"{OFFICIAL_FOLDER}/{name}")  # noqa: E731
+        read = {name.removeprefix(f"{OFFICIAL_FOLDER}/"): partial(archive.read, name) for name in archive.namelist()}
     else:
         root = source / OFFICIAL_FOLDER if (source / OFFICIAL_FOLDER).is_dir() else source
-        names = [path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()]
-        read = lambda name: (root / name).read_bytes()  # noqa: E731
-    if "val/val_annotations.txt" not in names:
+        read = {path.relative_to(root).as_posix(): path.read_bytes for path in root.rglob("*.*")}  # type: ignore[misc]
+    if "val/val_annotations.txt" not in read:
         raise UserError(
             f"{source} is not Tiny-ImageNet; allowed: tiny-imagenet-200.zip, the folder it unpacks to (with train/ and "
             "val/val_annotations.txt), or a folder with train-0.tar.gz, ... and val.tar.gz"
         )
-    lines = read("val/val_annotations.txt").decode().splitlines()
-    val_wnids = dict(line.split("\t")[:2] for line in lines if "\t" in line)
-    for name in names:
+    lines = read["val/val_annotations.txt"]().decode().splitlines()
+    val_wnids = dict(line.split("\t")[:2] for line in lines)
+    for name in read:
         match name.split("/"):
             case ["words.txt"]:
-                yield name, read(name)
+                yield name, read[name]()
             case ["train", wnid, "images", image]:
-                yield f"train/{wnid}/{image}", read(name)
+                yield f"train/{wnid}/{image}", read[name]()
             case ["val", "images", image] if image in val_wnids:
-                yield f"val/{val_wnids[image]}/{image}", read(name)
+                yield f"val/{val_wnids[image]}/{image}", read[name]()
 
 
 def main(argv: list[str] | None = None) -> int:

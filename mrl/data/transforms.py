@@ -6,10 +6,8 @@ batches are the same for any number of processes.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -92,15 +90,13 @@ class Transform:
         return uniforms
 
     def train_boxes(self, epoch: int, indices: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return crop boxes ``(B, 4)`` int64 (top, left, height, width) and ``(B,)`` bool, whether to mirror.
+        """Return random crops of images of ``sizes`` ``(B, 2)`` (height, width), all in pixels.
 
         Distributed as torchvision's RandomResizedCrop, whose own routine takes 10 times as long: the first of ten
         tries that fits, else the center, cut to the nearest allowed ratio.
 
-        Args:
-            epoch: Epoch, from 0.
-            indices: ``(B,)`` dataset positions.
-            sizes: ``(B, 2)`` height and width of the images in pixels.
+        Returns:
+            Boxes ``(B, 4)`` int64 (top, left, height, width), and ``(B,)`` bool, whether to mirror.
         """
         u_area, u_ratio, u_rest = np.split(self._uniforms(epoch, indices), [NUM_TRIES, 2 * NUM_TRIES], axis=1)
         (smallest, largest), (low, high) = self.crop_scale, self.crop_ratio
@@ -121,9 +117,16 @@ class Transform:
         if self.rand_augment is None:
             return crop
         seed = int(self._uniforms(epoch, np.array([index]))[0, -1] * 2**32)
-        with _global_seed(seed):
-            augmented = _rand_augment(self.rand_augment, crop.shape[-1], self.mean)(functional.to_pil_image(crop))
-        return functional.pil_to_tensor(augmented)
+        augment = _rand_augment(self.rand_augment, crop.shape[-1], self.mean)
+        # timm uses the global generators of Python and numpy.
+        python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+        try:
+            random.seed(seed)
+            np.random.seed(seed)  # noqa: NPY002
+            return functional.pil_to_tensor(augment(functional.to_pil_image(crop)))
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)  # noqa: NPY002
 
 
 @functools.lru_cache
@@ -141,30 +144,12 @@ def _posterize(image: Image.Image, bits: int, **_: object) -> Image.Image:
     return image.point(lambda value: value & ~(2 ** (8 - bits) - 1) & 255) if bits < 8 else image
 
 
-@contextlib.contextmanager
-def _global_seed(seed: int) -> Iterator[None]:
-    """Seed the global generators of Python and numpy, which timm uses, and restore them afterwards."""
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
-    random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002
-
-
 def crop_and_resize(images: Tensor, boxes: np.ndarray, flipped: np.ndarray, out_px: int) -> Tensor:
     """Crop, resize and mirror a batch on its device: ``(B, 3, H, W) -> (B, 3, out_px, out_px)``, both float.
 
-    Same result as torchvision's ``resized_crop(antialias=True)`` image by image. Antialiased bilinear resampling is
-    separable and linear, so it is one batched matrix product per axis; each sample's matrix holds its crop and flip.
-
-    Args:
-        images: Pixels on any scale.
-        boxes: ``(B, 4)`` top, left, height, width in pixels, inside the images.
-        flipped: ``(B,)`` bool, whether to mirror.
-        out_px: Side of the result in pixels.
+    ``boxes`` and ``flipped`` are those of `Transform.train_boxes`. Same result as torchvision's ``resized_crop`` image
+    by image: antialiased bilinear resampling is separable and linear, so it is one batched matrix product per axis;
+    each sample's matrix holds its crop and flip.
     """
     num_images, channels, height, width = images.shape
     windows = torch.from_numpy(boxes).to(images.device, non_blocking=True)

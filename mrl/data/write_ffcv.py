@@ -63,7 +63,8 @@ def write(images: ImageList, split: str, out: Path, settings: Settings, num_thre
     check_out(out)
     unfinished = out.with_name(f".{out.name}.unfinished")
     counts = images.labels.bincount(minlength=len(images.classes)).tolist()
-    description = {"split": split, "classes": images.classes, "counts": counts, "settings": asdict(settings)}
+    description: dict[str, Any] = {"split": split, "classes": images.classes, "counts": counts}
+    description["settings"] = asdict(settings)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         _write_file(unfinished, images, settings, num_threads)

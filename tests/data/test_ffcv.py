@@ -151,15 +151,6 @@ def test_a_bad_file_is_refused_with_what_to_do(with_ffcv_files, spoil, message):
 
 
 @needs_ffcv
-def test_files_of_other_classes_are_refused(with_ffcv_files):
-    change_description(with_ffcv_files.root / "val.beton", classes=["a", "z"])
-    with pytest.raises(UserError, match="differ: only in train: b; only in val: z"):
-        build_data(with_ffcv_files.config(), 0, CPU)
-    with pytest.raises(UserError, match=r"data.num_classes is 3, but the train split has 2 classes"):
-        build_data(with_ffcv_files.config(num_classes=3), 0, CPU, splits=("train",))
-
-
-@needs_ffcv
 def test_auto_uses_ffcv_files_if_they_are_there(with_ffcv_files, capsys):
     build_data(with_ffcv_files.config(num_workers=2), 0, CPU)
     build_data(with_ffcv_files.config(rand_augment="rand-m9"), 0, CPU)

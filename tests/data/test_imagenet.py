@@ -107,14 +107,16 @@ def refused(root, split="val"):
 
 def test_flat_images_without_a_ground_truth_are_refused_naming_what_is_allowed(flat):
     message = refused(flat)
-    assert "has 7 images and no class folders" in message
+    assert "has 7 images and no class folders" in message and str(flat / "ILSVRC2012_devkit_t12" / "data") in message
     for name in ("LOC_val_solution.csv", "val_wnids.txt", "ILSVRC2012_validation_ground_truth.txt", "meta.mat"):
         assert name in message
-    assert str(flat / "ILSVRC2012_devkit_t12" / "data") in message
 
 
-def test_an_image_without_a_label_and_a_label_without_an_image_are_named(flat):
+def test_stray_files_are_counted_and_images_and_labels_must_match(flat):
     write_solution(flat)
+    touch(flat / "val" / "readme.txt")
+    touch(flat / "val" / ".DS_Store")
+    assert list_imagenet(flat, "val").num_ignored == 1
     touch(flat / "val" / "holiday.jpg")
     assert "LOC_val_solution.csv does not label 1 images of " in refused(flat)
     (flat / "val" / "holiday.jpg").unlink()
@@ -122,20 +124,17 @@ def test_an_image_without_a_label_and_a_label_without_an_image_are_named(flat):
     assert f"val lacks 1 of the 7 images in {flat}/LOC_val_solution.csv: {name_of(3)}" in refused(flat)
 
 
-def test_a_stray_file_is_counted(flat):
-    write_solution(flat)
-    touch(flat / "val" / "readme.txt")
-    touch(flat / "val" / ".DS_Store")
-    assert list_imagenet(flat, "val").num_ignored == 1
-
-
-def test_labels_that_are_no_wnids_are_refused(flat):
-    (flat / "val_wnids.txt").write_text("ILSVRC2012_val_00000001.JPEG 65\n")
-    assert f"line 1 of {flat}/val_wnids.txt is 'ILSVRC2012_val_00000001.JPEG 65'" in refused(flat)
-    (flat / "val_wnids.txt").write_text("a.JPEG n01440764\n\na.JPEG n02102040\n")
-    assert "line 3 of" in refused(flat)
-    (flat / "val_wnids.txt").write_bytes(b"\xff\xfe")
-    assert "cannot be read" in refused(flat)
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"ILSVRC2012_val_00000001.JPEG 65\n", "line 1 of {path} is 'ILSVRC2012_val_00000001.JPEG 65'"),
+        (b"a.JPEG n01440764\n\na.JPEG n02102040\n", "line 3 of {path} gives a.JPEG another class"),
+        (b"\xff\xfe", "{path} cannot be read"),
+    ],
+)
+def test_a_bad_list_is_refused(flat, content, message):
+    (flat / "val_wnids.txt").write_bytes(content)
+    assert message.format(path=flat / "val_wnids.txt") in refused(flat)
 
 
 def test_a_devkit_that_is_incomplete_or_damaged_is_refused(flat):
@@ -152,30 +151,19 @@ def test_a_devkit_that_is_incomplete_or_damaged_is_refused(flat):
     assert "put the devkit's meta.mat beside it" in refused(flat)
 
 
-def test_a_validation_folder_sorted_by_half_is_refused(flat):
-    (flat / "val" / WNIDS[0]).mkdir()
-    (flat / "val" / f"{name_of(1)}.JPEG").rename(flat / "val" / WNIDS[0] / f"{name_of(1)}.JPEG")
-    write_solution(flat)
-    assert "class folders and 6 images beside them" in refused(flat)
-
-
-def test_classes_that_are_no_wnids_are_refused(flat):
-    touch(flat / "train" / "tmp" / "1.JPEG")
-    message = refused(flat, "train")
-    assert "named by wnid such as n01440764, but train has tmp; for other images use data.name folder" in message
-
-
-def test_a_class_that_is_missing_in_val_is_named(flat):
-    touch(flat / "train" / "n09999999" / "1.JPEG")
-    write_solution(flat)
-    with pytest.raises(UserError, match="differ: only in train: n09999999; only in val: nothing"):
-        build_data(DataConfig(name="imagenet", root=str(flat)), 0, CPU)
-
-
-def test_flat_images_of_other_data_are_refused_as_before(flat):
+def test_class_folders_must_be_complete_and_named_by_wnid(flat):
     write_solution(flat)
     with pytest.raises(UserError, match="has no class folders, only ILSVRC2012_val_00000001.JPEG"):
         list_splits(DataConfig(name="folder", root=str(flat)), ["val"])
+    touch(flat / "train" / "n09999999" / "1.JPEG")
+    with pytest.raises(UserError, match="differ: only in train: n09999999; only in val: nothing"):
+        build_data(DataConfig(name="imagenet", root=str(flat)), 0, CPU)
+    touch(flat / "train" / "tmp" / "1.JPEG")
+    message = "named by wnid such as n01440764, but train has tmp; for other images use data.name folder"
+    assert message in refused(flat, "train")
+    (flat / "val" / WNIDS[0]).mkdir()
+    (flat / "val" / f"{name_of(1)}.JPEG").rename(flat / "val" / WNIDS[0] / f"{name_of(1)}.JPEG")
+    assert "class folders and 6 images beside them" in refused(flat)
 
 
 def test_commas_and_spaces_separate_alike(tmp_path):

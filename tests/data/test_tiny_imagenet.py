@@ -17,7 +17,7 @@ from mrl.errors import UserError
 REPOSITORY = Path(__file__).resolve().parents[2]
 SHARED = Path(os.environ.get("MRL_SHARED_DATA", REPOSITORY.parent / "shared" / "data"))
 WNIDS = ["n01443537", "n01629819", "n12267677"]
-COUNTS = {"num_classes": 3, "train_per_class": 10, "val_per_class": 2}
+COUNTS = (3, 10, 2)
 
 
 def jpeg(number):
@@ -84,7 +84,7 @@ def files(folder):
 
 def test_all_layouts_give_the_same_class_folders(shards, official, official_zip, tmp_path):
     for name, source in {"a": shards, "b": official, "c": official.parent, "d": official_zip}.items():
-        assert prepare(source, tmp_path / name, **COUNTS) == {"train": 30, "val": 6}
+        assert prepare(source, tmp_path / name, expected=COUNTS) == {"train": 30, "val": 6}
     found = files(tmp_path / "a")
     assert len(found) == 37
     assert found["train/n12267677/n12267677_9.JPEG"] == jpeg(9)
@@ -93,33 +93,23 @@ def test_all_layouts_give_the_same_class_folders(shards, official, official_zip,
     assert found == files(tmp_path / "b") == files(tmp_path / "c") == files(tmp_path / "d")
 
 
-def test_what_is_prepared_can_be_trained_on(shards, tmp_path):
-    prepare(shards, tmp_path / "data" / "tiny_imagenet", **COUNTS)
-    root = str(tmp_path / "data" / "tiny_imagenet")
-    images = build_data(
-        DataConfig(name="tiny_imagenet", root=root, num_classes=3, eval_resize_px=64, eval_px=64),
-        seed=0,
-        device=torch.device("cpu"),
-        is_main=False,
-    )
-    assert len(images["train"]) == 30 and images["val"].classes == WNIDS
-
-
 def test_the_first_shards_are_a_smaller_balanced_set(shards, tmp_path):
-    assert prepare(shards, tmp_path / "out", shards=2, **COUNTS) == {"train": 12, "val": 6}
+    assert prepare(shards, tmp_path / "out", shards=2, expected=COUNTS) == {"train": 12, "val": 6}
     names = sorted(path.name for path in (tmp_path / "out" / "train" / WNIDS[0]).iterdir())
     assert names == [f"{WNIDS[0]}_{n}.JPEG" for n in range(4)]
 
 
-@pytest.mark.parametrize("number", [0, 6])
-def test_an_impossible_number_of_shards_is_refused(shards, tmp_path, number):
-    with pytest.raises(UserError, match=f"--shards is {number}; allowed: 1 to 5"):
-        prepare(shards, tmp_path / "out", shards=number, **COUNTS)
-
-
-def test_shards_are_not_taken_from_the_official_layout(official, tmp_path):
-    with pytest.raises(UserError, match=r"--shards is 2, but .* has no shards"):
-        prepare(official, tmp_path / "out", shards=2, **COUNTS)
+@pytest.mark.parametrize(
+    ("layout", "number", "message"),
+    [
+        ("shards", 0, "--shards is 0; allowed: 1 to 5"),
+        ("shards", 6, "--shards is 6; allowed: 1 to 5"),
+        ("official", 2, "--shards is 2, but there are no train-"),
+    ],
+)
+def test_an_impossible_number_of_shards_is_refused(request, tmp_path, layout, number, message):
+    with pytest.raises(UserError, match=message):
+        prepare(request.getfixturevalue(layout), tmp_path / "out", shards=number, expected=COUNTS)
 
 
 def test_an_existing_out_is_left_alone(shards, tmp_path):
@@ -127,7 +117,7 @@ def test_an_existing_out_is_left_alone(shards, tmp_path):
     out.mkdir()
     (out / "mine.txt").write_text("keep")
     with pytest.raises(UserError, match="already exists"):
-        prepare(shards, out, **COUNTS)
+        prepare(shards, out, expected=COUNTS)
     assert files(out) == {"mine.txt": b"keep"}
 
 
@@ -146,9 +136,9 @@ def untouched(tmp_path, before):
 def test_a_missing_image_is_counted(shards, tmp_path):
     before = sorted(path.name for path in tmp_path.iterdir())
     with pytest.raises(UserError, match=f"has 10 train images of class {WNIDS[0]}, not 11"):
-        prepare(shards, tmp_path / "out", **{**COUNTS, "train_per_class": 11})
+        prepare(shards, tmp_path / "out", expected=(3, 11, 2))
     with pytest.raises(UserError, match=f"has 2 val images of class {WNIDS[0]}, not 3"):
-        prepare(shards, tmp_path / "out", **{**COUNTS, "val_per_class": 3})
+        prepare(shards, tmp_path / "out", expected=(3, 10, 3))
     with pytest.raises(UserError, match="has images of 3 classes, not 200"):
         prepare(shards, tmp_path / "out")
     assert untouched(tmp_path, before)
@@ -166,7 +156,7 @@ def test_nothing_in_an_archive_is_written_outside_out_or_as_a_link(shards, tmp_p
         add(tar, f"train/{WNIDS[0]}/link.JPEG", b"", tarfile.SYMTYPE)
         add(tar, f"train/{WNIDS[0]}/run.sh", b"bad")
     before = {*files(tmp_path)}
-    prepare(shards, tmp_path / "out", **COUNTS)
+    prepare(shards, tmp_path / "out", expected=COUNTS)
     new = {name for name in files(tmp_path) if name not in before}
     assert len(new) == 37 and all(name.startswith("out/") for name in new)
     assert not any(path.is_symlink() for path in tmp_path.rglob("*"))
@@ -177,7 +167,7 @@ def test_a_truncated_archive_leaves_nothing(shards, tmp_path):
     path.write_bytes(path.read_bytes()[:400])
     before = sorted(each.name for each in tmp_path.iterdir())
     with pytest.raises(UserError, match="failed, nothing was left at"):
-        prepare(shards, tmp_path / "out", **COUNTS)
+        prepare(shards, tmp_path / "out", expected=COUNTS)
     assert untouched(tmp_path, before)
 
 
@@ -217,7 +207,7 @@ def test_real_images_come_out_of_a_real_shard(tmp_path):
                 if len(taken) == 2 and set(taken.values()) == {wanted}:
                     break
     shutil.copy(source / "words.txt", cut)
-    prepare(cut, tmp_path / "out", shards=1, num_classes=2, train_per_class=50, val_per_class=2)
+    prepare(cut, tmp_path / "out", shards=1, expected=(2, 50, 2))
     config = DataConfig(name="tiny_imagenet", root=str(tmp_path / "out"), eval_resize_px=64, eval_px=64)
     images = build_data(config, 0, torch.device("cpu"), is_main=False)
     (batch, labels) = next(images["val"].eval_batches([torch.arange(4).numpy()]))
