@@ -127,9 +127,8 @@ def _nesting_list(
             is_tied = published[1] == "1"
         else:
             raise UserError(
-                "it is FF-2048 or MRL-E, and its name does not tell which (_e0_ or _e1_); give nesting_list=[2048] or "
-                "tied=True to mrl.interop.authors.load_checkpoint, or on the command line "
-                "--head.nesting_list '[2048]' or --head.tied true"
+                "it is FF-2048 or MRL-E, and its name does not tell which (_e0_ or _e1_); give --head.nesting_list "
+                "'[2048]' or --head.tied true (in Python nesting_list=[2048] or tied=True to load_checkpoint)"
             )
     if is_tied:
         dims = given or default_nesting_list(2048)

@@ -3,13 +3,14 @@
     python -m mrl.interop.wandb --project mrl --dry_run             # print the workspace; no login
     python -m mrl.interop.wandb --entity me --project mrl           # save it; needs a login
 
-Accuracy by size and MRL against FF need `python eval.py --runs ... --wandb online`; train.py logs the rest.
+Accuracy by dim and MRL against FF need `python eval.py --runs ... --wandb online`; train.py logs the rest.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import io
 import json
 import secrets
 import sys
@@ -17,23 +18,25 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from mrl.config import WandbConfig, read_config
 from mrl.errors import UserError
 from mrl.figures import figures_of
 from mrl.results import METHODS, Row
 from mrl.rundir import atomic_write_text
 
-# Metrics that are logged against size, by (study, metric).
+# Metrics that are logged against dim, by (study, metric).
 BY_DIM = {
     ("classification", "top_1"): "top_1",
     ("classification", "top_5"): "top_5",
     ("retrieval", "top_1"): "1nn_top_1",
     ("retrieval", "map@10"): "map@10",
 }
-# The workspace: {section: {title: metrics}}. "eval/..." is charted against size, the others against the training step;
+# The workspace: {section: {title: metrics}}. "eval/..." is charted against dim, the others against the training step;
 # "loss/" is a line for every prefix.
 CHARTS = {
-    "Accuracy by size": {
+    "Accuracy by dim": {
         "linear classification, top-1": ["eval/top_1"],
         "1-nearest neighbor, top-1": ["eval/1nn_top_1"],
         "retrieval, mAP@10": ["eval/map@10"],
@@ -62,7 +65,7 @@ def report_evaluation(
     """Log the evaluation of each run to the W&B run of its training (file wandb_id), or to a new one.
 
     - ``eval/<study>``: a table of the study's rows. ``eval/figures/<name>``: the figures, of all runs together.
-    - ``eval/top_1``, ``eval/1nn_top_1``, ... (``eval/truncated_top_1``, ... of "FF truncated"): a point per size,
+    - ``eval/top_1``, ``eval/1nn_top_1``, ... (``eval/truncated_top_1``, ... of "FF truncated"): a point per dim,
       against ``eval/dim``, and in the summary as ``eval/top_1/8`` and so on.
     - Config ``eval_method`` (MRL, MRL-E, FF) and ``eval_provenance``, beside the training's.
 
@@ -76,10 +79,7 @@ def report_evaluation(
         import wandb
     except ImportError as error:
         raise UserError("--wandb needs W&B: pip install wandb, or leave it out") from error
-    figures = {
-        dataset: figures_of([row for row in rows if row.dataset == dataset])
-        for dataset in dict.fromkeys(row.dataset for row in rows)
-    }
+    figures = {dataset: _draw(rows, dataset) for dataset in {row.dataset for row in rows}}
     for name, directory in runs.items():
         of_run = [row for row in rows if row.run == name]
         methods = {row.method for row in of_run if row.study == "classification"}
@@ -90,9 +90,9 @@ def report_evaluation(
             run.config.update(dataclasses.asdict(config) | about, allow_val_change=True)
             tables = {f"eval/{study}": _table(of_run, study) for study in dict.fromkeys(row.study for row in of_run)}
             images = {
-                f"eval/figures/{figure}{'' if dataset == of_run[0].dataset else f' {dataset}'}": wandb.Image(drawn)
+                f"eval/figures/{figure}{'' if dataset == of_run[0].dataset else f' {dataset}'}": wandb.Image(picture)
                 for dataset in dict.fromkeys(row.dataset for row in of_run)
-                for figure, drawn in figures[dataset].items()
+                for figure, picture in figures[dataset].items()
             }
             run.log(tables | images)
             _log_by_dim(run, [row for row in of_run if row.dataset == of_run[0].dataset])
@@ -102,6 +102,15 @@ def report_evaluation(
             run.finish(exit_code=1)
             raise
         run.finish()
+
+
+def _draw(rows: Sequence[Row], dataset: str) -> dict[str, Any]:
+    """Return the figures of one dataset as PIL images; wandb.Image takes figures of pyplot only."""
+    pictures: dict[str, Any] = {}
+    for name, figure in figures_of([row for row in rows if row.dataset == dataset]).items():
+        figure.savefig(file := io.BytesIO(), dpi=110)
+        pictures[name] = Image.open(file)
+    return pictures
 
 
 def _start(directory: Path, name: str, settings: WandbConfig, mode: str) -> Any:
@@ -166,7 +175,7 @@ def build_workspace(entity: str, project: str, name: str) -> Any:
         if metrics[0].endswith("/"):
             settings = {"x": "step", "metric_regex": f"^{metrics[0]}[0-9]+$"}
         elif metrics[0].startswith("eval/"):
-            settings |= {"x": "eval/dim", "log_x": True, "title_x": "embedding size (dims)"}
+            settings |= {"x": "eval/dim", "log_x": True, "title_x": "dim"}
         if "by method" in title:
             settings |= {"groupby": panels.Config("eval_method"), "groupby_aggfunc": "mean"}
             settings["groupby_rangefunc"] = "stddev"

@@ -11,8 +11,8 @@ import pytest
 
 from mrl.config import Config, DataConfig, RunConfig, WandbConfig, to_yaml
 from mrl.errors import UserError
+from mrl.interop.wandb import BY_DIM, CHARTS, report_evaluation
 from mrl.interop.wandb import main as workspace
-from mrl.interop.wandb import report_evaluation
 from mrl.results import Source
 
 wandb = pytest.importorskip("wandb")
@@ -20,7 +20,7 @@ LEVELDB_BLOCK = 32768
 
 
 def records(path):
-    """W&B's records in one offline file: a LevelDB log of 32 KiB blocks, after a header of 7 bytes."""
+    """Yield W&B's records in one offline file: a LevelDB log of 32 KiB blocks, after a header of 7 bytes."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     content, place, part = path.read_bytes(), 7, b""
@@ -38,34 +38,33 @@ def records(path):
             yield record
 
 
-def key(item):
-    return item.key or "/".join(item.nested_key)
+def by_key(items):
+    return {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
 
 
 def read_back(directory):
-    """Summary, history, config, run ids and artifact names of all offline files of a run directory."""
+    """Summary, history, config, run ids, artifacts and exit codes of all offline files of a run directory."""
     paths = sorted(directory.glob("wandb/offline-run-*/run-*.wandb"))
     deadline = time.monotonic() + 20
-    # W&B's own process may be behind: a file is whole once it holds the exit.
+    # W&B's own process may be behind: a file is complete once it holds the exit.
     while time.monotonic() < deadline and not all(any(r.HasField("exit") for r in records(p)) for p in paths):
         time.sleep(0.1)
     found = {"summary": {}, "history": [], "config": {}, "ids": [], "artifacts": [], "exit": []}
-    for path in paths:
-        for record in records(path):
-            match record.WhichOneof("record_type"):
-                case "run":
-                    found["ids"].append(record.run.run_id)
-                    found["config"] |= {key(item): json.loads(item.value_json) for item in record.run.config.update}
-                case "config":
-                    found["config"] |= {key(item): json.loads(item.value_json) for item in record.config.update}
-                case "history":
-                    found["history"].append({key(i): json.loads(i.value_json) for i in record.history.item})
-                case "summary":
-                    found["summary"] |= {key(i): json.loads(i.value_json) for i in record.summary.update}
-                case "artifact":
-                    found["artifacts"].append(record.artifact)
-                case "exit":
-                    found["exit"].append(record.exit.exit_code)
+    for record in (record for path in paths for record in records(path)):
+        match record.WhichOneof("record_type"):
+            case "run":
+                found["ids"].append(record.run.run_id)
+                found["config"] |= by_key(record.run.config.update)
+            case "config":
+                found["config"] |= by_key(record.config.update)
+            case "history":
+                found["history"].append(by_key(record.history.item))
+            case "summary":
+                found["summary"] |= by_key(record.summary.update)
+            case "artifact":
+                found["artifacts"].append(record.artifact)
+            case "exit":
+                found["exit"].append(record.exit.exit_code)
     return found
 
 
@@ -125,7 +124,7 @@ def test_tables_figures_headlines_config_and_artifacts_are_in_the_runs_of_traini
     [folder] = (runs["mrl"] / "wandb").glob("offline-run-*")
     table = json.loads((folder / "files" / logged["eval/classification/path"]).read_text())
     as_dicts = [dict(zip(table["columns"], values, strict=True)) for values in table["data"]]
-    # Nothing of a row is lost but what it has no value for.
+    # A table holds all of a row but the fields that are None.
     kept = [row for row in rows if (row.run, row.study) == ("mrl", "classification")]
     assert as_dicts == [{k: v for k, v in dataclasses.asdict(row).items() if v is not None} for row in kept]
     picture = folder / "files" / logged["eval/figures/accuracy_by_dim/path"]
@@ -133,7 +132,7 @@ def test_tables_figures_headlines_config_and_artifacts_are_in_the_runs_of_traini
     assert {"mrl-model", "mrl-embeddings"} <= {artifact.name for artifact in mrl["artifacts"]}
 
 
-def test_without_being_asked_no_model_leaves_and_a_second_evaluation_goes_on_with_the_same_run(runs):
+def test_models_are_uploaded_on_request_only_and_a_second_evaluation_continues_the_same_run(runs):
     names = {"ff": runs["ff"]}
     for _ in range(2):
         report_evaluation(names, rows_of("ff", "FF", (16,)), {}, "offline")
@@ -142,52 +141,33 @@ def test_without_being_asked_no_model_leaves_and_a_second_evaluation_goes_on_wit
     assert not [artifact.name for artifact in found["artifacts"] if artifact.type in ("model", "embeddings")]
 
 
-def test_the_saved_workspace_has_the_charts_and_needs_no_login_to_be_seen(capsys):
+def test_the_workspace_charts_what_training_and_evaluation_log_and_needs_no_login(capsys):
     pytest.importorskip("wandb_workspaces")
     assert workspace(["--entity", "someone", "--project", "a-project", "--dry_run"]) == 0
     sections = json.loads(capsys.readouterr().out)["section"]["panelBankConfig"]["sections"]
+    assert [section["name"] for section in sections] == list(CHARTS)
     charts = {panel["config"]["chartTitle"]: panel["config"] for s in sections for panel in s["panels"]}
-    assert [section["name"] for section in sections] == [
-        "Accuracy by size",
-        "MRL against FF",
-        "Training, by prefix",
-        "Throughput",
-    ]
-    by_size = charts["linear classification, top-1"]
-    assert (by_size["xAxis"], by_size["metrics"], by_size["xLogScale"]) == ("eval/dim", ["eval/top_1"], True)
+    by_dim = charts["linear classification, top-1"]
+    assert (by_dim["xAxis"], by_dim["metrics"], by_dim["xLogScale"]) == ("eval/dim", ["eval/top_1"], True)
     assert charts["training loss of each prefix"]["metricRegex"] == "^loss/[0-9]+$"
     assert charts["top-1 by method, mean of runs"]["groupBy"] == "eval_method.value"
     assert charts["images per second"]["metrics"] == ["images_per_second"]
-
-
-def test_what_is_charted_is_what_training_and_evaluation_log(capsys):
-    pytest.importorskip("wandb_workspaces")
-    from mrl.interop.wandb import BY_DIM
-
-    assert workspace(["--dry_run"]) == 0
-    sections = json.loads(capsys.readouterr().out)["section"]["panelBankConfig"]["sections"]
-    charted = {m for s in sections for panel in s["panels"] for m in panel["config"].get("metrics", [])}
-    evaluated = {f"eval/{name}" for name in BY_DIM.values()} | {"eval/truncated_top_1"}
-    logged = (Path(__file__).parents[2] / "train.py").read_text()
-    for metric in charted - evaluated:
+    charted = {metric for chart in charts.values() for metric in chart.get("metrics", [])}
+    logged = "".join((Path(__file__).parents[2] / file).read_text() for file in ("train.py", "mrl/training/logging.py"))
+    for metric in charted - {f"eval/{name}" for name in BY_DIM.values()} - {"eval/truncated_top_1"}:
         assert f'"{metric}"' in logged, metric
 
 
-def test_saving_without_a_login_is_a_sentence(tmp_path, monkeypatch, capsys):
+def test_saving_without_a_login_or_a_package_is_one_sentence(runs, tmp_path, monkeypatch, capsys):
     pytest.importorskip("wandb_workspaces")
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     monkeypatch.setenv("WANDB_BASE_URL", "http://localhost:9")
     assert workspace(["--entity", "someone"]) == 2
     assert "wandb login" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("package", ["wandb", "wandb_workspaces.workspaces"])
-def test_a_missing_package_says_what_to_install(runs, package, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, package, None)
-    if package == "wandb":
-        with pytest.raises(UserError, match="pip install wandb"):
-            report_evaluation(runs, [], {}, "offline")
-    else:
-        assert workspace(["--dry_run"]) == 2
-        assert "pip install wandb-workspaces" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "wandb_workspaces.workspaces", None)
+    assert workspace(["--dry_run"]) == 2
+    assert "pip install wandb-workspaces" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="pip install wandb"):
+        report_evaluation(runs, [], {}, "offline")
