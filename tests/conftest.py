@@ -41,12 +41,12 @@ TOP_1 = {8: 0.5, 16: 0.6, 32: 0.7, 96: 0.8}
 def make_saved_run(tmp_path_factory):
     """A run directory as train.py leaves it, of a small ResNet: random weights, BatchNorms that saw data."""
 
-    def make(name="small", backbone="test_resnet", stem_stride=4, blurpool=False, kwargs=None):
+    def make(name="small", backbone="test_resnet", stem_stride=4, blurpool=False, kwargs=None, dims=None):
         torch.manual_seed(0)
         run = tmp_path_factory.mktemp("runs") / name
         run.mkdir()
         network = build_backbone(backbone, "scratch", stem_stride, blurpool, kwargs)
-        dims = (8, 16, 32, network.head_hidden_size)
+        dims = dims or (8, 16, 32, network.head_hidden_size)
         model = build_model(network, 3, dims)
         with torch.no_grad():
             for parameter in network.parameters():

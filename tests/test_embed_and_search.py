@@ -1,4 +1,3 @@
-import json
 import shutil
 
 import numpy as np
@@ -11,26 +10,26 @@ from mrl.data.folder import FolderImages
 from mrl.retrieval.embeddings import open_vectors
 
 
-def embed_words(run, pictures, out, *more):
-    words = ["--run", run, "--images", pictures.folder, "--out", out, "--num_workers", 0, "--batch_size", 2, *more]
-    return [str(word) for word in words]
+def embed_argv(run, pictures, out, *more):
+    argv = ["--run", run, "--images", pictures.folder, "--out", out, "--num_workers", 0, "--batch_size", 2, *more]
+    return [str(part) for part in argv]
 
 
 @pytest.fixture(scope="module")
 def vectors(saved_run, pictures, tmp_path_factory):
     path = tmp_path_factory.mktemp("vectors") / "v.npy"
-    assert embed.main(embed_words(saved_run, pictures, path)) == 0
+    assert embed.main(embed_argv(saved_run, pictures, path)) == 0
     return path
 
 
-def search_words(vectors, pictures, *more):
-    words = ["--vectors", vectors, "--image", pictures.paths[2], "--out", vectors.with_name("drawn"), *more]
-    return [str(word) for word in words]
+def search_argv(vectors, pictures, *more):
+    argv = ["--vectors", vectors, "--image", pictures.paths[2], "--out", vectors.with_name("drawn"), *more]
+    return [str(part) for part in argv]
 
 
 @pytest.mark.parametrize("dim", [16, 96])
 def test_the_file_holds_what_encode_gives_for_every_image_of_the_folder(dim, saved_run, pictures, tmp_path):
-    assert embed.main(embed_words(saved_run, pictures, tmp_path / "v.npy", "--dim", dim)) == 0
+    assert embed.main(embed_argv(saved_run, pictures, tmp_path / "v.npy", "--dim", dim)) == 0
     found = open_vectors(tmp_path / "v.npy")
     assert sorted(found.ids) == sorted(str(path.relative_to(pictures.folder)) for path in pictures.paths)
     assert (tmp_path / "v.ids.txt").read_text().splitlines() == found.ids
@@ -45,59 +44,59 @@ def test_a_killed_pass_goes_on_where_it_stopped(saved_run, pictures, vectors, tm
     whole = FolderImages.eval_batches
     seen = []
 
-    def killed_after_two_batches(self, rows, flip=False):
-        for number, batch in enumerate(whole(self, rows, flip)):
+    def killed_after_two_batches(self, indices, flip=False):
+        for number, batch in enumerate(whole(self, indices, flip)):
             if number == 2:
                 raise KeyboardInterrupt
             yield batch
 
-    def counted(self, rows, flip=False):
-        seen.extend(int(row) for some in rows for row in some)
-        return whole(self, rows, flip)
+    def counted(self, indices, flip=False):
+        seen.extend(int(index) for some in indices for index in some)
+        return whole(self, indices, flip)
 
-    words = embed_words(saved_run, pictures, tmp_path / "v.npy")
+    argv = embed_argv(saved_run, pictures, tmp_path / "v.npy")
     monkeypatch.setattr(FolderImages, "eval_batches", killed_after_two_batches)
-    assert embed.main(words) == 130
+    assert embed.main(argv) == 130
     assert not (tmp_path / "v.npy").exists()
     monkeypatch.setattr(FolderImages, "eval_batches", counted)
-    assert embed.main(words) == 0
+    assert embed.main(argv) == 0
     assert sorted(seen) == [4, 5, 6]  # two batches of two were there already
     assert np.array_equal(np.load(tmp_path / "v.npy"), np.load(vectors))
-    assert embed.main(words) == 0 and len(seen) == 3  # nothing is left to do
+    assert embed.main(argv) == 0 and len(seen) == 3  # nothing is left to do
 
 
 def test_vectors_of_another_size_are_replaced_but_a_foreign_file_is_not(saved_run, pictures, tmp_path, capsys):
     np.save(tmp_path / "mine.npy", np.zeros(3))
-    assert embed.main(embed_words(saved_run, pictures, tmp_path / "mine.npy")) == 2
+    assert embed.main(embed_argv(saved_run, pictures, tmp_path / "mine.npy")) == 2
     assert "mine.npy exists and was not written by this tool" in capsys.readouterr().err
     for dim in (8, 16):
-        assert embed.main(embed_words(saved_run, pictures, tmp_path / "v.npy", "--dim", dim)) == 0
+        assert embed.main(embed_argv(saved_run, pictures, tmp_path / "v.npy", "--dim", dim)) == 0
     assert open_vectors(tmp_path / "v.npy").vectors.shape == (7, 16)
 
 
 def test_sizes_that_were_not_trained_warn_and_larger_ones_are_refused(saved_run, pictures, tmp_path, capsys):
     with pytest.warns(UserWarning, match=r"12 dims were not trained; trained are \[8, 16, 32, 96\]"):
-        assert embed.main(embed_words(saved_run, pictures, tmp_path / "v.npy", "--dim", 12)) == 0
-    assert embed.main(embed_words(saved_run, pictures, tmp_path / "w.npy", "--dim", 97)) == 2
-    assert "allowed are 1 to 96" in capsys.readouterr().err
-    assert embed.main(embed_words(saved_run, pictures, tmp_path / "w.npy", "--dim", 0)) == 2
+        assert embed.main(embed_argv(saved_run, pictures, tmp_path / "v.npy", "--dim", 12)) == 0
+    assert embed.main(embed_argv(saved_run, pictures, tmp_path / "w.npy", "--dim", 97)) == 2
+    assert "--dim is 97; allowed: 1 to 96" in capsys.readouterr().err
+    assert embed.main(embed_argv(saved_run, pictures, tmp_path / "w.npy", "--dim", 0)) == 2
     assert not list(tmp_path.glob("w.*"))
 
 
 def test_an_image_that_is_none_is_named(saved_run, pictures, tmp_path, capsys):
     folder = shutil.copytree(pictures.folder, tmp_path / "images")
     (folder / "letter.jpg").write_text("Dear reader")
-    assert embed.main([*embed_words(saved_run, pictures, tmp_path / "v.npy"), "--images", str(folder)]) == 2
+    assert embed.main([*embed_argv(saved_run, pictures, tmp_path / "v.npy"), "--images", str(folder)]) == 2
     assert f"{folder / 'letter.jpg'} cannot be read as an image" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
     for wrong, message in (("nowhere", "is not a folder"), ("empty", "holds no images")):
-        words = [*embed_words(saved_run, pictures, tmp_path / "v.npy"), "--images", str(tmp_path / wrong)]
-        assert embed.main(words) == 2
+        argv = [*embed_argv(saved_run, pictures, tmp_path / "v.npy"), "--images", str(tmp_path / wrong)]
+        assert embed.main(argv) == 2
         assert message in capsys.readouterr().err
 
 
 def test_search_prints_and_draws_the_neighbors_of_every_size(saved_run, pictures, vectors, capsys):
-    assert search.main(search_words(vectors, pictures, "--k", 3)) == 0
+    assert search.main(search_argv(vectors, pictures, "--k", 3)) == 0
     printed = capsys.readouterr().out
     model, stored = mrl.load(saved_run), open_vectors(vectors)
     query = model.preprocess(pictures.images[2])[None]
@@ -113,33 +112,42 @@ def test_search_prints_and_draws_the_neighbors_of_every_size(saved_run, pictures
 
 def test_a_shorter_file_is_searched_up_to_its_size(saved_run, pictures, tmp_path, capsys):
     path = tmp_path / "v.npy"
-    assert embed.main(embed_words(saved_run, pictures, path, "--dim", 16)) == 0
-    assert search.main(search_words(path, pictures)) == 0
+    assert embed.main(embed_argv(saved_run, pictures, path, "--dim", 16)) == 0
+    assert search.main(search_argv(path, pictures)) == 0
     printed = capsys.readouterr().out
     assert "at 8 dims" in printed and "at 16 dims" in printed and "at 32 dims" not in printed
-    assert search.main(search_words(path, pictures, "--dims", 8, 32)) == 2
+    assert search.main(search_argv(path, pictures, "--dims", 8, 32)) == 2
     assert "--dims asks for 32, but the vectors" in capsys.readouterr().err
 
 
 def test_search_refuses_vectors_that_do_not_fit(saved_run, make_saved_run, pictures, vectors, tmp_path, capsys):
     def error_of(path, *more):
-        assert search.main(search_words(path, pictures, *more)) == 2
+        assert search.main(search_argv(path, pictures, *more)) == 2
         return capsys.readouterr().err
 
     other = make_saved_run("other", stem_stride=2)
     assert "made by other weights" in error_of(vectors, "--run", other)
-    assert "is not there; say with --run" in error_of(vectors, "--run", tmp_path / "gone")
+    assert "does not exist; give its new place with --run" in error_of(vectors, "--run", tmp_path / "gone")
     assert "cannot be read as an image" in error_of(vectors, "--image", vectors)
     assert "cannot be read as an image" in error_of(vectors, "--images", tmp_path)
     np.save(tmp_path / "v.npy", np.zeros((7, 96), np.float32))
     assert "cannot be read as vectors" in error_of(tmp_path / "v.npy")
-    content = json.loads(vectors.with_suffix(".json").read_text())
-    (tmp_path / "v.json").write_text(json.dumps(content))
     (tmp_path / "v.ids.txt").write_text("a.png\n" * 7)
-    assert "are not of one pass" in error_of(tmp_path / "v.npy")
+    assert "do not belong together" in error_of(tmp_path / "v.npy")
+    shutil.copy(vectors.with_suffix(".json"), tmp_path / "v.json")
+    assert "do not belong together" in error_of(tmp_path / "v.npy")
 
 
-def test_a_model_that_is_no_folder_is_said_before_anything_is_written(pictures, tmp_path, capsys):
-    assert embed.main(embed_words("someone/small", pictures, tmp_path / "v.npy")) == 2
+def test_the_default_is_the_largest_trained_size_and_no_coordinate_beyond(pictures, tmp_path, make_saved_run):
+    run = make_saved_run("fixed", dims=(16,))
+    assert embed.main(embed_argv(run, pictures, tmp_path / "v.npy")) == 0
+    found = open_vectors(tmp_path / "v.npy")
+    assert found.vectors.shape == (7, 16) and found.metadata.trained_dims == [16]
+    assert embed.main(embed_argv(run, pictures, tmp_path / "v.npy", "--dim", 16)) == 0
+    np.testing.assert_array_equal(found.vectors, open_vectors(tmp_path / "v.npy").vectors)
+
+
+def test_a_model_that_is_no_folder_is_refused_before_anything_is_written(pictures, tmp_path, capsys):
+    assert embed.main(embed_argv("someone/small", pictures, tmp_path / "v.npy")) == 2
     assert "someone/small has no model.json" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

@@ -1,50 +1,44 @@
-"""Embeddings of a whole split, computed once and kept on disk.
-
-Vectors of a folder of images as three files that any tool reads: vectors.npy, vectors.ids.txt, vectors.json.
-"""
+"""Embeddings on disk: of a split in a run directory, and of a folder of images (python -m mrl.embed)."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
+import io
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mrl import distributed
-from mrl.data.transforms import eval_indices
+from mrl.data import Images
 from mrl.distributed import Process
 from mrl.errors import UserError
 from mrl.progress import progress
 from mrl.rundir import atomic_write, atomic_write_text
 
-Embed = Callable[[Tensor], Tensor]
-_MISSING, _FILLED, _NOT_FINITE = 0, 1, 2
-
 
 @dataclass(frozen=True)
 class EmbeddingMetadata:
-    """What embeddings are of. Where it is equal they are the same and are used again.
+    """What embeddings were made of and how. Embeddings with equal metadata are equal and are used again.
 
     Attributes:
-        checkpoint_sha256: Of the model's weights.
-        dataset: Name of the data.
+        checkpoint_sha256: Hash of the model's weights.
+        dataset: Name of the data, or the folder of the images.
         split: train, val, or the name of other images.
-        resize_px: Shorter side of an image after resizing.
-        crop_px: Side of its center crop.
-        normalization: What is taken from the pixels and what they are divided by, as text.
+        resize_px, crop_px: Shorter side after resizing, and side of the center crop.
+        normalization: Mean and standard deviation, as text.
         flip: Whether the images are mirrored.
-        classes_sha256: Of the names of the classes, and of the files' where the data have no other name to go by.
-        precision: Arithmetic of the forward pass, "fp32" or "bf16" (autocast); what is stored is float32.
+        classes_sha256: Hash of the class names, or of the image files if the data has no other name.
+        precision: "fp32" or "bf16", the arithmetic of the forward pass; vectors are stored as float32.
+        run, trained_dims: Directory and nesting list of the model (python -m mrl.embed only).
     """
 
     checkpoint_sha256: str
@@ -56,283 +50,253 @@ class EmbeddingMetadata:
     flip: bool
     classes_sha256: str
     precision: str = "fp32"
+    run: str = ""
+    trained_dims: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class EmbeddingSet:
-    """One row per image, in dataset order.
-
-    Attributes:
-        vectors: ``(N, D)`` float32 as the head reads them, not normalized; memory-mapped, read-only.
-        labels: ``(N,)`` int64.
-        metadata: What they are of.
-    """
+    """Embeddings in dataset order: raw vectors ``(N, D)`` float32, memory-mapped, read-only; labels ``(N,)`` int64."""
 
     vectors: np.ndarray
     labels: np.ndarray
     metadata: EmbeddingMetadata
 
 
-class Images(Protocol):
-    """The part of a split of `mrl.data` that is needed here."""
-
-    labels: Tensor
-
-    def __len__(self) -> int: ...
-
-    def eval_batches(self, rows: Sequence[np.ndarray], flip: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images on the device, normalized, and their labels, for each array of rows."""
-        ...
-
-
 def embeddings_path(run: Path, split: str, flip: bool = False) -> Path:
-    """Where a run directory keeps the embeddings of a split."""
+    """Return the directory of a split's embeddings in a run directory."""
     return run / "embeddings" / (f"{split}_flip" if flip else split)
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's content, in hexadecimal."""
+    """Return the SHA-256 of a file's content, in hexadecimal."""
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        digest = hashlib.sha256()
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
 
 
-def classes_sha256(classes: Sequence[str]) -> str:
-    """SHA-256 of the class names in their order."""
-    return hashlib.sha256(json.dumps(list(classes)).encode()).hexdigest()
+def classes_sha256(names: Sequence[str]) -> str:
+    """Return the SHA-256 of class names or file names in their order."""
+    return hashlib.sha256(json.dumps(list(names)).encode()).hexdigest()
 
 
 def open_embeddings(directory: Path, metadata: EmbeddingMetadata) -> EmbeddingSet | None:
-    """The finished embeddings in ``directory``, or None if there are none of exactly this ``metadata``."""
+    """Return the finished embeddings in ``directory``, or None if there are none with exactly this ``metadata``."""
     if _read_metadata(directory / "metadata.json") != metadata:
         return None
     try:
-        vectors = np.load(directory / "vectors.npy", mmap_mode="r")
-        labels = np.load(directory / "labels.npy")
-    except (OSError, ValueError):
+        return _open(directory, metadata)
+    except (OSError, ValueError):  # a file is gone or cut short
         return None
-    if vectors.ndim != 2 or len(vectors) != len(labels) or (vectors.dtype, labels.dtype) != (np.float32, np.int64):
-        return None
-    return EmbeddingSet(vectors, labels, metadata)
+
+
+def _open(directory: Path, metadata: EmbeddingMetadata) -> EmbeddingSet:
+    vectors = np.load(directory / "vectors.npy", mmap_mode="r")
+    return EmbeddingSet(vectors, np.load(directory / "labels.npy"), metadata)
 
 
 def embed_split(
     directory: Path,
     metadata: EmbeddingMetadata,
     images: Images,
-    embed: Embed,
+    embed: Callable[[Tensor], Tensor],
     width: int,
     process: Process,
     batch_size: int,
 ) -> EmbeddingSet:
-    """The embeddings of every image, computed by all processes together into ``directory``.
+    """Return the embeddings of every image, computed by all processes together into ``directory``.
 
-    Each process writes its own rows. A pass that was killed goes on where it stopped, on any number
-    of processes and at any batch size; embeddings of other ``metadata`` are made anew. The set
-    counts as finished only after every row is known to be filled.
+    Each process appends the embeddings of consecutive images to a file of its own, a part, and the main process joins
+    the parts in the end. A stopped pass continues with the images that no part has, at any number of processes and any
+    batch size. Embeddings with other ``metadata`` are computed again.
 
     Args:
         directory: Shared by all processes; see `embeddings_path`.
-        metadata: What the embeddings are of; where its ``flip`` is true every image is mirrored first, and its
-            ``precision`` is that of ``embed``.
-        images: The split, in dataset order.
-        embed: Images ``(B, 3, H, W)`` -> embeddings ``(B, D)``; a model in eval mode.
-        width: D.
-        process: This process.
+        metadata: Its ``flip`` and ``precision`` are applied here.
+        images: The split.
+        embed: Images ``(B, 3, H, W)`` -> embeddings ``(B, width)``; a model in eval mode.
         batch_size: Images at a time on each process.
 
     Raises:
-        UserError: An embedding holds NaN or infinity; the message names the first such image.
+        UserError: An embedding holds NaN or infinity, or the disk has too little space.
     """
+    parts = _Parts(directory, len(images), width)
     if process.is_main and open_embeddings(directory, metadata) is None:
-        _prepare(directory, metadata, len(images), width)
+        parts.prepare(metadata)
     distributed.barrier()
     finished = open_embeddings(directory, metadata)
-    if finished is None:
-        failure = None
-        try:
-            _fill(directory, images, embed, metadata, process, batch_size)
-        except UserError as error:
-            failure = error
-        # Nobody waits for a process that has met an error: all of them end here.
-        [failed] = distributed.all_reduce_any(failure is not None)
-        if failure is not None:
-            raise failure
-        if failed:
-            raise distributed.ElsewhereError(f"another process could not embed its {metadata.split} images")
-        _check_filled(directory, images)
-        distributed.barrier()
-        if process.is_main:
-            # The rename is what makes the set count.
-            os.replace(directory / "unfinished.json", directory / "metadata.json")
-            (directory / "filled.npy").unlink()
-        distributed.barrier()
-        finished = open_embeddings(directory, metadata)
-        if finished is None:
-            raise RuntimeError(f"{directory} was changed by something else while it was being written")
-    return finished
+    if finished is not None:
+        return finished
+    is_missing = torch.zeros(len(images), dtype=torch.int32)
+    if process.is_main:  # the others may see an old listing on a network disk
+        is_missing[parts.missing()] = 1
+    missing = np.flatnonzero(distributed.all_reduce_sum(is_missing))
+    share = np.array_split(missing, process.world_size)[process.rank]
+    failure = None
+    try:
+        _embed_share(share, parts, metadata, images, embed, process, batch_size)
+    except UserError as error:
+        failure = error
+    [failed] = distributed.all_reduce_any(failure is not None)
+    if failure is not None:
+        raise failure
+    if failed:
+        raise distributed.ElsewhereError(f"another process could not embed its {metadata.split} images")
+    if process.is_main:
+        parts.join()
+        np.save(directory / "labels.npy", images.labels.numpy())
+        os.replace(directory / "unfinished.json", directory / "metadata.json")  # from here on it is finished
+    distributed.barrier()
+    return _open(directory, metadata)
+
+
+class _Parts:
+    """Files of consecutive vectors, named by the index of the first; the size of a file tells how many it holds.
+
+    Each begins with the header of the whole vectors.npy, which the first becomes when the others are appended to it.
+    A process that is killed leaves at most an incomplete last row.
+    """
+
+    def __init__(self, directory: Path, num_images: int, width: int) -> None:
+        self.directory, self.num_images, self.row_bytes = directory, num_images, 4 * width
+        header = io.BytesIO()
+        shape = {"descr": "<f4", "fortran_order": False, "shape": (num_images, width)}
+        np.lib.format.write_array_header_1_0(header, shape)
+        self.header = header.getvalue()
+
+    def listed(self) -> list[tuple[int, int, Path]]:
+        """Return first index, number of whole rows and path of each part, in order."""
+        paths = sorted(self.directory.glob("part-*"))
+        sizes = [(path.stat().st_size - len(self.header)) // self.row_bytes for path in paths]
+        return [(int(path.name[5:]), size, path) for path, size in zip(paths, sizes, strict=True)]
+
+    def missing(self) -> np.ndarray:
+        """Return the indices that no part holds."""
+        done = np.zeros(self.num_images, dtype=bool)
+        for first, size, _ in self.listed():
+            done[first : first + size] = True
+        return np.flatnonzero(~done)
+
+    def prepare(self, metadata: EmbeddingMetadata) -> None:
+        """Remove what does not belong to this pass, and check that the rest fits on the disk."""
+        (self.directory / "metadata.json").unlink(missing_ok=True)
+        if _read_metadata(self.directory / "unfinished.json") != metadata:
+            shutil.rmtree(self.directory, ignore_errors=True)
+            self.directory.mkdir(parents=True)
+            _write_metadata(self.directory / "unfinished.json", metadata)
+        for _, size, path in self.listed():
+            with path.open("rb") as part:
+                same_shape = part.read(len(self.header)) == self.header
+            if same_shape and size > 0:
+                os.truncate(path, len(self.header) + size * self.row_bytes)
+            else:
+                path.unlink()
+        needed, free = len(self.missing()) * self.row_bytes, shutil.disk_usage(self.directory).free
+        if needed > free:
+            raise UserError(
+                f"{self.directory} needs {needed / 2**30:.1f} GiB for embeddings, but {free / 2**30:.1f} GiB are free"
+            )
+
+    def append(self, first: int, vectors: np.ndarray) -> None:
+        """Append vectors to the part that begins at index ``first``."""
+        with (self.directory / f"part-{first:012d}").open("ab") as part:
+            part.write((b"" if part.tell() else self.header) + vectors.tobytes())
+
+    def join(self) -> None:
+        """Append all parts to the first, which becomes vectors.npy."""
+        for _ in range(100):
+            if not len(self.missing()):
+                break
+            time.sleep(1)  # a network disk may show the files of other machines late
+        (_, end, joined), *others = self.listed()
+        with joined.open("ab") as file:
+            for first, size, path in others:
+                with path.open("rb") as part:
+                    part.seek(len(self.header) + (end - first) * self.row_bytes)  # past what a killed join has copied
+                    shutil.copyfileobj(part, file, 2**22)
+                file.flush()
+                path.unlink()
+                end = max(end, first + size)
+        os.replace(joined, self.directory / "vectors.npy")
+
+
+@torch.inference_mode()
+def _embed_share(
+    share: np.ndarray,
+    parts: _Parts,
+    metadata: EmbeddingMetadata,
+    images: Images,
+    embed: Callable[[Tensor], Tensor],
+    process: Process,
+    batch_size: int,
+) -> None:
+    """Embed the images ``share``, ascending indices, one part for each run of consecutive ones."""
+    runs = np.split(share, np.flatnonzero(np.diff(share) != 1) + 1)
+    batches = [(int(run[0]), run[i : i + batch_size]) for run in runs for i in range(0, len(run), batch_size)]
+    read = images.eval_batches([indices for _, indices in batches], metadata.flip)
+    autocast = torch.autocast(process.device.type, torch.bfloat16, enabled=metadata.precision == "bf16")
+    name = f"{parts.directory.parent.parent.name}: embedding {parts.directory.name}"
+    with progress(show=process.is_main, total=len(share), desc=name, unit="image") as bar:
+        for (first, indices), (batch, labels) in zip(batches, read, strict=True):
+            with autocast:
+                z = embed(batch).float().cpu().numpy()
+            if not np.isfinite(z).all():
+                wrong = indices[~np.isfinite(z).all(axis=1)][0]
+                raise UserError(
+                    f"the embedding of image {wrong} ({metadata.split} split) holds NaN or infinity, "
+                    "so the model cannot be evaluated"
+                )
+            if not torch.equal(labels.cpu(), images.labels[indices]):
+                raise RuntimeError(f"the images of {parts.directory} did not come in dataset order")
+            parts.append(first, z)
+            bar.update(len(indices))
 
 
 def _read_metadata(path: Path) -> EmbeddingMetadata | None:
     try:
-        return EmbeddingMetadata(**json.loads(path.read_text()))
+        return EmbeddingMetadata(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
 
 
-def _prepare(directory: Path, metadata: EmbeddingMetadata, num_images: int, width: int) -> None:
-    """Files to fill: those of an earlier pass that can go on, or else new ones."""
-    (directory / "metadata.json").unlink(missing_ok=True)
-    if _read_metadata(directory / "unfinished.json") == metadata:
-        with contextlib.suppress(OSError, ValueError):
-            vectors, labels, filled = _open_files(directory)
-            if vectors.shape == (num_images, width) and labels.shape == filled.shape == (num_images,):
-                return
-    shutil.rmtree(directory, ignore_errors=True)
-    directory.mkdir(parents=True)
-    needed, free = num_images * width * 4, shutil.disk_usage(directory).free
-    if needed > free:  # writing to a mapped file on a full disk would kill the process without a word
-        raise UserError(
-            f"{directory} needs {needed / 2**30:.1f} GiB for embeddings, but {free / 2**30:.1f} GiB are free"
-        )
-    np.lib.format.open_memmap(directory / "vectors.npy", "w+", np.float32, (num_images, width))
-    np.save(directory / "labels.npy", np.full(num_images, -1, dtype=np.int64))
-    np.save(directory / "filled.npy", np.full(num_images, _MISSING, dtype=np.uint8))
-    atomic_write_text(directory / "unfinished.json", json.dumps(dataclasses.asdict(metadata), indent=2) + "\n")
-
-
-def _open_files(directory: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Vectors, labels and the state of every row, mapped for writing."""
-    vectors, labels, filled = (np.load(directory / f"{n}.npy", mmap_mode="r+") for n in ("vectors", "labels", "filled"))
-    return vectors, labels, filled
-
-
-@torch.inference_mode()
-def _fill(
-    directory: Path, images: Images, embed: Embed, metadata: EmbeddingMetadata, process: Process, batch_size: int
-) -> None:
-    """Embed the rows of this process that are not filled yet; stops at the first batch that is not finite."""
-    vectors, labels, filled = _open_files(directory)
-    shares = eval_indices(len(images), batch_size, process.rank, process.world_size)
-    rows = [missing for share in shares if len(missing := share[filled[share] != _FILLED])]
-    autocast = torch.autocast(process.device.type, torch.bfloat16, enabled=metadata.precision == "bf16")
-    with progress(
-        show=process.is_main,
-        total=sum(map(len, rows)),
-        desc=f"{directory.parent.parent.name}: embedding {directory.name}",
-        unit="image",
-    ) as bar:
-        for batch_rows, (batch, batch_labels) in zip(rows, images.eval_batches(rows, metadata.flip), strict=True):
-            with autocast:
-                z = embed(batch).float().cpu().numpy()
-            finite = np.isfinite(z).all(axis=1)
-            vectors[batch_rows] = z
-            labels[batch_rows] = batch_labels.cpu().numpy()
-            # Last, so that a row that counts as filled is filled, whenever the process is killed.
-            filled[batch_rows] = np.where(finite, _FILLED, _NOT_FINITE)
-            if not finite.all():
-                return
-            bar.update(len(batch_rows))
-
-
-def _check_filled(directory: Path, images: Images) -> None:
-    """Nothing, if every row holds a finite embedding and the label of its image."""
-    vectors, labels, filled = _open_files(directory)
-    not_finite, missing = np.flatnonzero(filled == _NOT_FINITE), np.flatnonzero(filled == _MISSING)
-    if len(not_finite):
-        raise UserError(
-            f"the embedding of image {not_finite[0]} ({directory.name} split) holds NaN or infinity, "
-            "so the model cannot be evaluated"
-        )
-    if len(missing):
-        raise RuntimeError(f"{len(missing)} of {len(filled)} rows of {directory} were not filled, first {missing[0]}")
-    if not np.array_equal(labels, images.labels.numpy()):
-        raise RuntimeError(f"the images in {directory} did not come in dataset order: their labels differ")
-    vectors.flush()  # type: ignore[attr-defined]
-
-
-@dataclass(frozen=True)
-class VectorInfo:
-    """What the vectors are of: the content of vectors.json.
-
-    Attributes:
-        run: Directory of the model that made them.
-        checkpoint_sha256: SHA-256 of its weights.
-        trained_dims: Prefix sizes that it was trained at.
-        dim: Length of a vector.
-        images: The folder that the ids are relative to.
-        ids_sha256: SHA-256 of the ids, a line each.
-    """
-
-    run: str
-    checkpoint_sha256: str
-    trained_dims: tuple[int, ...]
-    dim: int
-    images: str
-    ids_sha256: str
+def _write_metadata(path: Path, metadata: EmbeddingMetadata) -> None:
+    atomic_write_text(path, json.dumps(dataclasses.asdict(metadata), indent=2) + "\n")
 
 
 @dataclass(frozen=True)
 class VectorFile:
-    """One row per image.
-
-    Attributes:
-        vectors: ``(N, dim)`` float32 of length 1; memory-mapped, read-only.
-        ids: Paths of the N images, relative to ``info.images``.
-        info: What they are of.
-    """
+    """Vectors ``(N, dim)`` float32 of length 1, memory-mapped, read-only, and their image files below the dataset."""
 
     vectors: np.ndarray
     ids: list[str]
-    info: VectorInfo
+    metadata: EmbeddingMetadata
 
 
-def ids_path(path: Path) -> Path:
-    """Where the ids of the vectors in ``path`` are: vectors.ids.txt beside vectors.npy."""
-    return path.with_name(f"{path.stem}.ids.txt")
-
-
-def info_path(path: Path) -> Path:
-    """Where the description of the vectors in ``path`` is: vectors.json beside vectors.npy."""
-    return path.with_suffix(".json")
-
-
-def ids_sha256(ids: Sequence[str]) -> str:
-    """SHA-256 of ids in their order."""
-    return hashlib.sha256(_lines(ids)).hexdigest()
-
-
-def _lines(ids: Sequence[str]) -> bytes:
-    return b"".join(os.fsencode(name) + b"\n" for name in ids)
-
-
-def write_vectors(finished: Path, path: Path, ids: Sequence[str], info: VectorInfo) -> None:
-    """Move the array file ``finished`` to ``path`` and write ids and description beside it."""
-    info_path(path).unlink(missing_ok=True)  # first away and last there: it says that the others are whole
-    atomic_write(ids_path(path), lambda file: file.write(_lines(ids)))
+def write_vectors(finished: Path, path: Path, ids: Sequence[str], metadata: EmbeddingMetadata) -> None:
+    """Move the array file ``finished`` to ``path`` (x.npy) and write x.ids.txt and x.json beside it."""
+    path.with_suffix(".json").unlink(missing_ok=True)  # while it is missing, the vectors do not count
+    lines = b"".join(os.fsencode(name) + b"\n" for name in ids)
+    atomic_write(path.with_suffix(".ids.txt"), lambda file: file.write(lines))
     os.replace(finished, path)
-    atomic_write_text(info_path(path), json.dumps(dataclasses.asdict(info), indent=2) + "\n")
+    _write_metadata(path.with_suffix(".json"), metadata)
 
 
 def open_vectors(path: str | Path) -> VectorFile:
-    """The vectors that `write_vectors` wrote.
+    """Return the vectors that ``python -m mrl.embed`` wrote.
 
     Raises:
         UserError: One of the three files is missing or does not fit the others.
     """
     path = Path(path)
+    metadata = _read_metadata(path.with_suffix(".json"))
     try:
-        content = json.loads(info_path(path).read_text(encoding="utf-8"))
-        info = VectorInfo(**content | {"trained_dims": tuple(content["trained_dims"])})
-        lines = ids_path(path).read_bytes().split(b"\n")[:-1]
+        lines = path.with_suffix(".ids.txt").read_bytes().split(b"\n")[:-1]
         vectors = np.load(path, mmap_mode="r")
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as vectors of python -m mrl.embed: {error}") from error
     ids = [os.fsdecode(line) for line in lines]
-    if vectors.dtype != np.float32 or vectors.shape != (len(ids), info.dim) or ids_sha256(ids) != info.ids_sha256:
-        raise UserError(
-            f"{path} {vectors.shape} and the {len(ids)} ids beside it are not of one pass; run mrl.embed again"
-        )
-    return VectorFile(vectors, ids, info)
+    if metadata is None or len(vectors) != len(ids) or classes_sha256(ids) != metadata.classes_sha256:
+        raise UserError(f"{path}, its .ids.txt and its .json do not belong together; run python -m mrl.embed again")
+    return VectorFile(vectors, ids, metadata)

@@ -27,8 +27,8 @@ class Images:
     def __len__(self):
         return len(self.labels)
 
-    def eval_batches(self, rows, flip=False):
-        for batch in rows:
+    def eval_batches(self, indices, flip=False):
+        for batch in indices:
             self.reads.update(batch.tolist())
             sign = -1 if flip else 1
             yield sign * torch.from_numpy(batch).float().view(-1, 1, 1, 1).expand(-1, 3, 2, 2), self.labels[batch]
@@ -73,10 +73,10 @@ def test_equal_metadata_is_used_again_without_reading_an_image(tmp_path):
 
 
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(EmbeddingMetadata)])
-def test_other_metadata_is_made_anew(tmp_path, field):
+def test_other_metadata_is_computed_again(tmp_path, field):
     run(tmp_path / "val", Images(9))
-    value = getattr(METADATA, field)
-    other = dataclasses.replace(METADATA, **{field: not value if field == "flip" else value * 2})
+    value = {"flip": True, "trained_dims": [2, 3], "resize_px": 64, "crop_px": 30}.get(field, "other")
+    other = dataclasses.replace(METADATA, **{field: value})
     assert open_embeddings(tmp_path / "val", other) is None
     images = Images(6)
     assert_right(run(tmp_path / "val", images, metadata=other), images)
@@ -85,7 +85,7 @@ def test_other_metadata_is_made_anew(tmp_path, field):
 
 
 @pytest.mark.parametrize("file", ["vectors.npy", "labels.npy", "metadata.json"])
-def test_a_file_cut_short_is_made_anew(tmp_path, file):
+def test_a_file_cut_short_is_computed_again(tmp_path, file):
     run(tmp_path / "val", Images(9))
     path = tmp_path / "val" / file
     path.write_bytes(path.read_bytes()[:-10])
@@ -103,19 +103,57 @@ def stopping_embed(stop_at):
     return stop
 
 
-def test_a_stopped_pass_goes_on_where_it_stopped_at_another_batch_size(tmp_path):
+def stop(directory, images, stop_at, **rest):
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "val", Images(22), embed=stopping_embed(13))
+        run(directory, images, embed=stopping_embed(stop_at), **rest)
+
+
+def test_a_stopped_pass_continues_at_another_batch_size_and_may_stop_again(tmp_path):
+    stop(tmp_path / "val", Images(22), 13)
     assert open_embeddings(tmp_path / "val", METADATA) is None
     images = Images(22)
+    stop(tmp_path / "val", images, 18, batch_size=3)
     assert_right(run(tmp_path / "val", images, batch_size=5), images)
+    assert images.reads == Counter(range(12, 22)) + Counter([18, 19, 20])  # the last three of a batch that was stopped
+
+
+def test_what_a_killed_process_leaves_is_used_up_to_the_last_whole_row(tmp_path):
+    stop(tmp_path / "val", Images(22), 13)
+    [part] = (tmp_path / "val").glob("part-*")
+    with part.open("ab") as file:
+        file.write(b"\x01" * (4 * WIDTH - 1))
+    (tmp_path / "val" / "part-000000000016").write_bytes(b"")
+    images = Images(22)
+    assert_right(run(tmp_path / "val", images), images)
     assert sorted(images.reads) == list(range(12, 22))
 
 
-def test_a_stopped_pass_of_another_model_is_forgotten(tmp_path):
-    other = dataclasses.replace(METADATA, checkpoint_sha256="89ab")
+@pytest.mark.parametrize("copied", [0, 5, 4 * WIDTH * 10])
+def test_a_join_that_was_killed_continues(tmp_path, monkeypatch, copied):
+    stop(tmp_path / "val", Images(22), 13)  # so that there are two parts
+
+    def killed(source, target, size):
+        target.write(source.read(copied))
+        target.flush()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("mrl.retrieval.embeddings.shutil.copyfileobj", killed)
+        run(tmp_path / "val", Images(22))
+    images = Images(22)
+    assert_right(run(tmp_path / "val", images), images)
+    assert not images.reads
+    assert sorted(path.name for path in (tmp_path / "val").iterdir()) == ["labels.npy", "metadata.json", "vectors.npy"]
+
+
+@pytest.mark.parametrize("change", ["model", "number of images", "width"])
+def test_parts_of_another_pass_are_not_used(tmp_path, change):
+    metadata = dataclasses.replace(METADATA, checkpoint_sha256="89ab") if change == "model" else METADATA
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "val", Images(9), embed=stopping_embed(5), metadata=other)
+        width = 2 if change == "width" else WIDTH
+        num_images = 8 if change == "number of images" else 9
+        narrow = lambda images: stopping_embed(5)(images)[:, :width]  # noqa: E731
+        embed_split(tmp_path / "val", metadata, Images(num_images), narrow, width, ALONE, 4)
     images = Images(9)
     assert_right(run(tmp_path / "val", images), images)
     assert len(images.reads) == 9
@@ -125,15 +163,15 @@ def test_a_stopped_pass_of_another_model_is_forgotten(tmp_path):
 def two_processes(monkeypatch):
     """Runs a function as process 0 and 1 of two, in threads that really wait for each other."""
     meeting = threading.Barrier(2, timeout=30)
-    flags = [False, False]
+    given = [None, None]
     here = threading.local()
 
-    def all_reduce_any(flag):
-        flags[here.rank] = flag
+    def all_reduce_sum(tensor):
+        given[here.rank] = tensor
         meeting.wait()
-        answer = [any(flags)]
+        total = given[0] + given[1]
         meeting.wait()
-        return answer
+        return total
 
     def start(function):
         results = [None, None]
@@ -148,7 +186,7 @@ def two_processes(monkeypatch):
         threads = [threading.Thread(target=as_process, args=(rank,)) for rank in (0, 1)]
         with monkeypatch.context() as patch:
             patch.setattr(distributed, "barrier", meeting.wait)
-            patch.setattr(distributed, "all_reduce_any", all_reduce_any)
+            patch.setattr(distributed, "all_reduce_sum", all_reduce_sum)
             for thread in threads:
                 thread.start()
             for thread in threads:
@@ -166,27 +204,38 @@ def test_two_processes_embed_every_image_once_and_both_see_all(tmp_path, two_pro
     assert images[0].reads + images[1].reads == Counter(range(num_images))
 
 
-def test_one_process_finishes_what_two_began(tmp_path, two_processes):
-    def interrupted(process):
-        return run(tmp_path / "val", Images(22), embed=stopping_embed(21 if process.rank else 9), process=process)
+@pytest.mark.parametrize("two_first", [True, False])
+def test_one_process_finishes_what_two_began_and_two_what_one_began(tmp_path, two_processes, two_first):
+    def by_two(images, embed=lambda rank: embed):
+        def start(process):
+            return run(tmp_path / "val", images[process.rank], embed=embed(process.rank), process=process)
 
-    # An interrupt in both, so that neither waits for the other.
-    assert {type(result) for result in two_processes(interrupted)} == {KeyboardInterrupt}
-    images = Images(22)
-    assert_right(run(tmp_path / "val", images), images)
-    assert 0 < len(images.reads) < 22
+        return two_processes(start)
+
+    images = [Images(22), Images(22)]
+    if two_first:
+        # An interrupt in both, so that neither waits for the other.
+        interrupted = by_two([Images(22), Images(22)], lambda rank: stopping_embed(21 if rank else 9))
+        assert {type(result) for result in interrupted} == {KeyboardInterrupt}
+        assert_right(run(tmp_path / "val", images[0]), images[0])
+        assert sorted(images[0].reads) == [8, 9, 10, 19, 20, 21]
+    else:
+        stop(tmp_path / "val", Images(22), 9)
+        for found in by_two(images):
+            assert_right(found, images[0])
+        assert [sorted(part.reads) for part in images] == [list(range(8, 15)), list(range(15, 22))]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_an_embedding_that_is_not_finite_is_refused_by_all_naming_the_first(tmp_path, two_processes, value):
+def test_an_embedding_that_is_not_finite_is_refused_by_all_naming_the_image(tmp_path, two_processes, value):
     def broken(images):
         z = embed(images)
-        z[(images[:, 0, 0, 0] == 6) | (images[:, 0, 0, 0] >= 15), 1] = value
+        z[(images[:, 0, 0, 0] == 6) | (images[:, 0, 0, 0] == 7), 1] = value
         return z
 
-    for result in two_processes(lambda process: run(tmp_path / "val", Images(22), embed=broken, process=process)):
-        assert isinstance(result, UserError)
-        assert "image 6 (val split)" in str(result)
+    first, second = two_processes(lambda process: run(tmp_path / "val", Images(22), embed=broken, process=process))
+    assert isinstance(first, UserError) and "image 6 (val split) holds NaN" in str(first)
+    assert isinstance(second, distributed.ElsewhereError)
     images = Images(22)
     assert_right(run(tmp_path / "val", images), images)
 
@@ -204,26 +253,23 @@ def test_an_error_of_one_process_ends_the_other_too(tmp_path, two_processes):
 
 def test_images_out_of_dataset_order_are_noticed(tmp_path):
     class Shuffled(Images):
-        def eval_batches(self, rows, flip=False):
-            return super().eval_batches([np.flip(batch).copy() for batch in rows], flip)
+        def eval_batches(self, indices, flip=False):
+            return super().eval_batches([np.flip(batch).copy() for batch in indices], flip)
 
     with pytest.raises(RuntimeError, match="dataset order"):
         run(tmp_path / "val", Shuffled(9))
 
 
-def test_a_full_disk_is_told_before_the_pass(tmp_path, monkeypatch):
+def test_a_full_disk_is_noticed_before_the_pass(tmp_path, monkeypatch):
     monkeypatch.setattr("mrl.retrieval.embeddings.shutil.disk_usage", lambda path: type("Usage", (), {"free": 10})())
     with pytest.raises(UserError, match="GiB"):
         run(tmp_path / "val", Images(9))
 
 
-def test_mirrored_images_have_a_place_of_their_own(tmp_path):
-    assert embeddings_path(tmp_path, "val") != embeddings_path(tmp_path, "val", flip=True)
-
-
-def test_mirrored_images_are_embedded_where_the_metadata_say_so(tmp_path):
+def test_mirrored_images_are_embedded_if_the_metadata_says_so(tmp_path):
     mirrored = dataclasses.replace(METADATA, flip=True)
     straight, flipped = (embeddings_path(tmp_path, "val", flip) for flip in (False, True))
+    assert straight != flipped
     images = Images(9)
     run(straight, images)
     run(flipped, images, metadata=mirrored)

@@ -6,7 +6,7 @@ import torch
 
 from mrl.errors import UserError
 from mrl.retrieval import search as module
-from mrl.retrieval.search import exact_search
+from mrl.retrieval.search import Best, exact_search, pack, unpack
 
 
 def cosines(queries, database, dim):
@@ -66,7 +66,7 @@ def test_every_block_has_rows_from_all_over_the_database(num_rows, block_rows):
     seen = []
     for starts in blocks:
         indices = module._read_chunks(database, starts, block)
-        assert torch.equal(block[: len(indices), 0], torch.from_numpy(indices).float())
+        assert torch.equal(block[: len(indices), 0], indices.float())
         assert not block[len(indices) :].any()
         assert len(indices) <= max(64, block_rows + 63)
         assert np.diff(indices, prepend=0, append=num_rows).max() <= 64 * len(blocks)
@@ -112,7 +112,7 @@ def test_a_database_of_equals_answers_in_order_also_where_all_are_zero(value):
     np.testing.assert_allclose(scores, value, atol=1e-6)
 
 
-def test_fault_19_the_prefix_is_taken_first_and_normalised_after(vectors):
+def test_fault_19_the_prefix_is_taken_first_and_normalized_after(vectors):
     queries, database = vectors
     noise = np.random.default_rng(2).standard_normal
     changed = [each.copy() for each in vectors]
@@ -182,46 +182,72 @@ def test_fewer_neighbors_are_the_first_of_more_and_one_size_is_as_among_others(v
             np.testing.assert_array_equal(fewer[dim][1], more[dim][1][:, :k])
 
 
-def test_a_vector_too_long_for_float32_is_refused_by_its_row(vectors):
-    vectors[1][5] *= 1e20
-    with pytest.raises(UserError, match="row 5 of the database is too long"):
-        exact_search(*vectors, 1, [8])
-
-
-@pytest.mark.parametrize("which", ["database", "queries"])
-def test_parts_that_fit_float32_may_not_fit_together(vectors, which):
-    wrong = vectors[which == "database"]
-    wrong[9] = 0
-    wrong[9, [0, 8]] = 1.5e19  # squares to 2.25e38; float32 ends at 3.4e38
-    exact_search(*vectors, 1, [8])
-    with pytest.raises(UserError, match=f"row 9 of the {which} is too long"):
-        exact_search(*vectors, 1, [8, 16])
-
-
 def test_no_queries_find_nothing(vectors):
     indices, scores = exact_search(vectors[0][:0], vectors[1], 5, [8])[8]
     assert indices.shape == scores.shape == (0, 5)
 
 
-@pytest.mark.parametrize(
-    ("k", "dims", "named"), [(1004, [8], "1004.*1003"), (0, [8], "k = 0"), (1, [8, 49], "49"), (1, [], "sizes")]
-)
+@pytest.mark.parametrize(("k", "dims", "named"), [(1004, [8], "1004.*1003"), (0, [8], "k is 0"), (1, [49], "49")])
 def test_refuses_what_does_not_fit_the_database(vectors, k, dims, named):
     with pytest.raises(UserError, match=named):
         exact_search(*vectors, k, dims)
-
-
-def test_refuses_other_widths_and_vectors_that_are_not_finite(vectors):
-    queries, database = vectors
     with pytest.raises(UserError, match=r"\(37, 40\).*\(1003, 48\)"):
-        exact_search(queries[:, :40], database, 1, [8])
+        exact_search(vectors[0][:, :40], vectors[1], 1, [8])
+
+
+def test_refuses_vectors_that_are_not_finite_by_their_position(vectors):
+    queries, database = vectors
     database[700, 40] = np.nan
-    with pytest.raises(UserError, match="row 700 of the database"):
+    with pytest.raises(UserError, match="database vector 700 holds NaN"):
         exact_search(queries, database, 1, [8, 41], database_rows=64)
-    exact_search(queries, database, 1, [8, 40], database_rows=64)  # what is not looked at may be anything
+    exact_search(queries, database, 1, [8, 40], database_rows=64)  # coordinates beyond the largest size do not matter
+    database[9] = 0
+    database[9, [0, 8]] = 1.5e19  # squared 2.25e38; float32 ends at 3.4e38
+    exact_search(queries, database, 1, [8])
+    with pytest.raises(UserError, match="database vector 9 .* too long"):
+        exact_search(queries, database[:700], 1, [8, 16])
     queries[20, 0] = np.inf
-    with pytest.raises(UserError, match="row 20 of the queries"):
-        exact_search(queries, database[:700], 1, [8], query_rows=8)
+    with pytest.raises(UserError, match="query vector 20 "):
+        exact_search(queries, database, 1, [8], query_rows=8)
+
+
+def test_a_key_is_larger_for_a_higher_score_and_of_equals_for_a_lower_index():
+    scores = torch.tensor([torch.inf, 1.0, 0.5, 1e-40, 0.0, -1e-40, -1.0, -2.0, -torch.inf]).repeat_interleave(5)
+    indices = torch.tensor([0, 1, 7, 2**31, 2**32 - 1]).repeat(9)
+    keys = pack(scores, indices)
+    assert (keys.diff() < 0).all()
+    back_indices, back_scores = unpack(keys)
+    assert torch.equal(back_indices, indices)
+    assert torch.equal(back_scores, scores)
+
+
+def test_zero_and_minus_zero_are_equal_scores():
+    keys = pack(torch.tensor([-0.0, 0.0, -0.0]), torch.tensor([1, 2, 3]))
+    assert (keys.diff() < 0).all()
+
+
+@pytest.mark.parametrize("k", [1, 10, 70, 640])
+@pytest.mark.parametrize("order", ["random", "ascending", "descending", "equal", "few values"])
+def test_the_best_of_blocks_are_those_of_a_stable_sort(k, order):
+    rng = np.random.default_rng(0)
+    scores = rng.standard_normal((9, 640)).astype(np.float32)
+    scores = {
+        "random": scores,
+        "ascending": np.sort(scores),
+        "descending": -np.sort(-scores),
+        "equal": np.zeros_like(scores),
+        "few values": np.round(scores),
+    }[order]
+    best = Best(9, k, "cpu")
+    for indices in rng.permutation(640).reshape(5, 128):
+        block = torch.from_numpy(scores[:, indices])
+        for rows in (slice(0, 5), slice(5, 9)):
+            scales = torch.ones(len(block[rows]), 1)
+            best.add(rows, block[rows].contiguous(), scales, torch.from_numpy(indices))
+    indices, found = best.ordered()
+    expected = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    np.testing.assert_array_equal(indices, expected)
+    np.testing.assert_array_equal(found, np.take_along_axis(scores, expected, axis=1))
 
 
 @pytest.mark.gpu
