@@ -185,30 +185,24 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Evaluate from a command line; returns the exit status."""
-    try:
-        with distributed.failing_together():
-            args = parse(argv)
-            process = distributed.start()
-            if args.checkpoint:
-                args.runs = [str(import_checkpoint([args.checkpoint, *args.settings], write=process.is_main))]
-                distributed.barrier()
-            if args.runs:
-                evaluate(args, process)
-            elif process.is_main:
-                rows = read_rows(args.redraw)
-                if not rows:
-                    raise UserError(f"{args.redraw} holds no rows, so there is nothing to draw")
-                show(rows, Path(args.out) if args.out else Path(args.redraw).parent)
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on where the embedding pass stopped", file=sys.stderr)
-        return 130
-    finally:
-        distributed.stop()
-    return 0
+    """Evaluate from a command line; return the exit status."""
+
+    def parse_and_evaluate() -> int:
+        args = parse(argv)
+        process = distributed.start()
+        if args.checkpoint:
+            args.runs = [str(import_checkpoint([args.checkpoint, *args.settings], write=process.is_main))]
+            distributed.barrier()
+        if args.runs:
+            evaluate(args, process)
+        elif process.is_main:
+            rows = read_rows(args.redraw)
+            if not rows:
+                raise UserError(f"{args.redraw} holds no rows, so there is nothing to draw")
+            show(rows, Path(args.out) if args.out else Path(args.redraw).parent)
+        return 0
+
+    return distributed.run(parse_and_evaluate, "interrupted; the same command resumes the embedding pass")
 
 
 if __name__ == "__main__":

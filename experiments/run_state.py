@@ -11,7 +11,7 @@ from typing import Any
 
 from experiments.grids import Grid, PlannedRun
 from mrl.config import Config, to_yaml
-from mrl.rundir import refuse_other_settings
+from mrl.rundir import check_settings
 from mrl.training.optim import px_at
 
 LOG, ATTEMPTS = "train.log", "attempts.jsonl"
@@ -47,7 +47,7 @@ def read_state(run: PlannedRun) -> RunState:
     """
     directory = run.directory
     if (directory / "config.yaml").is_file():
-        refuse_other_settings(directory, to_yaml(run.config), "remove it, or give another --runs")
+        check_settings(directory, to_yaml(run.config), to_yaml(Config()), "remove it, or give another --runs")
     rows = read_rows_of(run)
     validations = [row for row in rows if any(key.startswith("val_loss/") for key in row)]
     epochs_done = max((row["epoch"] for row in rows), default=0.0)

@@ -1,16 +1,18 @@
-"""Processes that train one model together: the only file that touches torch.distributed.
+"""Several processes that work together: the only file that imports torch.distributed.
 
-Started by torchrun there are several; started by plain python there is one, and every function
-here is then the obvious thing for one process.
+torchrun starts several processes. Plain python starts one, for which every function here does the obvious thing.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -22,13 +24,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mrl.errors import UserError
 
-# In that time torchrun ends this process, if another one on the machine has ended.
-SECONDS_TO_END = 5.0
+SECONDS_TO_BE_ENDED = 10.0
 
 
 @dataclass(frozen=True)
 class Process:
-    """This process among all: ``rank`` of ``world_size``, computing on ``device``."""
+    """This process: ``rank`` of ``world_size``, computing on ``device``."""
 
     rank: int
     world_size: int
@@ -36,89 +37,94 @@ class Process:
 
     @property
     def is_main(self) -> bool:
-        """True on the one process that writes files and prints."""
+        """Return True on the one process that writes files and prints."""
         return self.rank == 0
 
 
-def start() -> Process:
-    """This process, after joining the others when torchrun started it (nccl on GPUs, gloo on CPU).
+class ElsewhereError(UserError):
+    """Raised when another process failed."""
 
-    Raises:
-        UserError: More processes were started than there are GPUs.
-    """
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    if torch.cuda.is_available() and local_rank >= torch.cuda.device_count():
-        raise UserError(
-            f"{local_rank + 1} or more processes were started on a machine with {torch.cuda.device_count()} GPUs; "
-            "allowed: torchrun --nproc_per_node up to the number of GPUs"
-        )
-    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+def _local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def start() -> Process:
+    """Return this process, after joining the others if torchrun started it (nccl on GPUs, gloo on CPUs)."""
+    device = torch.device("cuda", _local_rank()) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
+        if device.index >= torch.cuda.device_count():
+            raise UserError(
+                f"{device.index + 1} or more processes were started on a machine with {torch.cuda.device_count()} "
+                "GPUs; allowed: torchrun --nproc_per_node up to the number of GPUs"
+            )
         torch.cuda.set_device(device)
     if "WORLD_SIZE" not in os.environ:
         return Process(rank=0, world_size=1, device=device)
-    # CPU tensors go by gloo also on GPU machines: a stop flag can be agreed on without waiting for the GPU.
+    # CPU tensors use gloo on GPU machines too, so that a stop flag does not wait for the GPU.
     dist.init_process_group(backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return Process(rank=dist.get_rank(), world_size=dist.get_world_size(), device=device)
 
 
 def stop() -> None:
-    """Leave the group, if there is one."""
+    """Leave the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-class ElsewhereError(UserError):
-    """This process ends because of an error that another one has met, and tells."""
+def run(main: Callable[[], int], interrupted: str) -> int:
+    """Return the exit status of a script: that of ``main``, 2 after an error the user can fix, 130 after Ctrl-C.
 
-
-@contextlib.contextmanager
-def failing_together() -> Iterator[None]:
-    """Within it an error of one process ends all of them, and only that error is shown, once on each machine.
-
-    torchrun ends the processes of a machine when it sees that one of them has ended. So those that may have met what
-    the first one also met give it time for that before they speak, and those that have met nothing give it longer.
-
-    Raises:
-        ElsewhereError: The connection to another process is lost, and torchrun has not ended this one.
+    The error, or ``interrupted``, is shown as one sentence. When one process exits, torchrun ends the others. A process
+    that only lost its connection waits for that, so that the one that failed is the first to exit.
     """
     try:
-        yield
-    except Exception as error:
-        lost = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
-        if "WORLD_SIZE" in os.environ:
-            elsewhere = lost or isinstance(error, ElsewhereError)
-            time.sleep(SECONDS_TO_END * (2 * elsewhere + (not _is_first_on_machine())))
-        if lost:
-            reason = str(error).split("] ", 1)[-1].split(". ")[0]
-            raise ElsewhereError(
-                f"another process has ended or cannot be reached ({reason}); see what that one said"
-            ) from error
-        raise
+        return main()
+    except KeyboardInterrupt:
+        _report(interrupted)
+        return 130
+    except (UserError, OSError, RuntimeError) as error:
+        message = str(error)
+        if isinstance(error, dist.DistError) or "gloo" in message:
+            error = ElsewhereError(f"lost the connection to another process ({message.splitlines()[0]}); see its error")
+        elif not isinstance(error, (UserError, OSError)):
+            raise
+        if isinstance(error, ElsewhereError):
+            time.sleep(SECONDS_TO_BE_ENDED)
+        _report(f"error: {error}")
+        return 2
+    finally:
+        stop()
 
 
-def _is_first_on_machine() -> bool:
-    return int(os.environ.get("LOCAL_RANK", 0)) == 0
+def _report(message: str) -> None:
+    """Print ``message`` if this is the first process of a machine; torchrun prints the others' error files."""
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if error_file is None or _local_rank() == 0:
+        sys.stderr.write(f"\n{message}\n")  # one write, on a line after the progress bar
+    if error_file is not None:
+        content = {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}
+        Path(error_file).write_text(json.dumps({"message": content}))
 
 
 @contextlib.contextmanager
 def local_main_first() -> Iterator[None]:
-    """What stands within it is done by one process of each machine, and then by the others."""
-    if not _is_first_on_machine():
+    """Run the body on the first process of each machine, then on the others."""
+    if _local_rank() > 0:
         barrier()
-    yield  # after an error there is no barrier: whoever waits for it ends too
-    if _is_first_on_machine():
+    yield  # no barrier after an error, which ends all processes
+    if _local_rank() == 0:
         barrier()
 
 
 def barrier() -> None:
-    """Wait until every process is here."""
+    """Wait for all processes."""
     if dist.is_initialized():
         dist.barrier()
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
-    """The sum of ``tensor`` over all processes, the same on each; a new tensor."""
+    """Return the sum of ``tensor`` over all processes, as a new tensor."""
     total = tensor.clone()
     if dist.is_initialized():
         dist.all_reduce(total)
@@ -126,53 +132,43 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
 
 
 def all_reduce_any(*flags: bool) -> list[bool]:
-    """For each flag, whether it is true on at least one process; the same on all."""
-    return [bool(count) for count in all_reduce_sum(torch.tensor([int(flag) for flag in flags])).tolist()]
+    """Return for each flag whether it is true on at least one process."""
+    return all_reduce_sum(torch.tensor(flags, dtype=torch.int64)).bool().tolist()
 
 
 def agree(number: int) -> bool:
-    """Whether all processes give the same ``number`` (-2^63 < number < 2^63); the same answer on all."""
-    if not dist.is_initialized():
-        return True
+    """Return whether all processes give the same ``number`` (-2^63 < number < 2^63)."""
     ends = torch.tensor([number, -number])
-    dist.all_reduce(ends, op=dist.ReduceOp.MAX)
+    if dist.is_initialized():
+        dist.all_reduce(ends, op=dist.ReduceOp.MAX)
     return bool(ends[0] == -ends[1])
 
 
 def broadcast_buffers(module: nn.Module) -> None:
-    """Give every process the main one's buffers (BatchNorm statistics), which differ while each sees its own images."""
+    """Copy the main process's buffers (BatchNorm statistics, which differ between processes) to all."""
     if dist.is_initialized():
         for buffer in module.buffers():
             dist.broadcast(buffer, src=0)
 
 
 def sync_batchnorm(model: nn.Module, process: Process) -> nn.Module:
-    """``model``, its BatchNorms replaced by ones that see the images of all processes; same weights, same names.
-
-    Raises:
-        UserError: The processes compute on CPUs, for which torch has no such BatchNorm.
-    """
+    """Return ``model`` with BatchNorms that see the images of all processes; weights and their names stay."""
     if process.device.type != "cuda":
         raise UserError("train.sync_batchnorm is true, but it needs GPUs; allowed on the CPU: false")
-    # timm's, because torch's would drop the activation that some BatchNorms of timm contain.
+    # timm's function keeps the activations inside timm's BatchNorms; torch's drops them.
     return model if process.world_size == 1 else convert_sync_batchnorm(model)
 
 
-def data_parallel(
-    model: nn.Module, process: Process, gradient_precision: Literal["fp32", "bf16"] = "fp32"
-) -> nn.Module:
-    """``model`` with gradients averaged over processes after each backward pass; itself when there is one process."""
+def data_parallel(model: nn.Module, process: Process, precision: Literal["fp32", "bf16"] = "fp32") -> nn.Module:
+    """Return ``model`` wrapped to average gradients over processes, in ``precision``; itself if there is only one."""
     if process.world_size == 1:
         return model
-    device_ids = [process.device.index] if process.device.type == "cuda" else None
-    parallel = DistributedDataParallel(model, device_ids=device_ids)
-    if gradient_precision == "bf16":
+    parallel = DistributedDataParallel(model, [process.device.index] if process.device.type == "cuda" else None)
+    if precision == "bf16":
         parallel.register_comm_hook(dist.group.WORLD, bf16_compress_hook)
     return parallel
 
 
-def shared_gradients(model: nn.Module, share: bool) -> contextlib.AbstractContextManager[None]:
-    """While it lasts, backward passes average gradients over processes only if ``share`` (the last micro-batch)."""
-    if share or not isinstance(model, DistributedDataParallel):
-        return contextlib.nullcontext()
-    return model.no_sync()
+def no_sync(model: nn.Module, enabled: bool) -> contextlib.AbstractContextManager[None]:
+    """Return a context in which, if ``enabled``, backward passes do not average gradients over processes."""
+    return model.no_sync() if enabled and isinstance(model, DistributedDataParallel) else contextlib.nullcontext()

@@ -138,19 +138,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Embed from a command line; returns the exit status."""
-    try:
-        with distributed.failing_together():
-            embed_folder(parse(argv), distributed.start())
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on where it stopped", file=sys.stderr)
-        return 130
-    finally:
-        distributed.stop()
-    return 0
+    """Embed from a command line; return the exit status."""
+
+    def parse_and_embed() -> int:
+        embed_folder(parse(argv), distributed.start())
+        return 0
+
+    return distributed.run(parse_and_embed, "interrupted; the same command resumes the pass")
 
 
 if __name__ == "__main__":

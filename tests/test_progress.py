@@ -1,5 +1,3 @@
-"""Progress bars where nobody watches them move: in a log file."""
-
 import io
 import re
 import sys
@@ -12,40 +10,30 @@ from mrl.progress import progress
 
 
 def log_to(monkeypatch, seconds):
-    """Make stderr a file that a line is due in every so many seconds; pytest would undo that after a fixture."""
+    """Make stderr a file with a line every ``seconds``; not a fixture, because pytest replaces stderr after those."""
     file = io.StringIO()
     monkeypatch.setattr(sys, "stderr", file)
-    monkeypatch.setattr(module, "_SECONDS_BETWEEN_LINES", seconds)
+    monkeypatch.setattr(module, "SECONDS_BETWEEN_LINES", seconds)
     return file
 
 
-@pytest.mark.parametrize("leave", [True, False])
-def test_a_log_holds_whole_lines(monkeypatch, leave):
-    log = log_to(monkeypatch, 0)
-    with progress(total=3, desc="embed", unit="image", delay=0, leave=leave) as bar:
+@pytest.mark.parametrize(("seconds", "shown"), [(0, ["0", "1", "2", "3", "3"]), (1000, ["0", "3"])])
+def test_a_log_file_gets_whole_lines_now_and_then_and_at_the_end(monkeypatch, seconds, shown):
+    log = log_to(monkeypatch, seconds)
+    with progress(total=3, desc="embed", unit="image", delay=0) as bar:
         for _ in range(3):
             bar.update()
-            tqdm.write("said", file=log)
+            tqdm.write("a line", file=log)
+            assert list(progress(range(2), desc="inner", leave=False)) == [0, 1]
     text = log.getvalue()
     assert "\r" not in text and "\n\n" not in text and text.endswith("\n")
-    assert re.findall(r" (\d)\.00/3\.00 \[.*\n", text) == ["0", "1", "2", "3"]
-    assert text.count("said\n") == 3
+    assert re.findall(r" (\d)\.00/3\.00 \[.*\n", text) == shown
+    assert text.count("a line\n") == 3 and "inner" not in text, "no bar of less than two seconds"
 
 
-def test_the_last_line_tells_where_a_bar_ended(monkeypatch):
-    log = log_to(monkeypatch, 1000)
-    with progress(total=9, delay=0) as bar:
-        for _ in range(4):
-            bar.update()
-            bar.refresh()
-            tqdm.write("said", file=log)
-    assert re.findall(r" (\d)\.00/9\.00 \[.*\n", log.getvalue()) == ["0", "4"]
-
-
-def test_what_takes_no_two_seconds_writes_nothing(monkeypatch):
+def test_a_bar_that_is_not_shown_writes_nothing(monkeypatch):
     log = log_to(monkeypatch, 0)
-    assert list(progress(range(3))) == [0, 1, 2]
-    assert list(progress(range(3), show=False, delay=0)) == [0, 1, 2]  # nor what is not to be shown
+    assert list(progress(range(3), show=False, delay=0)) == [0, 1, 2]
     assert log.getvalue() == ""
 
 

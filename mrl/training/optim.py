@@ -1,7 +1,4 @@
-"""The optimizer and its parameter groups.
-
-Schedules as pure functions of the step or epoch: nothing to save, nothing to restore.
-"""
+"""The optimizer with its parameter groups, and schedules as pure functions of the step or epoch."""
 
 from __future__ import annotations
 
@@ -23,13 +20,11 @@ def build_optimizer(
     weight_decay: float,
     layer_decay: float = 1.0,
 ) -> torch.optim.Optimizer:
-    """SGD with momentum (not Nesterov) or AdamW over the trainable parameters.
+    """Return SGD with momentum (not Nesterov) or AdamW over the trainable parameters.
 
-    Weight decay reaches parameters with more than one dimension only: no bias and no norm, whatever
-    its name, nor what the backbone itself exempts (a ViT's class token and position embedding).
-
-    With ``layer_decay`` below 1 each group has an ``lr_scale`` of ``layer_decay`` to the power of its distance
-    from the head, which `set_lr` multiplies the learning rate by. What a layer is says the backbone (timm).
+    Weight decay applies to parameters with more than one dimension, except those that the backbone exempts (a ViT's
+    class token and position embedding). With ``layer_decay`` below 1, each group has an ``lr_scale`` for `set_lr`:
+    ``layer_decay`` to the power of its distance from the head. timm defines the layers.
     """
     exempt: set[str] = getattr(model.backbone, "no_weight_decay", set)()
     if layer_decay == 1:
@@ -47,7 +42,7 @@ def build_optimizer(
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give every parameter group its share of the learning rate ``lr`` of this step."""
+    """Set the learning rate ``lr`` of this step, scaled in each parameter group by its ``lr_scale``."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
 
@@ -55,7 +50,7 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 def lr_at(
     step: int, total_steps: int, warmup_steps: float, peak: float, schedule: Literal["linear", "cosine"] = "linear"
 ) -> float:
-    """The learning rate of optimizer step ``step`` (0 is the first): up in a line to ``peak``, then down toward 0.
+    """Return the learning rate of ``step``, counted from 0: linear warm-up to ``peak``, then down toward 0.
 
     >>> [lr_at(step, total_steps=6, warmup_steps=2, peak=1.0) for step in range(6)]
     [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
@@ -68,8 +63,13 @@ def lr_at(
     return peak * 0.5 * (1 - math.cos(math.pi * remaining))
 
 
+def shorten_warmup(warmup_epochs: float, epochs: int) -> float:
+    """Return ``warmup_epochs``, or half of ``epochs`` if the warm-up would last for all of them."""
+    return warmup_epochs if warmup_epochs < epochs else epochs / 2
+
+
 def px_at(epoch: int, train_px: int | Sequence[tuple[int, int]]) -> int:
-    """The side of training images in pixels during ``epoch``.
+    """Return the side of training images in pixels during ``epoch``.
 
     >>> [px_at(epoch, [(0, 160), (32, 192)]) for epoch in (0, 31, 32, 39)]
     [160, 160, 192, 192]

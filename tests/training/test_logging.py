@@ -1,0 +1,65 @@
+import builtins
+import json
+import os
+import signal
+
+import pytest
+import torch
+
+from mrl.errors import UserError
+from mrl.training.logging import MetricAccumulator, Tracker, check_finite, stop_signals
+
+
+def test_means_are_over_images_not_over_batches_and_per_prefix():
+    """Batches of 3 and 1 images: a mean of batch means would give 0.5 for prefix 8, not 0.25."""
+    sums = MetricAccumulator([8, 16], torch.device("cpu"))
+    logits = torch.eye(2)[torch.tensor([[0, 0, 0, 0], [1, 1, 1, 0]])]  # prefix 8 predicts class 0, prefix 16 is right
+    sums.add(logits[:, :3], torch.tensor([1, 1, 1]), torch.tensor([2.0, 1.0]))
+    sums.add(logits[:, 3:], torch.tensor([0]), torch.tensor([6.0, 1.0]))
+    assert sums.means("loss", "top_1") == {"loss/8": 3.0, "loss/16": 1.0, "top_1/8": 0.25, "top_1/16": 1.0}
+
+
+def test_a_non_finite_loss_is_named_with_its_steps_and_prefixes():
+    row = {"step": 6, "lr": 0.1, "loss/8": 1.0, "loss/16": float("nan"), "loss/32": float("inf"), "train_top_1/8": 0.5}
+    with pytest.raises(UserError, match=r"prefix sizes \[16, 32\] became non-finite in steps 5 to 6"):
+        check_finite(row, 4)
+    check_finite(row | {"loss/16": 1.0, "loss/32": 2.0}, 4)
+
+
+def test_rows_after_the_checkpoint_are_dropped_and_non_finite_numbers_are_null(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": step}) + "\n" for step in (1, 2, 3)) + '{"step": 4, "lo')
+    with Tracker(tmp_path, True, start_step=2, total_steps=5, batch_size=1) as tracker:
+        tracker.log({"step": 3, "loss/8": float("nan")})
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3, "loss/8": null}\n'
+
+
+def test_other_processes_write_nothing(tmp_path, capsys):
+    with Tracker(tmp_path, False, 0, 5, 1) as tracker:
+        tracker.log({"step": 1}, "status")
+        tracker.advance()
+        tracker.log_line("hello")
+        tracker.start_wandb("offline", "mrl", None, "a", {})
+    assert list(tmp_path.iterdir()) == [] and capsys.readouterr().out == ""
+
+
+def test_a_missing_wandb_says_what_to_install(tmp_path, monkeypatch):
+    real = builtins.__import__
+
+    def without_wandb(name, *args, **kwargs):
+        if name == "wandb":
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without_wandb)
+    with Tracker(tmp_path, True, 0, 5, 1) as tracker, pytest.raises(UserError, match="pip install wandb"):
+        tracker.start_wandb("offline", "mrl", None, "a", {})
+
+
+def test_stop_signals_are_kept_and_a_second_ctrl_c_interrupts():
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), stop_signals() as received:
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+            os.kill(os.getpid(), number)
+    assert received == [signal.SIGTERM, signal.SIGTERM]
+    assert signal.getsignal(signal.SIGINT) is before
