@@ -32,7 +32,7 @@ from mrl.model import MatryoshkaClassifier, ModelInfo, build_backbone, build_mod
 from mrl.progress import progress
 from mrl.rundir import check_data, check_run, load_checkpoint, open_run, record_start, save_checkpoint
 from mrl.training.augmentation import make_augmentation, seed_step
-from mrl.training.logging import MetricAccumulator, Tracker, advice, check_finite, stop_signals
+from mrl.training.logging import MetricAccumulator, Tracker, advice, stop_signals
 from mrl.training.optim import build_optimizer, lr_at, px_at, set_lr, shorten_warmup
 from mrl.training.profiling import step_profiler
 
@@ -88,7 +88,7 @@ def train(config: Config, process: Process) -> int:
         for name, part in parts.items():
             part.load_state_dict(resumed[name])
         if process.is_main:  # the checkpoint holds the sums over all processes
-            sums.values.copy_(resumed["sums"])
+            sums.values[:3] = resumed["sums"]
         del resumed
     if config.train.compile:
         model.compile()
@@ -160,10 +160,10 @@ def train(config: Config, process: Process) -> int:
                     stop, save = distributed.all_reduce_any(bool(signals), due and process.is_main)
                     save = save or stop or step == end_step
                 if log or save:
+                    sums.check_finite(step, batch_size)
+                if log:
                     row = {"step": step, "epoch": step / steps_per_epoch, "lr": lr}
                     row |= sums.means("loss", "train_top_1")
-                    check_finite(row, logged_step)
-                if log:
                     seconds = time.monotonic() - logged_at
                     row["images_per_second"] = (step - logged_step) * batch_size / seconds
                     row["data_wait"] = waited / seconds
@@ -175,7 +175,7 @@ def train(config: Config, process: Process) -> int:
                     all_sums = distributed.all_reduce_sum(sums.values)
                     if process.is_main:
                         states = {name: part.state_dict() for name, part in parts.items()}
-                        save_checkpoint(directory, {"step": step, "sums": all_sums, "data": data_seen, **states})
+                        save_checkpoint(directory, {"step": step, "sums": all_sums[:3], "data": data_seen, **states})
                     saved_at = time.monotonic()
                 if stop:
                     number = signal.Signals(signals[0] if signals else signal.SIGTERM)

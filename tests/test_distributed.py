@@ -1,6 +1,5 @@
 """Two processes: their gradients, and what is left and shown when one of them fails."""
 
-import json
 import multiprocessing
 import os
 import signal
@@ -8,31 +7,23 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
-from torchvision.io import write_png
 
-import train
 from mrl import distributed
 from mrl.data.transforms import train_indices
 from mrl.distributed import Process
 from mrl.errors import UserError
 from mrl.model import build_backbone, build_model
+from tests.test_train import REPOSITORY, TINY, TORCHRUN, make_folder, run  # noqa: F401
 
-REPOSITORY = Path(train.__file__).parent
 NUM_MICRO_BATCHES = 3
-VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
-ARGV = [
-    *("--config", "digits_mrl.yaml", "--data.name", "folder", "--data.num_classes", "2", "--train.epochs", "1"),
-    *("--model.backbone", "vit_tiny_patch16_224", "--model.kwargs", json.dumps(VIT), "--model.stem_stride", "4"),
-    *("--data.batch_size", "4", "--optim.warmup_epochs", "0.5", "--train.precision", "fp32", "--data.num_workers", "1"),
-]
+ARGV = [*TINY, "--data.name", "folder", "--data.num_classes", "2", "--train.epochs", "1", "--data.batch_size", "4"]
 
 
-def run_two(function, *arguments):
+def fork_two(function, *arguments):
     """Run ``function(rank, *arguments)`` in two processes; return what they put on a queue, and their exit codes."""
     fork = multiprocessing.get_context("fork")
     queue = fork.Queue()
@@ -80,7 +71,7 @@ def accumulate(rank, queue):
 
 
 def test_gradients_are_averaged_once_per_step():
-    found, _ = run_two(accumulate)
+    found, _ = fork_two(accumulate)
     assert len(found) == 4
     model, batches = make_model_and_batches()
     model(batches.flatten(0, 2)).square().mean().backward()
@@ -123,7 +114,7 @@ def fail(rank, queue, failure, log):
     [("kill", -signal.SIGKILL, ""), ("error", 2, "error: a broken image"), ("interrupt", 130, "interrupted")],
 )
 def test_a_process_that_waits_for_one_that_is_gone_ends_too(tmp_path, failure, exit_code, message):
-    found, exit_codes = run_two(fail, failure, tmp_path / "log")
+    found, exit_codes = fork_two(fail, failure, tmp_path / "log")
     assert exit_codes == [2, exit_code]
     assert set(map(str, found)) == {"(0, True, False, [True, False])", "(1, True, False, [True, False])"}
     assert (tmp_path / "log").read_text() == "01"
@@ -131,26 +122,16 @@ def test_a_process_that_waits_for_one_that_is_gone_ends_too(tmp_path, failure, e
     assert (tmp_path / "stderr1").read_text().strip() == message
 
 
-@pytest.fixture
-def root(tmp_path):
-    for split, count in (("train", 16), ("val", 2)):
-        for name in ("cat", "dog"):
-            (tmp_path / "images" / split / name).mkdir(parents=True)
-            for i in range(count):
-                path = tmp_path / "images" / split / name / f"{i}.png"
-                write_png(torch.full((3, 32, 32), i, dtype=torch.uint8), str(path))
-    return tmp_path / "images"
-
-
-def test_an_image_that_only_one_process_cannot_read_ends_both_with_that_error(root, tmp_path):
+def test_an_image_that_only_one_process_cannot_read_ends_both_with_that_error(make_folder):  # noqa: F811
+    root = make_folder(["cat", "dog"], 16, 2)
     [of_main, of_other] = (train_indices(32, 4, 0, 0, rank, 2) for rank in (0, 1))
     number = int(of_other[3][0])
     assert number not in [index for indices in of_main for index in indices]
     path = sorted((root / "train").rglob("*.png"))[number]
     path.write_bytes(b"no image")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "train.py"]
+    argv = [*ARGV, "--data.num_workers", "1", "--data.root", str(root), "--run.dir", str(root)]
     result = subprocess.run(
-        [*torchrun, *ARGV, "--data.root", str(root), "--run.dir", str(tmp_path), "--run.name", "a"],
+        [*TORCHRUN, "train.py", *argv],
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
@@ -187,11 +168,12 @@ def test_a_bug_keeps_its_traceback():
         distributed.run(fail, "interrupted")
 
 
-def test_unusable_data_leaves_no_run_directory(root, tmp_path, capsys):
-    for argv in (["--data.root", str(tmp_path / "none")], ["--data.root", str(root), "--data.batch_size", "33"]):
-        assert train.main([*ARGV, *argv, "--run.dir", str(tmp_path / "runs"), "--run.name", "a"]) == 2
+def test_unusable_data_leaves_no_run_directory(make_folder, capsys):  # noqa: F811
+    root = make_folder(["cat", "dog"], 16, 2)
+    for argv in (["--data.root", str(root / "none")], ["--data.root", str(root), "--data.batch_size", "33"]):
+        assert run(root / "runs", *ARGV, *argv) == 2
         assert capsys.readouterr().err.strip().startswith("error: data.")
-        assert not (tmp_path / "runs").exists()
+        assert not (root / "runs").exists()
 
 
 def test_sync_batchnorm_keeps_weights_names_and_activations():

@@ -1,46 +1,36 @@
 """The loop on a GPU: what the CPU tests cannot see."""
 
 import gzip
-import os
-import re
-import signal
-import subprocess
-import sys
 
 import pytest
 import torch
 
 import mrl
-from tests.test_train import EVERYTHING, REPOSITORY, rows, run, stop_after  # noqa: F401
+from tests.test_train import EVERYTHING, rows, run, run_two, run_until  # noqa: F401
 
 pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 @pytest.mark.parametrize("compiled", ["false", "true"])
-def test_training_on_the_gpu_learns_and_resumes(tmp_path, stop_after, monkeypatch, precision, compiled):  # noqa: F811
-    words = [*EVERYTHING, "--train.precision", precision, "--train.compile", compiled]
-    stop_after(3)
-    assert run(tmp_path, *words) == 128 + signal.SIGTERM
-    monkeypatch.undo()
-    assert run(tmp_path, *words, "--run.resume", "auto") == 0
+def test_training_on_the_gpu_learns_and_resumes(tmp_path, run_until, precision, compiled):  # noqa: F811
+    argv = [*EVERYTHING, "--train.precision", precision, "--train.compile", compiled]
+    run_until(3, tmp_path, *argv)
+    assert run(tmp_path, *argv, "--run.resume", "auto") == 0
     losses = [row["loss/512"] for row in rows(tmp_path) if "loss/512" in row]
     assert losses[-1] < losses[0]
     vectors = mrl.load(tmp_path / "a").to("cuda").encode(torch.zeros(2, 3, 32, 32, device="cuda"), dim=8)
     assert vectors.norm(dim=1).cpu() == pytest.approx([1.0, 1.0], abs=1e-5)
 
 
-def test_a_profile_tells_the_gpus_time_and_its_trace_holds_kernels(tmp_path, capsys):
+def test_a_profile_shows_the_gpus_time_and_its_trace_holds_kernels(tmp_path, capsys):
     assert run(tmp_path, *EVERYTHING, "--train.profile_steps", "3") == 0
     printed = capsys.readouterr().out
-    assert "mean of 3; trace:" in printed
-    for phase in ("data wait", "forward", "backward", "optimizer"):
-        (milliseconds,) = re.findall(rf"^  {phase} +([\d.]+) ms", printed, flags=re.M)
-        assert float(milliseconds) > 0
+    assert "CUDA total" in printed and "forward" in printed
     assert b'"cat": "kernel"' in gzip.decompress((tmp_path / "a" / "trace.json.gz").read_bytes())
 
 
-def test_a_gpu_that_is_full_in_truth_ends_the_run_with_advice(tmp_path, capsys):
+def test_a_full_gpu_ends_the_run_with_advice(tmp_path, capsys):
     torch.cuda.empty_cache()
     room = torch.cuda.memory_reserved() + 32 * 2**20
     torch.cuda.set_per_process_memory_fraction(room / torch.cuda.get_device_properties(0).total_memory)
@@ -54,13 +44,7 @@ def test_a_gpu_that_is_full_in_truth_ends_the_run_with_advice(tmp_path, capsys):
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_gpus_train_with_one_batchnorm_and_bf16_gradients(tmp_path):
-    words = [*EVERYTHING, "--train.sync_batchnorm", "true", "--train.gradient_precision", "bf16"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    command = [*torchrun, "train.py", *words, "--run.dir", str(tmp_path), "--run.name", "a"]
-    command += ["--train.profile_steps", "3"]
-    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, env=dict(os.environ))
-    assert result.returncode == 0, result.stderr
-    (all_reduce,) = re.findall(r"^  all-reduce +([\d.]+) ms", result.stdout, flags=re.M)
-    assert float(all_reduce) > 0
+    argv = [*EVERYTHING, "--train.sync_batchnorm", "true", "--train.gradient_precision", "bf16"]
+    run_two(tmp_path, *argv)
     losses = [row["loss/512"] for row in rows(tmp_path) if "loss/512" in row]
     assert losses[-1] < losses[0]

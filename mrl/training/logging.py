@@ -25,34 +25,38 @@ from mrl.rundir import atomic_write_text
 
 
 class MetricAccumulator:
-    """Sums of losses, correct answers and images per prefix: ``values``, ``(3, G)`` float64, kept on the device."""
+    """Running sums per prefix, kept on the device so that no step waits for them.
+
+    ``values`` is ``(4, G)`` float64: losses, correct answers, images, and images of batches with a non-finite loss.
+    """
 
     def __init__(self, dims: Sequence[int], device: torch.device):
         self.dims = tuple(dims)
-        self.values = torch.zeros(3, len(self.dims), dtype=torch.float64, device=device)
+        self.values = torch.zeros(4, len(self.dims), dtype=torch.float64, device=device)
 
     @torch.no_grad()
     def add(self, logits: Tensor, labels: Tensor, losses: Tensor) -> None:
         """Add a batch: logits ``(G, B, C)``, labels ``(B,)``, mean losses ``(G,)``."""
-        correct = (logits.argmax(-1) == labels).sum(1)
-        count = torch.full_like(correct, len(labels))
-        self.values += torch.stack([losses.double() * len(labels), correct.double(), count.double()])
+        correct = (logits.argmax(-1) == labels).double().mean(1)
+        means = torch.stack([losses.double(), correct, torch.ones_like(correct), (~losses.isfinite()).double()])
+        self.values += len(labels) * means
 
     def means(self, loss_key: str, top_1_key: str) -> dict[str, float]:
         """Return ``{loss_key/dim: mean loss, top_1_key/dim: share correct}`` over the images of all processes."""
-        losses, correct, count = all_reduce_sum(self.values).tolist()
+        losses, correct, count, _ = all_reduce_sum(self.values).tolist()
         row = {f"{loss_key}/{dim}": losses[g] / count[g] for g, dim in enumerate(self.dims)}
         return row | {f"{top_1_key}/{dim}": correct[g] / count[g] for g, dim in enumerate(self.dims)}
 
-
-def check_finite(row: dict[str, float], after_step: int) -> None:
-    """Check that the losses in a row, means over the steps after ``after_step``, are finite."""
-    bad = [int(key.removeprefix("loss/")) for key, value in row.items() if not math.isfinite(value)]
-    if bad:
-        raise UserError(
-            f"the loss of prefix sizes {bad} became non-finite in steps {after_step + 1} to {row['step']}; the last "
-            "checkpoint is kept. Lower --optim.lr, or clip gradients with --optim.clip_norm 1, or use bf16, not fp16"
-        )
+    def check_finite(self, step: int, batch_size: int) -> None:
+        """Check that the losses of all processes were finite, after ``step`` steps of ``batch_size`` images."""
+        bad = all_reduce_sum(self.values)[3]
+        if bad.any():
+            first = step - math.ceil(bad.max() / batch_size)
+            dims = [dim for dim, count in zip(self.dims, bad, strict=True) if count == bad.max()]
+            raise UserError(
+                f"the loss at step {first} is not finite for prefix sizes {dims}; the last checkpoint is kept. Lower "
+                "--optim.lr, or clip gradients with --optim.clip_norm 1, or use bf16 instead of fp16"
+            )
 
 
 class Tracker:

@@ -51,5 +51,7 @@ def test_the_share_of_erased_images_is_as_asked():
 
 
 def test_an_odd_number_of_images_cannot_be_mixed():
-    with pytest.raises(UserError, match=r"data\.mixup and data\.cutmix pair images, but a micro-batch has 3"):
+    with pytest.raises(
+        UserError, match=r"data\.mixup and data\.cutmix need an even number of images per micro-batch; it is 3"
+    ):
         make_augmentation(DataConfig(cutmix=1.0), 3, 5, CPU)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mrl.errors import UserError
-from mrl.training.logging import MetricAccumulator, Tracker, check_finite, stop_signals
+from mrl.training.logging import MetricAccumulator, Tracker, stop_signals
 
 
 def test_means_are_over_images_not_over_batches_and_per_prefix():
@@ -19,11 +19,14 @@ def test_means_are_over_images_not_over_batches_and_per_prefix():
     assert sums.means("loss", "top_1") == {"loss/8": 3.0, "loss/16": 1.0, "top_1/8": 0.25, "top_1/16": 1.0}
 
 
-def test_a_non_finite_loss_is_named_with_its_steps_and_prefixes():
-    row = {"step": 6, "lr": 0.1, "loss/8": 1.0, "loss/16": float("nan"), "loss/32": float("inf"), "train_top_1/8": 0.5}
-    with pytest.raises(UserError, match=r"prefix sizes \[16, 32\] became non-finite in steps 5 to 6"):
-        check_finite(row, 4)
-    check_finite(row | {"loss/16": 1.0, "loss/32": 2.0}, 4)
+def test_the_first_step_with_a_non_finite_loss_is_named_with_its_prefixes():
+    sums, logits, labels = MetricAccumulator([8, 16, 32], torch.device("cpu")), torch.zeros(3, 4, 2), torch.zeros(4)
+    sums.add(logits, labels, torch.tensor([1.0, 2.0, 3.0]))
+    sums.check_finite(8, batch_size=4)
+    for losses in ([1.0, float("nan"), float("inf")], [float("nan")] * 3):
+        sums.add(logits, labels, torch.tensor(losses))
+    with pytest.raises(UserError, match=r"the loss at step 8 is not finite for prefix sizes \[16, 32\]"):
+        sums.check_finite(10, batch_size=4)
 
 
 def test_rows_after_the_checkpoint_are_dropped_and_non_finite_numbers_are_null(tmp_path):

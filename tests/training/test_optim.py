@@ -1,10 +1,13 @@
+import itertools
+import math
+
 import pytest
 import torch
 from torch import nn
 
 from mrl.matryoshka import nested_cross_entropy
 from mrl.model import build_backbone, build_model, freeze
-from mrl.training.optim import build_optimizer, set_lr
+from mrl.training.optim import build_optimizer, lr_at, px_at, set_lr, shorten_warmup
 
 
 def decayed_names(model, optimizer):
@@ -47,13 +50,12 @@ def test_frozen_parameters_are_not_optimized():
     )
 
 
-@pytest.mark.parametrize("name", ["sgd", "adamw"])
-def test_the_named_optimizer_is_torchs(name):
+def test_the_named_optimizer_is_torchs_at_the_rate_itself():
     model = build_model(build_backbone("resnet10t"), 5)
-    optimizer = build_optimizer(model, name, 0.1, 0.8, 1e-4)
-    assert type(optimizer) is {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[name]
-    if name == "sgd":
-        assert {(g["momentum"], g["nesterov"]) for g in optimizer.param_groups} == {(0.8, False)}
+    sgd, adamw = (build_optimizer(model, name, 0.1, 0.8, 1e-4) for name in ("sgd", "adamw"))
+    assert type(sgd) is torch.optim.SGD and type(adamw) is torch.optim.AdamW
+    set_lr(sgd, 0.123456789)
+    assert {(g["lr"], g["momentum"], g["nesterov"]) for g in sgd.param_groups} == {(0.123456789, 0.8, False)}
 
 
 def test_layer_decay_slows_each_layer_by_its_distance_from_the_head():
@@ -68,12 +70,6 @@ def test_layer_decay_slows_each_layer_by_its_distance_from_the_head():
     for name, parameter in model.named_parameters():
         expected = next((rate for prefix, rate in by_layer.items() if name.startswith(prefix)), 0.1)
         assert lr[id(parameter)] == pytest.approx(expected), name
-
-
-def test_without_layer_decay_all_groups_have_the_rate_itself():
-    optimizer = build_optimizer(build_model(build_backbone("resnet10t"), 5), "sgd", 0.1, 0.9, 1e-4)
-    set_lr(optimizer, 0.123456789)
-    assert {group["lr"] for group in optimizer.param_groups} == {0.123456789}
 
 
 @pytest.mark.parametrize("name", ["convnext_atto", "efficientnet_b0", "vit_tiny_patch16_224"])
@@ -91,3 +87,27 @@ def test_every_family_takes_a_step_down_its_loss_with_a_rate_per_layer(name):
     before.sum().backward()
     optimizer.step()
     assert nested_cross_entropy(model(images), labels).sum() < before.sum()
+
+
+def test_the_papers_schedule_at_its_knots():
+    steps_per_epoch, epochs, peak = 1251, 40, 0.425
+    total, warmup = epochs * steps_per_epoch, 2 * steps_per_epoch
+    lr = [lr_at(step, total, warmup, peak) for step in range(total)]
+    assert lr[0] == pytest.approx(peak / warmup)
+    assert lr[warmup - 1] == lr[warmup] == max(lr) == peak
+    assert lr[(warmup + total) // 2] == pytest.approx(peak / 2, rel=1e-3)
+    assert 0 < lr[-1] == pytest.approx(peak / (total - warmup))
+    rises = [later - earlier for earlier, later in itertools.pairwise(lr)]
+    assert all(rise > 0 for rise in rises[: warmup - 1]) and all(rise < 0 for rise in rises[warmup:])
+    assert [px_at(epoch, [(0, 160), (32, 192)]) for epoch in range(epochs)] == [160] * 32 + [192] * 8
+
+
+def test_other_schedules_and_sizes():
+    lr = [lr_at(step, 100, 0, 2.0, "cosine") for step in range(100)]
+    assert lr == pytest.approx([1 + math.cos(math.pi * step / 100) for step in range(100)])
+    assert px_at(7, 64) == 64
+
+
+@pytest.mark.parametrize(("epochs", "expected"), [(40, 2), (3, 2), (2, 1), (1, 0.5)])
+def test_a_warmup_as_long_as_the_run_takes_half_of_it(epochs, expected):
+    assert shorten_warmup(2.0, epochs) == expected
