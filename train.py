@@ -253,10 +253,8 @@ def main(argv: list[str] | None = None) -> int:
         distributed.barrier()  # torchrun ends the others when one exits, even while W&B uploads
         return status
 
-    return distributed.run(
-        parse_and_train,
-        "interrupted; checkpoints are kept: --run.resume auto goes on from the last one, or starts if there is none",
-    )
+    interrupted = "interrupted; the last checkpoint, if there is one, is kept: resume it with --run.resume auto"
+    return distributed.run(parse_and_train, interrupted)
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ class MetricAccumulator:
             )
 
 
-class Tracker:
+class Tracker(contextlib.AbstractContextManager):
     """Writes rows to metrics.jsonl and W&B and shows a progress bar; does nothing on other processes than the main one.
 
     A row is a flat dict with at least ``step``; per-prefix values have keys such as ``loss/8``. Rows after
@@ -122,9 +122,6 @@ class Tracker:
         if self.is_main:
             tqdm.write(message, file=sys.stdout)
             sys.stdout.flush()
-
-    def __enter__(self) -> Tracker:
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self.is_main:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
@@ -13,12 +12,7 @@ from mrl.model import MatryoshkaClassifier
 
 
 def build_optimizer(
-    model: MatryoshkaClassifier,
-    name: Literal["sgd", "adamw"],
-    lr: float,
-    momentum: float,
-    weight_decay: float,
-    layer_decay: float = 1.0,
+    model: MatryoshkaClassifier, name: str, lr: float, momentum: float, weight_decay: float, layer_decay: float = 1.0
 ) -> torch.optim.Optimizer:
     """Return SGD with momentum (not Nesterov) or AdamW over the trainable parameters.
 
@@ -29,7 +23,7 @@ def build_optimizer(
     exempt: set[str] = getattr(model.backbone, "no_weight_decay", set)()
     if layer_decay == 1:
         groups = param_groups_weight_decay(
-            model, weight_decay, no_weight_decay_list=[f"backbone.{parameter}" for parameter in exempt]
+            model, weight_decay, no_weight_decay_list=[f"backbone.{name}" for name in exempt]
         )
     else:
         groups = param_groups_layer_decay(model.backbone, weight_decay, exempt, layer_decay=layer_decay)
@@ -47,9 +41,7 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
-def lr_at(
-    step: int, total_steps: int, warmup_steps: float, peak: float, schedule: Literal["linear", "cosine"] = "linear"
-) -> float:
+def lr_at(step: int, total_steps: int, warmup_steps: float, peak: float, schedule: str = "linear") -> float:
     """Return the learning rate of ``step``, counted from 0: linear warm-up to ``peak``, then down toward 0.
 
     >>> [lr_at(step, total_steps=6, warmup_steps=2, peak=1.0) for step in range(6)]
@@ -58,9 +50,7 @@ def lr_at(
     if step < warmup_steps:
         return peak * min(1.0, (step + 1) / warmup_steps)
     remaining = (total_steps - step) / (total_steps - warmup_steps)
-    if schedule == "linear":
-        return peak * remaining
-    return peak * 0.5 * (1 - math.cos(math.pi * remaining))
+    return peak * (remaining if schedule == "linear" else 0.5 * (1 - math.cos(math.pi * remaining)))
 
 
 def shorten_warmup(warmup_epochs: float, epochs: int) -> float:
