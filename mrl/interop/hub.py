@@ -98,7 +98,7 @@ then minus {info.mean} and divided by {info.std}.
 
 - Data: {dataset}, {len(info.classes)} classes ({", ".join(info.classes[:3])}, ...)
 - Network: {network}, initial weights: {init}
-- Trained dims: {", ".join(map(str, info.nesting_list))}; {"one shared classifier" if info.tied else "a classifier each"}
+- Trained dims: {dims}; {"one shared classifier" if info.tied else "a classifier each"}
 - Recipe: {config.train.epochs} epochs of batch {config.data.batch_size}, learning rate {config.optim.lr}, \
 weight decay {config.optim.weight_decay}, seed {config.run.seed}
 
