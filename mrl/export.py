@@ -17,12 +17,20 @@ from pathlib import Path
 from mrl.errors import UserError
 from mrl.interop import hub, onnx, timm
 
+TARGETS = {
+    "hub": "a folder with weights, model.json and model card, for the Hugging Face Hub",
+    "timm": "the backbone as a .safetensors file for timm.create_model",
+    "sentence_transformers": "a folder for SentenceTransformer, which takes images",
+    "onnx": "an .onnx file: normalized images in, unit embeddings out",
+}
+
 
 def export(args: argparse.Namespace) -> None:
     """Write one export and print how to load it."""
     suffix = {"timm": ".safetensors", "onnx": ".onnx"}.get(args.target, "")
-    if suffix and not (args.out.endswith(suffix) and Path(args.out).resolve().parent.is_dir()):
-        raise UserError(f"--out is {args.out!r}; allowed: a file that ends in {suffix}, in a folder that exists")
+    if not args.out.endswith(suffix):
+        raise UserError(f"--out is {args.out!r}; allowed: a file that ends in {suffix}")
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     if args.target == "hub":
         folder = hub.export_folder(args.run, args.out, args.license, args.results)
         print(f'{folder}: load it with mrl.load("{folder}")')
@@ -31,7 +39,7 @@ def export(args: argparse.Namespace) -> None:
     elif args.target == "timm":
         print(f"load it with {timm.export_backbone(args.run, args.out)}")
     elif args.target == "sentence_transformers":
-        from mrl.interop.sentence_transformers import export_sentence_transformer  # slow to import
+        from mrl.interop.sentence_transformers import export_sentence_transformer  # an extra, and slow to import
 
         print(f"load it with {export_sentence_transformer(args.run, args.out, args.dim)}")
     else:
@@ -39,39 +47,28 @@ def export(args: argparse.Namespace) -> None:
         print(f"{args.out}: images (B, 3, {px}, {px}) -> embedding (B, {dim}), length 1")
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m mrl.export",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+def main(argv: Sequence[str] | None = None) -> int:
+    """Export from a command line; returns the exit status."""
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m mrl.export", description=__doc__, formatter_class=form)
     targets = parser.add_subparsers(dest="target", required=True, metavar="TARGET")
-
-    def add(name: str, help: str, out: str) -> argparse.ArgumentParser:
-        target = targets.add_parser(name, help=help, description=help, allow_abbrev=False)
-        target.add_argument("--run", required=True, metavar="RUN", help="a run directory of train.py")
-        target.add_argument("--out", required=True, metavar=out, help="where the export goes")
-        return target
-
-    to_hub = add("hub", "weights, model.json and model card for the Hugging Face Hub", "DIR")
+    parsers = {name: targets.add_parser(name, help=text, description=text) for name, text in TARGETS.items()}
+    for target in parsers.values():
+        target.add_argument(
+            "--run", required=True, help="a run directory of train.py, or a folder exported for the Hub"
+        )
+        target.add_argument("--out", required=True, help="where the export goes")
+    to_hub = parsers["hub"]
     to_hub.add_argument("--license", required=True, help="of the weights, as the Hub spells it: mit, cc-by-nc-4.0, ...")
     to_hub.add_argument("--results", metavar="JSONL", help="rows of eval.py; default: the run's last validation")
     to_hub.add_argument("--push", metavar="OWNER/NAME", help="upload to this repository; needs a login (hf auth login)")
     to_hub.add_argument("--private", action="store_true", help="if --push creates the repository, make it private")
-    add("timm", "the backbone as a weights file of timm's own model", "FILE.safetensors")
-    to_st = add("sentence_transformers", "a folder for SentenceTransformer, which takes images", "DIR")
-    to_st.add_argument("--dim", type=int, help="fix the size, as unit vectors; default: left to truncate_dim")
-    to_onnx = add("onnx", "an ONNX file: normalized images in, unit embeddings out", "FILE.onnx")
-    to_onnx.add_argument("--dim", type=int, help="prefix size; default: the largest trained size")
-    return parser.parse_args(argv)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Export from a command line; returns the exit status."""
+    parsers["onnx"].add_argument("--dim", type=int, help="length of the vectors; default: the largest trained dim")
+    text = "length of the vectors, which are then normalized; default: left to truncate_dim"
+    parsers["sentence_transformers"].add_argument("--dim", type=int, help=text)
+    args = parser.parse_args(argv)
     try:
-        export(parse(argv))
+        export(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -53,7 +53,7 @@ def load_checkpoint(
     - ``fc.weight`` ``(1000, d)`` is FF-d's. With d = 2048 it may be MRL-E's in an older naming, if the name has _e1_.
 
     Args:
-        nesting_list: Trained sizes. MRL-E's file does not hold them: None for 8, 16, ..., 2048. [2048] for FF-2048.
+        nesting_list: Trained dims. MRL-E's file does not hold them: None for 8, 16, ..., 2048. [2048] for FF-2048.
         tied: Whether the file is MRL-E, if that is known.
         data: Image size and normalization; None for the paper's.
 
@@ -113,7 +113,7 @@ def _our_name(key: str, blurpool: bool) -> str:
 def _nesting_list(
     state: Mapping[str, Tensor], file_name: str, nesting_list: Sequence[int] | None, tied: bool | None
 ) -> tuple[tuple[int, ...], bool]:
-    """Return the trained sizes, and whether the model is MRL-E."""
+    """Return the trained dims, and whether the model is MRL-E."""
     given = None if nesting_list is None else tuple(nesting_list)
     dims = tuple(state[key].shape[-1] for key in state if re.fullmatch(r"fc\.(nesting_classifier_\d+\.)?weight", key))
     if not dims:

@@ -17,7 +17,7 @@ def prefix_index(vectors: np.ndarray, shortlist_dim: int, shortlist_factor: floa
     length 1. ``faiss.write_index`` saves the index, and FAISS alone reads it.
 
     Args:
-        vectors: Up to the largest trained size, e.g. as ``python -m mrl.embed`` writes them.
+        vectors: Up to the largest trained dim, e.g. as ``python -m mrl.embed`` writes them.
         shortlist_factor: Candidates per wanted neighbor; ``index.k_factor`` changes it later.
         factory: FAISS's name of the index for the prefixes, e.g. Flat, HNSW32, "IVF1024,Flat".
     """

@@ -64,8 +64,8 @@ def export_folder(run: str | Path, out: str | Path, license: str, results: str |
 
 # {name}
 
-This model ({info.backbone}, {method}, trained on {dataset}) embeds images. The first {dims} numbers of an embedding
-are an embedding too: cut it to the size that you can afford, then normalize it. The method is
+This model ({info.backbone}, {method}, trained on {dataset}) embeds images. The first d numbers of an embedding are
+an embedding too, for d = {dims}: cut it to the size that you can afford, then normalize it. The method is
 [Matryoshka Representation Learning](https://arxiv.org/abs/2205.13147).
 
 ## Size and accuracy
@@ -98,7 +98,7 @@ then minus {info.mean} and divided by {info.std}.
 
 - Data: {dataset}, {len(info.classes)} classes ({", ".join(info.classes[:3])}, ...)
 - Network: {network}, initial weights: {init}
-- Sizes: {dims}; {"one shared classifier" if info.tied else "a classifier each"}
+- Trained dims: {dims}; {"one shared classifier" if info.tied else "a classifier each"}
 - Recipe: {config.train.epochs} epochs of batch {config.data.batch_size}, learning rate {config.optim.lr}, \
 weight decay {config.optim.weight_decay}, seed {config.run.seed}
 

@@ -1,6 +1,6 @@
 """Prefixes in a Milvus collection, and the funnel as Milvus searches.
 
-Milvus cannot search the prefix of a stored vector, so every size is a column of its own.
+Milvus cannot search the prefix of a stored vector, so every dim is a column of its own.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ INSERT_ROWS = 1000  # a request to a server may hold 64 MB
 def upload(
     client: Any, collection: str, vectors: np.ndarray, dims: Sequence[int], ids: Sequence[str] | None = None
 ) -> None:
-    """Create ``collection`` with a vector column per size (dim_8, dim_64, ...); primary key i holds ``vectors[i]``.
+    """Create ``collection`` with a vector column per dim (dim_8, dim_64, ...); primary key i holds ``vectors[i]``.
 
     Args:
         client: A ``MilvusClient``; one of a file name is Milvus Lite.
         vectors: ``(N, D)`` of any length; Milvus compares by cosine.
-        dims: Prefix sizes that `funnel_search` will use.
+        dims: Prefix dims that `funnel_search` will use.
         ids: N names, stored in the column ``name``.
     """
     from pymilvus import DataType

@@ -14,7 +14,7 @@ from mrl.model import MatryoshkaClassifier, load
 
 
 class _Encoder(nn.Module):
-    """`MatryoshkaClassifier.encode` at one size, as a graph."""
+    """`MatryoshkaClassifier.encode` at one dim, as a graph."""
 
     def __init__(self, model: MatryoshkaClassifier, dim: int):
         super().__init__()
@@ -29,8 +29,8 @@ def export_onnx(run: str | Path, out: str | Path, dim: int | None = None) -> tup
     """Write a run or exported folder to ``out`` (.onnx), and return its ``(dim, crop_px)``.
 
     ``images`` ``(B, 3, crop_px, crop_px)`` float32, normalized as `preprocess` does, for any B, become ``embedding``
-    ``(B, dim)`` of length 1. ``dim`` is the largest trained size by default. The file's metadata holds image size,
-    normalization and trained sizes.
+    ``(B, dim)`` of length 1. ``dim`` is the largest trained dim by default. The file's metadata holds image size,
+    normalization and trained dims.
     """
     try:
         import onnx  # noqa: F401

@@ -15,12 +15,12 @@ from mrl.retrieval.search import Neighbors
 def upload(
     client: Any, collection: str, vectors: np.ndarray, dims: Sequence[int], ids: Sequence[str] | None = None
 ) -> None:
-    """Create ``collection`` with a named vector per size ("8", "64", ...); point i holds ``vectors[i]``.
+    """Create ``collection`` with a named vector per dim ("8", "64", ...); point i holds ``vectors[i]``.
 
     Args:
         client: A ``QdrantClient``.
         vectors: ``(N, D)`` of any length; Qdrant normalizes every prefix.
-        dims: Prefix sizes that `funnel_search` will use.
+        dims: Prefix dims that `funnel_search` will use.
         ids: N names, stored as the payload ``id``.
     """
     from qdrant_client import models

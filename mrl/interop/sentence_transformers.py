@@ -30,8 +30,8 @@ class MatryoshkaImages(InputModule):
     """Images in, embeddings ``(B, dim)`` out.
 
     sentence-transformers cuts to ``truncate_dim`` after the last module, and normalizes after that if ``encode`` is
-    told to. So this module normalizes only if ``dim`` fixes the size; a Normalize module would come before the cut.
-    With None the embeddings are raw, up to the largest trained size.
+    told to. So this module normalizes only if ``dim`` is given; a Normalize module would come before the cut.
+    With None the embeddings are raw, up to the largest trained dim.
     """
 
     config_file_name = "matryoshka.json"
@@ -73,7 +73,7 @@ class MatryoshkaImages(InputModule):
 def export_sentence_transformer(run: str | Path, out: str | Path, dim: int | None = None) -> str:
     """Write a run or exported folder to the folder ``out``, and return the Python that loads it.
 
-    ``dim`` fixes the size of the vectors, which then have length 1; None leaves size and normalization to the library.
+    ``dim`` fixes the length of the vectors and normalizes them; None leaves both to the library.
     """
     model = SentenceTransformer(modules=[MatryoshkaImages(load(run), dim)], device="cpu")
     new_folder(Path(out))

@@ -206,11 +206,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             workspace = build_workspace(args.entity or str(wandb.Api().default_entity), args.project, args.name)
             print(f"workspace: {workspace.save().url}")
-    except ImportError:
-        print("error: this needs W&B's workspaces: pip install wandb-workspaces", file=sys.stderr)
-        return 2
     except Exception as error:  # of the network or of W&B, in many classes
-        print(f"error: W&B did not save the workspace ({error}); log in with 'wandb login' first", file=sys.stderr)
+        cause = "pip install wandb-workspaces" if isinstance(error, ImportError) else "log in with 'wandb login' first"
+        print(f"error: W&B did not save the workspace ({error}); {cause}", file=sys.stderr)
         return 2
     return 0
 

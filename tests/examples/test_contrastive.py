@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from examples import contrastive
 
 
-def test_info_nce_is_the_written_out_definition_and_blind_to_lengths():
+def test_info_nce_is_the_written_out_definition_and_ignores_lengths():
     first, second = torch.randn(4, 6), torch.randn(4, 6)
     expected = 0.0
     for a, b in ((first, second), (second, first)):
@@ -22,10 +22,10 @@ def test_info_nce_is_the_written_out_definition_and_blind_to_lengths():
 
 
 def test_the_example_learns_to_pair_the_crops_of_an_image(monkeypatch, capsys):
-    words = ["--epochs", "2", "--px", "16", "--backbone", "test_resnet", "--batch_size", "64"]
-    monkeypatch.setattr(sys, "argv", ["contrastive", *words])
+    argv = ["--epochs", "2", "--px", "16", "--backbone", "test_resnet", "--batch_size", "64"]
+    monkeypatch.setattr(sys, "argv", ["contrastive", *argv])
     contrastive.main()
     printed = capsys.readouterr().out
-    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+) a size", printed)]
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+) per dim", printed)]
     assert len(losses) == 2 and losses[1] < losses[0]
     assert re.search(r"1-NN after: 0\.\d+ @12, 0\.\d+ @24, 0\.\d+ @48, 0\.\d+ @96", printed)

@@ -227,7 +227,7 @@ def test_eval_imports_a_checkpoint_into_an_ordinary_run_directory(networks, imag
 
 def refused(capsys, main, *argv):
     assert main(list(argv)) == 2
-    [line] = capsys.readouterr().err.splitlines()
+    [line] = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("error: ")
     return line
 
