@@ -1,20 +1,19 @@
-"""What adaptive retrieval saves in time: a shortlist on a small prefix and a funnel, beside exact full-width FAISS.
+"""Measure the time that adaptive retrieval saves over exact FAISS at full width.
 
     python -m benchmarks.adaptive_search                                          # 200,000 synthetic vectors
     python -m benchmarks.adaptive_search --run runs/tiny_imagenet_mrl --mirrored  # a trained model's embeddings
 
-Prints one JSON line a contender: milliseconds a query, how many times faster than the full width, and 1-NN top-1 in
-percent. Last comes the fastest that is at most 0.1 point behind the full width on every second query, with its top-1 on
-the others. The contenders take turns within each repeat; ratios are medians of the ratios of each repeat. A contender
-finds a shortlist on a prefix, by exact FAISS or FAISS's HNSW graph (efSearch is the shortlist's size), which `funnel`
-orders at four times that prefix and, the best 50 of them, at full width; a shortlist of 50 or less, or where four times
-the prefix is the full width or more, is ordered at full width at once.
+Prints one JSON line per contender: milliseconds per query, speed relative to the full width, and 1-NN top-1 in percent.
+The last line is the fastest contender that is at most 0.1 points behind the full width on every second query, with its
+top-1 on the other queries. Contenders take turns; ratios are medians of the ratios of each repeat.
 
-``--run`` takes the embeddings that eval.py has left in a run directory: val are the queries, train the database, with
-``--mirrored`` the mirrored training images too, which are embedded if they are not yet. Without it embeddings are
-synthetic: each class has a center whose coordinates are normal with a standard deviation that falls as 1 / sqrt(1 + i),
-so that, as in a trained nested embedding, early coordinates say most, and an image is its center plus noise of the same
-shape times ``--noise``. Needs faiss (pip install faiss-cpu).
+A contender finds a shortlist on a prefix, by exact FAISS or by FAISS's HNSW graph (efSearch is the shortlist's size).
+`funnel` reranks it at four times that prefix, and the best 50 of it at full width. Shortlists of 50 or fewer, and
+prefixes of which four times are the full width or more, are reranked at full width at once.
+
+--run takes the embeddings that eval.py left in a run directory: val are the queries and train the database, with
+--mirrored also the mirrored training images, which are embedded if necessary. Synthetic embeddings are class centers
+plus noise, where the standard deviation of coordinate i falls as 1 / sqrt(1 + i). Needs faiss-cpu.
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -34,22 +32,20 @@ import torch
 
 from benchmarks.search import faiss, flat_index, report, take_turns, unit
 from mrl import distributed
-from mrl.config import read_config
 from mrl.data import build_data
 from mrl.errors import UserError
-from mrl.model import load
-from mrl.retrieval.embeddings import EmbeddingMetadata, embed_split, embeddings_path, file_sha256
+from mrl.retrieval.embeddings import EmbeddingSet, embed_split, embeddings_path
 from mrl.retrieval.rerank import funnel
-from mrl.studies.run import refuse_other_classes
+from mrl.studies.run import OpenedRun, open_run
 
 FULL = "faiss full width"
 LAST_LENGTH = 50
 
-Sets = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # queries, their classes, database, its classes
+Sets = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # queries, their labels, database, its labels
 
 
 def clustered(num_queries: int, num_rows: int, width: int, num_classes: int, noise: float) -> Sets:
-    """Synthetic embeddings; see the module."""
+    """Return synthetic embeddings."""
     rng = np.random.default_rng(0)
     falling = (1 / np.sqrt(1 + np.arange(width))).astype(np.float32)
     centers = rng.standard_normal((num_classes, width), dtype=np.float32)
@@ -65,51 +61,26 @@ def clustered(num_queries: int, num_rows: int, width: int, num_classes: int, noi
     return *images(num_queries), *images(num_rows)
 
 
-def embedded(run: Path, mirrored: bool, num_queries: int) -> Sets:
-    """A run's embeddings and labels as eval.py keeps them; of the queries some, evenly spread.
-
-    Raises:
-        UserError: eval.py has not embedded the run's images with the weights that it has now.
-    """
-    folders = [embeddings_path(run, "val"), embeddings_path(run, "train")]
-    for folder in folders:
-        path = folder / "metadata.json"
-        if not path.is_file() or metadata_of(folder).checkpoint_sha256 != file_sha256(run / "model.safetensors"):
-            raise UserError(
-                f"{folder} holds no finished embeddings of the run's weights; first run: python eval.py --runs {run}"
-            )
-    if mirrored:
-        folders.append(embed_mirrored(run))
-    vectors = [np.load(folder / "vectors.npy", mmap_mode="r") for folder in folders]
-    labels = [np.load(folder / "labels.npy") for folder in folders]
-    some = np.linspace(0, len(labels[0]) - 1, min(num_queries, len(labels[0]))).astype(np.int64)
-    return np.array(vectors[0][some]), labels[0][some], np.concatenate(vectors[1:]), np.concatenate(labels[1:])
+def embedded(run: OpenedRun, mirrored: bool, num_queries: int) -> Sets:
+    """Return the embeddings and labels of a run, with evenly spread queries."""
+    database = [run.train, embed_mirrored(run)] if mirrored else [run.train]
+    some = np.linspace(0, len(run.val.labels) - 1, min(num_queries, len(run.val.labels))).astype(np.int64)
+    vectors, labels = (np.concatenate([getattr(part, name) for part in database]) for name in ("vectors", "labels"))
+    return np.array(run.val.vectors[some]), run.val.labels[some], vectors, labels
 
 
-def metadata_of(folder: Path) -> EmbeddingMetadata:
-    """What the embeddings in ``folder`` are of."""
-    return EmbeddingMetadata(**json.loads((folder / "metadata.json").read_text()))
-
-
-def embed_mirrored(run: Path) -> Path:
-    """Where the embeddings of the mirrored training images are, which are made as eval.py has made the others."""
-    metadata = dataclasses.replace(metadata_of(embeddings_path(run, "train")), flip=True)
-    folder = embeddings_path(run, "train", flip=True)
+def embed_mirrored(run: OpenedRun) -> EmbeddingSet:
+    """Return the embeddings of the mirrored training images, computed as eval.py computes the others."""
+    metadata = dataclasses.replace(run.train.metadata, flip=True)
+    folder = embeddings_path(run.directory, "train", flip=True)
     process = distributed.start()
-    config, model = read_config(run / "config.yaml"), load(run)
-    images = build_data(config.data, config.run.seed, process.device, False, splits=("train",))["train"]
-    refuse_other_classes(run.name, model.info.classes, images.classes)  # type: ignore[union-attr]
-    model.to(process.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    embed_split(folder, metadata, images, model.embed, model.width, process, batch_size=256)
-    return folder
+    images = build_data(run.config.data, run.config.run.seed, process.device, False, splits=("train",))["train"]
+    model = run.model.to(process.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return embed_split(folder, metadata, images, model.embed, model.width, process, batch_size=256)
 
 
 def contenders_of(sets: Sets, dims: list[int], shortlist_sizes: list[int]) -> dict[str, Callable[[], np.ndarray]]:
-    """``{name: search}``; each search returns the best rows first, ``(Q, length)``. Their indexes are built here.
-
-    Raises:
-        UserError: A prefix is not smaller than the full width, or a shortlist is larger than the database.
-    """
+    """Build the indexes and return ``{name: search}``; each search returns indices ``(Q, length)``, best first."""
     queries, _, database, _ = sets
     num_rows, width = database.shape
     if not all(1 <= dim < width for dim in dims):
@@ -119,29 +90,28 @@ def contenders_of(sets: Sets, dims: list[int], shortlist_sizes: list[int]) -> di
     index, full_queries = flat_index(database, width), unit(queries, width)
     contenders: dict[str, Callable[[], np.ndarray]] = {FULL: lambda: index.search(full_queries, 1)[1]}
 
-    def search(of: Any, given: np.ndarray, stages: list[tuple[int, int]]) -> np.ndarray:
+    def search(index: Any, prefixes: np.ndarray, stages: list[tuple[int, int]]) -> np.ndarray:
         shortlist_size = stages[0][1]
-        if isinstance(of, faiss.IndexHNSW):
-            of.hnsw.efSearch = shortlist_size
-        return funnel(queries, database, of.search(given, shortlist_size)[1], stages)[0]
+        if isinstance(index, faiss.IndexHNSW):
+            index.hnsw.efSearch = shortlist_size
+        return funnel(queries, database, index.search(prefixes, shortlist_size)[1], stages)[0]
 
     for dim in dims:
-        prefixes, of_queries = unit(database, dim), unit(queries, dim)
-        exact, graph = faiss.IndexFlatIP(dim), faiss.IndexHNSWFlat(dim, 32, faiss.METRIC_INNER_PRODUCT)
-        exact.add(prefixes)
+        exact, graph = flat_index(database, dim), faiss.IndexHNSWFlat(dim, 32, faiss.METRIC_INNER_PRODUCT)
         started = time.perf_counter()
-        graph.add(prefixes)
+        graph.add(unit(database, dim))
         report("index build", name=f"HNSW32 at {dim}", seconds=round(time.perf_counter() - started, 1))
         for size in shortlist_sizes:
             twice = size > LAST_LENGTH and 4 * dim < width
             stages = [(4 * dim, size), (width, LAST_LENGTH)] if twice else [(width, size)]
-            for kind, of in (("faiss exact", exact), ("HNSW32", graph)):
-                contenders[f"{kind} at {dim}, funnel {stages}"] = functools.partial(search, of, of_queries, stages)
+            for kind, of_prefixes in (("faiss exact", exact), ("HNSW32", graph)):
+                contender = functools.partial(search, of_prefixes, unit(queries, dim), stages)
+                contenders[f"{kind} at {dim}, funnel {stages}"] = contender
     return contenders
 
 
 def measure(sets: Sets, dims: list[int], shortlist_sizes: list[int], repeats: int, **about: Any) -> None:
-    """One line a contender, and one of the fastest that is as good as the full width."""
+    """Report each contender, and the fastest that is as good as the full width."""
     queries, query_labels, database, labels = sets
     seconds, answers = take_turns(contenders_of(sets, dims, shortlist_sizes), repeats)
     about |= {"rows": len(database), "queries": len(queries), "width": database.shape[1]}
@@ -159,7 +129,7 @@ def measure(sets: Sets, dims: list[int], shortlist_sizes: list[int], repeats: in
     }
     for name in answers:
         report("adaptive retrieval", name=name, **times[name], top_1=percent(right[name]), **about)
-    # Of many contenders one is as good by luck: the queries that choose it are not those that it is then judged by.
+    # One of many contenders may be good by luck, so it is not judged by the queries that chose it.
     choosing = {name: int(of_queries[0::2].sum()) for name, of_queries in right.items()}
     as_good = [name for name in answers if 1000 * (choosing[FULL] - choosing[name]) <= len(right[name][0::2])]
     fastest = max(as_good, key=lambda name: statistics.median(speeds[name]))
@@ -168,23 +138,21 @@ def measure(sets: Sets, dims: list[int], shortlist_sizes: list[int], repeats: in
 
 
 def percent(right: np.ndarray) -> float:
-    """Top-1 accuracy in percent."""
     return round(100 * float(right.mean()), 2)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure from a command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, help="run directory whose embeddings are searched; default: synthetic ones")
-    parser.add_argument("--mirrored", action="store_true", help="with --run: mirrored training images in the database")
-    parser.add_argument("--num_queries", type=int, default=4000, help="queries, searched at once")
-    parser.add_argument("--shortlist_sizes", type=int, nargs="+", default=[50, 200], help="neighbors handed on")
+    parser.add_argument("--run", type=Path, help="run directory with embeddings; default: synthetic ones")
+    parser.add_argument("--mirrored", action="store_true", help="with --run: add mirrored training images")
+    parser.add_argument("--num_queries", type=int, default=4000, help="queries, searched in one batch")
+    parser.add_argument("--shortlist_sizes", type=int, nargs="+", default=[50, 200], help="neighbors to rerank")
     parser.add_argument("--shortlist_dims", type=int, nargs="+", default=[16, 32, 64, 128, 256], help="first prefixes")
     parser.add_argument("--repeats", type=int, default=5, help="counted repeats")
     parser.add_argument("--rows", type=int, default=200_000, help="synthetic: database vectors")
     parser.add_argument("--width", type=int, default=2048, help="synthetic: coordinates of an embedding")
     parser.add_argument("--classes", type=int, default=1000, help="synthetic: classes")
-    parser.add_argument("--noise", type=float, default=1.5, help="synthetic: spread within a class over that between")
+    parser.add_argument("--noise", type=float, default=1.5, help="synthetic: std within a class over that between")
     args = parser.parse_args(argv)
     if args.mirrored and args.run is None:
         parser.error("--mirrored needs --run")
@@ -195,7 +163,7 @@ def main(argv: list[str] | None = None) -> None:
             sets = clustered(args.num_queries, args.rows, args.width, args.classes, args.noise)
         else:
             about = {"run": args.run.name, "mirrored": args.mirrored}
-            sets = embedded(args.run, args.mirrored, args.num_queries)
+            sets = embedded(open_run(args.run), args.mirrored, args.num_queries)
         measure(sets, args.shortlist_dims, args.shortlist_sizes, args.repeats, **about)
     except UserError as error:
         raise SystemExit(f"error: {error}") from error

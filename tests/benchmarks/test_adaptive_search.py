@@ -1,4 +1,4 @@
-"""The benchmark of adaptive retrieval, on the embeddings of a small model that was never trained."""
+"""The benchmark of adaptive retrieval, on the embeddings of a small untrained model."""
 
 import json
 
@@ -9,7 +9,7 @@ import torch
 from mrl import distributed
 from mrl.config import Config, DataConfig, HeadConfig, RunConfig, to_yaml
 from mrl.data import build_data
-from mrl.model import ModelInfo, build_backbone, build_model, save_model
+from mrl.model import ModelInfo, build_backbone, build_model, load, save_model
 from mrl.results import Source
 from mrl.retrieval.embeddings import embed_split, embeddings_path
 from mrl.rundir import atomic_write_text
@@ -41,8 +41,8 @@ def run(tmp_path):
     return run
 
 
-def lines_of(capsys, *words):
-    adaptive_search.main([*words, "--shortlist_dims", "8", "--shortlist_sizes", "9", "60", "--repeats", "1"])
+def lines_of(capsys, *argv):
+    adaptive_search.main([*argv, "--shortlist_dims", "8", "--shortlist_sizes", "9", "60", "--repeats", "1"])
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
 
@@ -91,7 +91,7 @@ def test_mirrored_images_double_the_database_and_are_embedded_once(run, capsys, 
     np.testing.assert_array_equal(np.load(folder / "labels.npy"), train)
     images = build_data(DATA, 0, torch.device("cpu"), False, splits=("train",))["train"]
     [(batch, _)] = images.eval_batches([np.arange(7)])
-    model = adaptive_search.load(run)
+    model = load(run)
     with torch.inference_mode():
         expected = model.embed(batch.flip(-1))
     np.testing.assert_allclose(np.load(folder / "vectors.npy")[:7], expected, atol=1e-5)
@@ -99,19 +99,17 @@ def test_mirrored_images_double_the_database_and_are_embedded_once(run, capsys, 
     def refuse(*args, **kwargs):
         raise AssertionError("images were embedded again")
 
-    monkeypatch.setattr("mrl.retrieval.embeddings._fill", refuse)
+    monkeypatch.setattr("mrl.retrieval.embeddings._embed_share", refuse)
     assert lines_of(capsys, "--run", str(run), "--mirrored", "--num_queries", "5")
 
 
-def test_a_run_without_embeddings_and_mirrors_without_a_run_are_refused(run, tmp_path, capsys):
-    with pytest.raises(SystemExit, match="holds no finished embeddings.* python eval.py --runs"):
-        adaptive_search.main(["--run", str(tmp_path)])
+def test_what_cannot_be_measured_is_refused(run, capsys):
     for option, wrong in (("--shortlist_dims", "32"), ("--shortlist_sizes", "1443")):
-        words = ["--run", str(run), "--shortlist_dims", "8", option, wrong]
+        argv = ["--run", str(run), "--shortlist_dims", "8", option, wrong]
         with pytest.raises(SystemExit, match=f"{option} .*{wrong}.* must be 1 to"):
-            adaptive_search.main(words)
-    (run / "model.safetensors").write_bytes(b"trained further")
-    with pytest.raises(SystemExit, match="of the run's weights"):
+            adaptive_search.main(argv)
+    (run / "embeddings" / "train" / "metadata.json").unlink()
+    with pytest.raises(SystemExit, match="run: python eval.py --runs"):
         adaptive_search.main(["--run", str(run)])
     with pytest.raises(SystemExit):
         adaptive_search.main(["--mirrored"])

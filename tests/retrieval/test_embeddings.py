@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import json
 import threading
 from collections import Counter
@@ -95,10 +96,10 @@ def test_a_file_cut_short_is_computed_again(tmp_path, file):
 
 
 def stopping_embed(stop_at):
-    def stop(images):
+    def stop(images, width=WIDTH):
         if stop_at in images[:, 0, 0, 0]:
             raise KeyboardInterrupt
-        return embed(images)
+        return embed(images)[:, :width]
 
     return stop
 
@@ -108,24 +109,17 @@ def stop(directory, images, stop_at, **rest):
         run(directory, images, embed=stopping_embed(stop_at), **rest)
 
 
-def test_a_stopped_pass_continues_at_another_batch_size_and_may_stop_again(tmp_path):
+def test_a_killed_pass_continues_after_its_last_whole_row_at_another_batch_size_and_may_stop_again(tmp_path):
     stop(tmp_path / "val", Images(22), 13)
     assert open_embeddings(tmp_path / "val", METADATA) is None
-    images = Images(22)
-    stop(tmp_path / "val", images, 18, batch_size=3)
-    assert_right(run(tmp_path / "val", images, batch_size=5), images)
-    assert images.reads == Counter(range(12, 22)) + Counter([18, 19, 20])  # the last three of a batch that was stopped
-
-
-def test_what_a_killed_process_leaves_is_used_up_to_the_last_whole_row(tmp_path):
-    stop(tmp_path / "val", Images(22), 13)
     [part] = (tmp_path / "val").glob("part-*")
     with part.open("ab") as file:
         file.write(b"\x01" * (4 * WIDTH - 1))
     (tmp_path / "val" / "part-000000000016").write_bytes(b"")
     images = Images(22)
-    assert_right(run(tmp_path / "val", images), images)
-    assert sorted(images.reads) == list(range(12, 22))
+    stop(tmp_path / "val", images, 18, batch_size=3)
+    assert_right(run(tmp_path / "val", images, batch_size=5), images)
+    assert images.reads == Counter(range(12, 22)) + Counter([18, 19, 20])  # three of a batch that was stopped
 
 
 @pytest.mark.parametrize("copied", [0, 5, 4 * WIDTH * 10])
@@ -149,10 +143,9 @@ def test_a_join_that_was_killed_continues(tmp_path, monkeypatch, copied):
 @pytest.mark.parametrize("change", ["model", "number of images", "width"])
 def test_parts_of_another_pass_are_not_used(tmp_path, change):
     metadata = dataclasses.replace(METADATA, checkpoint_sha256="89ab") if change == "model" else METADATA
+    width, num_images = 2 if change == "width" else WIDTH, 8 if change == "number of images" else 9
     with pytest.raises(KeyboardInterrupt):
-        width = 2 if change == "width" else WIDTH
-        num_images = 8 if change == "number of images" else 9
-        narrow = lambda images: stopping_embed(5)(images)[:, :width]  # noqa: E731
+        narrow = functools.partial(stopping_embed(5), width=width)
         embed_split(tmp_path / "val", metadata, Images(num_images), narrow, width, ALONE, 4)
     images = Images(9)
     assert_right(run(tmp_path / "val", images), images)
