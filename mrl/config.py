@@ -63,7 +63,8 @@ class DataConfig:
     backend: Literal["auto", "memory", "folder", "ffcv"] = "auto"
     """memory: decode every image once and keep it on the device at data.eval_resize_px square. folder: decode in worker
     processes as needed. ffcv: read train.beton and val.beton (python -m mrl.data.write_ffcv) in threads. auto: memory
-    for digits and tiny_imagenet, else ffcv if its files exist and FFCV is installed, else folder."""
+    for digits and tiny_imagenet, else ffcv if its files exist and FFCV is installed, else folder; folder for
+    data.rand_augment."""
     num_classes: int | None = None
     """Expected number of classes; another number in the data is an error. Default: any."""
     batch_size: int = 1024
@@ -188,7 +189,7 @@ class OptimConfig:
     """Layer-wise learning rate decay for fine-tuning: each backbone layer learns at this times the rate of the layer
     above it, the head at optim.lr; e.g. 0.75. 1 is off."""
     warmup_epochs: float = 2.0
-    """Epochs of linear warm-up from 0; at most half of train.epochs is used."""
+    """Epochs of linear warm-up from 0; if train.epochs is not longer, half of it is used."""
     schedule: Literal["linear", "cosine"] = "linear"
     """Decay from the peak to 0 at the last step, updated every step."""
     clip_norm: float = 0.0
@@ -221,7 +222,7 @@ class TrainConfig:
     sync_batchnorm: bool = False
     """Synchronize BatchNorm statistics over all processes (GPUs only); for few images per GPU."""
     compile: bool = False
-    """Compile the model with torch.compile."""
+    """Compile the model with torch.compile; if that fails, the run ends and says so."""
     ema_decay: float = 0.0
     """Decay per step of an exponential moving average of the weights, which is then validated and saved; 0 is off."""
     eval_every_epochs: int = 1
