@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -105,16 +105,6 @@ def _report(message: str) -> None:
     if error_file is not None:
         content = {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}
         Path(error_file).write_text(json.dumps({"message": content}))
-
-
-@contextlib.contextmanager
-def local_main_first() -> Iterator[None]:
-    """Run the body on the first process of each machine, then on the others."""
-    if _local_rank() > 0:
-        barrier()
-    yield  # no barrier after an error, which ends all processes
-    if _local_rank() == 0:
-        barrier()
 
 
 def barrier() -> None:

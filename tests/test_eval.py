@@ -189,7 +189,7 @@ def test_two_processes_give_the_same_rows_as_one(runs):
 
 def refused(capsys, *argv):
     assert script.main(list(argv)) == 2
-    [line] = capsys.readouterr().err.splitlines()
+    [line] = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("error: ")
     return line
 
