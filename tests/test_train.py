@@ -205,14 +205,15 @@ def test_kill_9_then_resume_equals_the_straight_run(tmp_path):
     assert_same_runs(tmp_path, "a", "b")
 
 
-def test_any_number_of_ctrl_c_loses_no_checkpoint_and_says_so(tmp_path):
+def test_repeated_ctrl_c_loses_no_checkpoint_and_says_so(tmp_path):
     assert run(tmp_path, *TINY) == 0
     argv = [*TINY, "--train.checkpoint_minutes", "0", "--run.resume", "auto"]
     child = start_and_wait_for_a_checkpoint(tmp_path, [*argv, "--train.epochs", "2000"])
-    while child.poll() is None:
+    for _ in range(2):
         child.send_signal(signal.SIGINT)
+        time.sleep(0.05)
     output, errors = child.communicate()
-    assert child.returncode in (130, -signal.SIGINT)
+    assert child.returncode == 130
     assert "saved after step" in output or "interrupted; the last checkpoint, if there is one, is kept" in errors
     assert torch.load(tmp_path / "b" / "checkpoints" / "last.pt")["step"] >= 1
 

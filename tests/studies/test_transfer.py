@@ -165,7 +165,7 @@ def test_a_folder_is_called_by_its_own_name_unless_that_says_nothing(tmp_path):
         ("={}/flowers", "no dataset is called ''"),
         ("imagenet_a={}/none", "is not a folder"),
         ("imagenet_a=", "is not a folder"),
-        ("{}/flowers/a", "holds no class folders"),
+        ("{}/flowers/a", "has no class folders"),
     ],
 )
 def test_fault_6_an_unknown_set_or_folder_is_refused(tmp_path, text, message):
