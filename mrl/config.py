@@ -6,6 +6,7 @@ under a field is its ``--help``.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
 import json
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
 from mrl.errors import UserError
 from mrl.matryoshka import check_nesting_list, check_weights
@@ -319,11 +320,20 @@ def find_recipe(name: str) -> str:
     raise UserError(f"--config {name!r} is neither a file nor a recipe in {RECIPES}; recipes: {known}")
 
 
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """Keep the line breaks of the description, whose examples one copies."""
+
+
 def _parse(description: str, argv: Sequence[str]) -> Config:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     usage = "train.py [--config RECIPE] [--section.key VALUE ...]"
     parser = ArgumentParser(
-        prog="train.py", usage=usage, description=description, exit_on_error=False, allow_abbrev=False
+        prog="train.py",
+        usage=usage,
+        description=description,
+        formatter_class=_HelpFormatter,
+        exit_on_error=False,
+        allow_abbrev=False,
     )
     parser.add_argument("--config", action="config", help="a YAML recipe: a path, or a name in configs/")
     sections = {section.name: section.default_factory for section in dataclasses.fields(Config)}

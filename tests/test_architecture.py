@@ -21,7 +21,7 @@ FLOORS = [
 # Lines of Python in each folder (not its subfolders). Raise a number only for a new idea.
 BUDGETS = {
     ".": 480,
-    "mrl": 1870,
+    "mrl": 1880,
     "mrl/data": 1380,
     "mrl/training": 340,
     "mrl/retrieval": 780,

@@ -49,6 +49,13 @@ def test_the_fields_are_these_and_a_new_one_is_a_deliberate_change():
     assert found == expected
 
 
+def test_help_keeps_the_lines_of_the_examples(capsys):
+    with pytest.raises(SystemExit):
+        parse_command_line(["--help"], str(train.__doc__))
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert "torchrun --nproc_per_node=8 train.py --config resnet50_mrl.yaml --data.root DIR" in lines
+
+
 def test_every_field_is_explained_in_help(capsys):
     with pytest.raises(SystemExit):
         parse("--help")
