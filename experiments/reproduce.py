@@ -233,7 +233,7 @@ def train_all(runs: Sequence[Run], jobs: int, command: Sequence[str] = TRAIN) ->
             code = process.wait()
         slots.put(slot)
         with (run.directory / "attempts.jsonl").open("a", encoding="utf-8") as attempts:
-            attempts.write(json.dumps({"seconds": round(time.monotonic() - started, 1), "exit": code}) + "\n")
+            attempts.write(json.dumps({"seconds": round(time.monotonic() - started, 3), "exit": code}) + "\n")
         finished = code == 0 and run.is_finished()
         tqdm.write(f"{run.name} {'finished' if finished else 'stopped'} after {run.epochs_done():.2f} epochs")
         if finished or received:
