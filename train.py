@@ -23,7 +23,8 @@ from torch.profiler import record_function
 
 from mrl import distributed
 from mrl.config import Config, parse_command_line, to_yaml
-from mrl.data import BACKENDS, Images, build_data
+from mrl.data import BACKENDS, build_data
+from mrl.data.images import EvalImages
 from mrl.data.transforms import eval_indices, train_indices
 from mrl.distributed import Process
 from mrl.errors import UserError
@@ -32,8 +33,9 @@ from mrl.model import MatryoshkaClassifier, ModelInfo, build_backbone, build_mod
 from mrl.progress import progress
 from mrl.rundir import check_data, check_run, load_checkpoint, open_run, record_start, save_checkpoint
 from mrl.training.augmentation import make_augmentation, seed_step
+from mrl.training.frozen import TrunkCache
 from mrl.training.logging import MetricAccumulator, Tracker, advice, stop_signals
-from mrl.training.optim import build_optimizer, lr_at, px_at, set_lr, shorten_warmup
+from mrl.training.optim import build_optimizer, lr_at, set_lr, shorten_warmup
 from mrl.training.profiling import step_profiler
 
 # Several processes agree on whether to stop or save at every tenth step, and at the end of an epoch.
@@ -52,7 +54,8 @@ def train(config: Config, process: Process) -> int:
     if not distributed.agree(resumed is not None):
         raise UserError(f"{directory} is not the same folder on all machines; run.dir must be shared")
 
-    images = build_data(config.data, seed, device, process.is_main)
+    crop_seed = seed if config.train.cache_seed is None else config.train.cache_seed
+    images: dict[str, Any] = dict(build_data(config.data, crop_seed, device, process.is_main))
     num_images, classes = len(images["train"]), images["train"].classes
     data_seen = {"num_images": num_images, "classes": classes, "backend": BACKENDS[type(images["train"])]}
     accumulation_steps, batch_size = config.train.accumulation_steps, config.data.batch_size
@@ -68,6 +71,15 @@ def train(config: Config, process: Process) -> int:
     model = make_model(config, len(classes)).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     if config.train.sync_batchnorm:
         model = distributed.sync_batchnorm(model, process)
+    frozen = {}
+    if views := config.train.cache_views:  # from here on, the model is its trainable tail, and images are its inputs
+        frozen = model.state_dict()
+        store = directory.parent / "trunk_cache"
+        cache = TrunkCache(model, config, store, config.train.precision, process)
+        model, images = cache.tail, {split: cache.images(split, some) for split, some in images.items()}
+        for epoch in range(views):
+            images["train"].view(epoch, config.data.px_at(epoch))
+        images["val"].center()
     dims = model.head.nesting_list
     ends = sorted({dims[0], dims[-1]})
     weights = torch.tensor(check_weights(config.head.weights, dims), device=device)
@@ -120,7 +132,7 @@ def train(config: Config, process: Process) -> int:
         for epoch in range(first_epoch, config.train.epochs):
             start_step, end_step = step - epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch
             indices = train_indices(num_images, batch_size, seed, epoch, *split, start_step=start_step)
-            batches = images["train"].train_batches(indices, epoch, px_at(epoch, config.data.train_px))
+            batches = images["train"].train_batches(indices, epoch, config.data.px_at(epoch))
             model.train()
             while step < end_step:
                 # One step: down the gradient of the weighted sum over prefixes (equation 1 of the paper).
@@ -187,7 +199,7 @@ def train(config: Config, process: Process) -> int:
                 distributed.broadcast_buffers(final)
                 scores = validate(final, images["val"], micro_batch_size, process, autocast)
                 if process.is_main:
-                    save_model(final, describe(config, final, classes), directory)
+                    save_model(final, describe(config, final, classes), directory, frozen)
                 tracker.log({"step": step, "epoch": epoch + 1} | scores)
                 shown = ", ".join(f"{scores[f'top_1/{d}']:.4f} @{d}" for d in dims)
                 tracker.log_line(f"epoch {epoch + 1}: top-1 {shown}")
@@ -225,7 +237,11 @@ def describe(config: Config, model: MatryoshkaClassifier, classes: list[str]) ->
 
 @torch.no_grad()
 def validate(
-    model: MatryoshkaClassifier, images: Images, batch_size: int, process: Process, autocast: torch.autocast
+    model: MatryoshkaClassifier,
+    images: EvalImages,
+    batch_size: int,
+    process: Process,
+    autocast: torch.autocast,
 ) -> dict[str, float]:
     """Return ``{top_1/dim, val_loss/dim}`` over the validation images, each counted once by one of the processes."""
     model.eval()

@@ -133,6 +133,16 @@ class DataConfig:
             f"8 to data.eval_resize_px = {self.eval_resize_px}",
         )
 
+    def px_at(self, epoch: int) -> int:
+        """Return the side of training images in pixels during ``epoch``.
+
+        >>> [DataConfig(train_px=[(0, 160), (32, 192)]).px_at(epoch) for epoch in (0, 31, 32, 39)]
+        [160, 160, 192, 192]
+        """
+        if isinstance(self.train_px, int):
+            return self.train_px
+        return [px for first_epoch, px in self.train_px if first_epoch <= epoch][-1]
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -222,6 +232,12 @@ class TrainConfig:
     """Precision of the gradient all-reduce; bf16 halves the traffic, for slow networks."""
     sync_batchnorm: bool = False
     """Synchronize BatchNorm statistics over all processes (GPUs only); for few images per GPU."""
+    cache_views: int = 0
+    """Compute the frozen layers in front of model.trainable once, for this many crops and flips of every training
+    image: epoch e reads those of epoch e modulo this number. They are stored in <run.dir>/trunk_cache, for all runs
+    with the same frozen layers. 0 is off."""
+    cache_seed: int | None = None
+    """Seed of the cached crops and flips, so that runs of several seeds can share them. Default: run.seed."""
     compile: bool = False
     """Compile the model with torch.compile; if that fails, the run ends and says so."""
     ema_decay: float = 0.0
@@ -241,6 +257,8 @@ class TrainConfig:
         _require(0 <= self.label_smoothing < 1, "train.label_smoothing", self.label_smoothing, "0 to below 1")
         _require(self.accumulation_steps >= 1, "train.accumulation_steps", self.accumulation_steps, "1 or more")
         _require(0 <= self.ema_decay < 1, "train.ema_decay", self.ema_decay, "0 (off) to below 1")
+        allowed = f"0 (off) to train.epochs = {self.epochs}"
+        _require(0 <= self.cache_views <= self.epochs, "train.cache_views", self.cache_views, allowed)
         _require(self.eval_every_epochs >= 1, "train.eval_every_epochs", self.eval_every_epochs, "1 or more")
         _require(self.checkpoint_minutes >= 0, "train.checkpoint_minutes", self.checkpoint_minutes, "0 or more")
         _require(self.log_every_steps >= 1, "train.log_every_steps", self.log_every_steps, "1 or more")
@@ -270,6 +288,17 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
+
+    def __post_init__(self) -> None:
+        data, views = self.data, self.train.cache_views
+        if views:
+            allowed = "head, or the last modules of the backbone, with train.cache_views"
+            _require(self.model.trainable != "all", "model.trainable", "all", allowed)
+            for key in ("mixup", "cutmix", "random_erasing"):
+                _require(getattr(data, key) == 0, f"data.{key}", getattr(data, key), "0 with train.cache_views")
+            px = [data.px_at(epoch) for epoch in range(self.train.epochs)]
+            allowed = "sizes that repeat with the views, or train.cache_views = train.epochs"
+            _require(all(a == b for a, b in zip(px, px[views:], strict=False)), "data.train_px", data.train_px, allowed)
 
 
 RECIPES = Path(__file__).resolve().parent.parent / "configs"

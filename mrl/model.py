@@ -220,13 +220,17 @@ def freeze(model: MatryoshkaClassifier, trainable: str | Sequence[str]) -> None:
             raise UserError(f"model.trainable: the backbone has no module {name!r}; at the top are {top}") from error
 
 
-def save_model(model: MatryoshkaClassifier, info: ModelInfo, directory: Path) -> None:
+def save_model(
+    model: MatryoshkaClassifier, info: ModelInfo, directory: Path, frozen: Mapping[str, Tensor] | None = None
+) -> None:
     """Write model.safetensors and model.json, which `load` reads.
+
+    ``frozen`` holds entries that ``model`` lacks if it is only the tail of a network (see `mrl.training.frozen`).
 
     Raises:
         UserError: They cannot be written, e.g. because the disk is full; existing files are kept.
     """
-    content = save({key: value.contiguous() for key, value in model.state_dict().items()})
+    content = save({key: value.contiguous() for key, value in {**(frozen or {}), **model.state_dict()}.items()})
     atomic_write(directory / "model.safetensors", lambda file: file.write(content))
     atomic_write_text(directory / "model.json", json.dumps(dataclasses.asdict(info), indent=2) + "\n")
 

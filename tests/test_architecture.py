@@ -9,7 +9,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 SOURCES = [REPOSITORY / "train.py", REPOSITORY / "eval.py", *sorted((REPOSITORY / "mrl").rglob("*.py"))]
 # Imports point from a higher floor to a lower one, or stay on their own.
 FLOORS = [
-    ("errors", "progress"),
+    ("errors", "progress", "engine"),
     ("distributed", "matryoshka"),
     ("config", "rundir"),
     ("model",),
@@ -21,14 +21,14 @@ FLOORS = [
 # Lines of Python in each folder (not its subfolders). Raise a number only for a new idea.
 BUDGETS = {
     ".": 480,
-    "mrl": 1880,
-    "mrl/data": 1380,
-    "mrl/training": 340,
-    "mrl/retrieval": 780,
+    "mrl": 1960,
+    "mrl/data": 1410,
+    "mrl/training": 640,
+    "mrl/retrieval": 790,
     "mrl/studies": 2270,
     "mrl/figures": 970,
     "mrl/interop": 980,
-    "experiments": 650,
+    "experiments": 710,
     "benchmarks": 1010,
 }
 FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names}

@@ -27,8 +27,8 @@ data: name root backend num_classes batch_size num_workers train_px crop_scale c
 model: backbone init blurpool stem_stride trainable kwargs
 head: nesting_list tied weights
 optim: name lr momentum weight_decay layer_decay warmup_epochs schedule clip_norm
-train: epochs label_smoothing accumulation_steps precision gradient_precision sync_batchnorm compile ema_decay
-       eval_every_epochs checkpoint_minutes log_every_steps profile_steps
+train: epochs label_smoothing accumulation_steps precision gradient_precision sync_batchnorm cache_views cache_seed
+       compile ema_decay eval_every_epochs checkpoint_minutes log_every_steps profile_steps
 wandb: mode project entity
 """
 
@@ -95,7 +95,8 @@ def assert_it_steps(monkeypatch, trained):
         if "vit" in config.model.backbone:  # its image size is fixed when it is built: make it small
             changes["kwargs"] = config.model.kwargs | {"img_size": 32}
         if config.model.init != "scratch":
-            changes["init"] = "scratch" if config.model.init == "pretrained" else str(trained)
+            is_run = not config.model.init.endswith(("pretrained", ".safetensors"))
+            changes["init"] = str(trained) if is_run else "scratch"
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, **changes))
         model = make_model(config, num_classes)
         optim = config.optim

@@ -139,6 +139,9 @@ class FFCVImages(Images):
 
         self._cv2 = cv2
 
+    def _content(self) -> bytes:
+        return json.dumps(self._file.description).encode()
+
     def _load_all(self, load: LoadBatch, indices: Sequence[np.ndarray]) -> Iterator[Tensor]:
         return map_ahead(load, indices, self._num_threads)
 

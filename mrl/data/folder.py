@@ -135,6 +135,11 @@ class FolderImages(Images):
         # One array of bytes: with a list, workers would copy a million strings by counting references to them.
         self._paths = np.array([os.fsencode(path) for path in images.paths])
 
+    def _content(self) -> bytes:
+        paths = [os.fsdecode(path) for path in self._paths]
+        folder = len(os.path.commonpath(paths))
+        return b"".join(os.fsencode(f"{path[folder:]} {os.path.getsize(path)}\n") for path in paths)
+
     def _train_crop(self, index: int, epoch: int, px: int) -> Tensor:
         image = read_image(os.fsdecode(self._paths[index]))
         [box], [mirror] = self.transform.train_boxes(epoch, np.array([index]), np.array([image.shape[1:]]))

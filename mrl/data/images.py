@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -16,6 +18,17 @@ from torch import Tensor
 from mrl.data.transforms import Transform, normalize
 
 LoadBatch = Callable[[np.ndarray], Any]
+
+
+class EvalImages(Protocol):
+    """What an evaluation reads: the images of a split, or what takes their place."""
+
+    labels: Tensor
+
+    def __len__(self) -> int: ...
+
+    def eval_batches(self, indices: Sequence[np.ndarray], flip: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield ``(images, labels)`` for each array of indices; ``flip`` mirrors all images."""
 
 
 class Images(ABC):
@@ -59,6 +72,16 @@ class Images(ABC):
     def _load_all(self, load: LoadBatch, indices: Sequence[np.ndarray]) -> Iterator[Tensor]:
         """Yield ``load(batch)`` for each batch of indices."""
         return map(load, indices)
+
+    def sha256(self) -> str:
+        """Return a hash of labels, class names, and images or their files."""
+        digest = hashlib.sha256(json.dumps(self.classes).encode() + self.labels.numpy().tobytes())
+        digest.update(self._content())
+        return digest.hexdigest()
+
+    @abstractmethod
+    def _content(self) -> bytes:
+        """Return what tells these images from others."""
 
     @abstractmethod
     def _train_crops(self, indices: np.ndarray, epoch: int, px: int) -> Tensor:

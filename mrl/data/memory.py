@@ -33,6 +33,9 @@ class MemoryImages(Images):
     def _take(self, indices: np.ndarray) -> Tensor:
         return self._images[torch.from_numpy(indices).to(self.device, non_blocking=True)]
 
+    def _content(self) -> bytes:
+        return self._images.cpu().numpy().tobytes()
+
     def _train_crops(self, indices: np.ndarray, epoch: int, px: int) -> Tensor:
         images = self._take(indices)
         boxes, flipped = self.transform.train_boxes(epoch, indices, np.full((len(indices), 2), images.shape[-1]))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mrl import distributed
-from mrl.data import Images
+from mrl.data.images import EvalImages
 from mrl.distributed import Process
 from mrl.errors import UserError
 from mrl.progress import progress
@@ -100,11 +100,12 @@ def _open(directory: Path, metadata: EmbeddingMetadata) -> EmbeddingSet:
 def embed_split(
     directory: Path,
     metadata: EmbeddingMetadata,
-    images: Images,
+    images: EvalImages,
     embed: Callable[[Tensor], Tensor],
     width: int,
     process: Process,
     batch_size: int,
+    dtype: torch.dtype = torch.float32,
 ) -> EmbeddingSet:
     """Return the embeddings of every image, computed by all processes together into ``directory``.
 
@@ -118,11 +119,12 @@ def embed_split(
         images: The split.
         embed: Images ``(B, 3, H, W)`` -> embeddings ``(B, width)``; a model in eval mode.
         batch_size: Images at a time on each process.
+        dtype: In which they are stored; bfloat16 as int16, because numpy has no such type.
 
     Raises:
         UserError: An embedding holds NaN or infinity, or the disk has too little space.
     """
-    parts = _Parts(directory, len(images), width)
+    parts = _Parts(directory, len(images), width, dtype)
     if process.is_main and open_embeddings(directory, metadata) is None:
         parts.prepare(metadata)
     distributed.barrier()
@@ -159,10 +161,12 @@ class _Parts:
     A process that is killed leaves at most an incomplete last row.
     """
 
-    def __init__(self, directory: Path, num_images: int, width: int) -> None:
-        self.directory, self.num_images, self.row_bytes = directory, num_images, 4 * width
+    def __init__(self, directory: Path, num_images: int, width: int, dtype: torch.dtype) -> None:
+        self.directory, self.num_images, self.dtype = directory, num_images, dtype
+        self.row_bytes = dtype.itemsize * width
         header = io.BytesIO()
-        shape = {"descr": "<f4", "fortran_order": False, "shape": (num_images, width)}
+        number = {torch.float32: "<f4", torch.float16: "<f2", torch.bfloat16: "<i2"}[dtype]
+        shape = {"descr": number, "fortran_order": False, "shape": (num_images, width)}
         np.lib.format.write_array_header_1_0(header, shape)
         self.header = header.getvalue()
 
@@ -199,10 +203,10 @@ class _Parts:
                 f"{self.directory} needs {needed / 2**30:.1f} GiB for embeddings, but {free / 2**30:.1f} GiB are free"
             )
 
-    def append(self, first: int, vectors: np.ndarray) -> None:
+    def append(self, first: int, vectors: Tensor) -> None:
         """Append vectors to the part that begins at index ``first``."""
         with (self.directory / f"part-{first:012d}").open("ab") as part:
-            part.write((b"" if part.tell() else self.header) + vectors.tobytes())
+            part.write((b"" if part.tell() else self.header) + vectors.contiguous().view(torch.uint8).numpy().tobytes())
 
     def join(self) -> None:
         """Append all parts to the first, which becomes vectors.npy."""
@@ -227,7 +231,7 @@ def _embed_share(
     share: np.ndarray,
     parts: _Parts,
     metadata: EmbeddingMetadata,
-    images: Images,
+    images: EvalImages,
     embed: Callable[[Tensor], Tensor],
     process: Process,
     batch_size: int,
@@ -241,9 +245,10 @@ def _embed_share(
     with progress(show=process.is_main, total=len(share), desc=name, unit="image") as bar:
         for (first, indices), (batch, labels) in zip(batches, read, strict=True):
             with autocast:
-                z = embed(batch).float().cpu().numpy()
-            if not np.isfinite(z).all():
-                wrong = indices[~np.isfinite(z).all(axis=1)][0]
+                z = embed(batch).to(parts.dtype).cpu()
+            finite = z.isfinite().all(dim=1).numpy()
+            if not finite.all():
+                wrong = indices[~finite][0]
                 raise UserError(
                     f"the embedding of image {wrong} ({metadata.split} split) holds NaN or infinity, "
                     "so the model cannot be evaluated"

@@ -17,7 +17,7 @@ from mrl.data import build_data
 from mrl.distributed import Process
 from mrl.errors import UserError
 from mrl.matryoshka import NestedLinear, default_nesting_list
-from mrl.model import MatryoshkaClassifier, load
+from mrl.model import MatryoshkaClassifier, freeze, load
 from mrl.results import Source, method_name
 from mrl.retrieval.embeddings import (
     EmbeddingMetadata,
@@ -29,6 +29,7 @@ from mrl.retrieval.embeddings import (
     open_embeddings,
 )
 from mrl.studies.classification import Classifier, truncations
+from mrl.training.frozen import TrunkCache
 
 if TYPE_CHECKING:
     from mrl.studies.transfer import LabeledFolder, TransferImages
@@ -170,8 +171,13 @@ def embed_runs(
                 images = {}  # free the images of the last run before reading the next
                 images = build_data(data, config.run.seed, process.device, process.is_main, splits=splits)
                 images_are_of = key
+        embed, cache = model.embed, None
         if missing:
             model.to(process.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+            if config.train.cache_views:  # runs with the same frozen layers share their outputs
+                freeze(model, config.model.trainable)
+                cache = TrunkCache(model, config, run.parent / "trunk_cache", precision, process)
+                embed = cache.tail.embed
         for place in missing:
             if place in folders:
                 of_place = _folder_images(folders[place], config, process)
@@ -181,7 +187,8 @@ def embed_runs(
             directory = run / "embeddings" / place
             if force and process.is_main:
                 shutil.rmtree(directory, ignore_errors=True)
-            sets[place] = embed_split(directory, wanted[place], of_place, model.embed, model.width, process, batch_size)
+            inputs = cache.images(wanted[place].split, of_place) if cache else of_place
+            sets[place] = embed_split(directory, wanted[place], inputs, embed, model.width, process, batch_size)
         own = (sets["train"], sets["val"], sets.get("val_flip"))
         opened.append(OpenedRun(run, config, model.cpu(), source, *own, {place: sets[place] for place in folders}))
     return opened

@@ -1,9 +1,8 @@
-"""The optimizer with its parameter groups, and schedules as pure functions of the step or epoch."""
+"""The optimizer with its parameter groups, and the learning rate as a pure function of the step."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
@@ -56,14 +55,3 @@ def lr_at(step: int, total_steps: int, warmup_steps: float, peak: float, schedul
 def shorten_warmup(warmup_epochs: float, epochs: int) -> float:
     """Return ``warmup_epochs``, or half of ``epochs`` if the warm-up would last for all of them."""
     return warmup_epochs if warmup_epochs < epochs else epochs / 2
-
-
-def px_at(epoch: int, train_px: int | Sequence[tuple[int, int]]) -> int:
-    """Return the side of training images in pixels during ``epoch``.
-
-    >>> [px_at(epoch, [(0, 160), (32, 192)]) for epoch in (0, 31, 32, 39)]
-    [160, 160, 192, 192]
-    """
-    if isinstance(train_px, int):
-        return train_px
-    return [px for first_epoch, px in train_px if first_epoch <= epoch][-1]

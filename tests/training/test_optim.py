@@ -5,9 +5,10 @@ import pytest
 import torch
 from torch import nn
 
+from mrl.config import DataConfig
 from mrl.matryoshka import nested_cross_entropy
 from mrl.model import build_backbone, build_model, freeze
-from mrl.training.optim import build_optimizer, lr_at, px_at, set_lr, shorten_warmup
+from mrl.training.optim import build_optimizer, lr_at, set_lr, shorten_warmup
 
 
 def decayed_names(model, optimizer):
@@ -99,13 +100,15 @@ def test_the_papers_schedule_at_its_knots():
     assert 0 < lr[-1] == pytest.approx(peak / (total - warmup))
     rises = [later - earlier for earlier, later in itertools.pairwise(lr)]
     assert all(rise > 0 for rise in rises[: warmup - 1]) and all(rise < 0 for rise in rises[warmup:])
-    assert [px_at(epoch, [(0, 160), (32, 192)]) for epoch in range(epochs)] == [160] * 32 + [192] * 8
+    assert [DataConfig(train_px=[(0, 160), (32, 192)]).px_at(epoch) for epoch in range(epochs)] == [160] * 32 + [
+        192
+    ] * 8
 
 
 def test_other_schedules_and_sizes():
     lr = [lr_at(step, 100, 0, 2.0, "cosine") for step in range(100)]
     assert lr == pytest.approx([1 + math.cos(math.pi * step / 100) for step in range(100)])
-    assert px_at(7, 64) == 64
+    assert DataConfig(train_px=64).px_at(7) == 64
 
 
 @pytest.mark.parametrize(("epochs", "expected"), [(40, 2), (3, 2), (2, 1), (1, 0.5)])

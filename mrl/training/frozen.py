@@ -1,0 +1,313 @@
+"""The frozen part of a network, computed once (``train.cache_views``).
+
+Where ``model.trainable`` leaves the first layers of the backbone frozen, their output for an image and a crop never
+changes. `split_frozen` cuts a model into a frozen trunk and a trainable tail. `TrunkCache` stores the trunk's outputs
+on disk, one view (the crops and flips of one epoch) after the other, and training runs the tail alone::
+
+    run.dir/trunk_cache/train_view0_<hash of weights, images, and crops>/vectors.npy
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from mrl.config import Config
+from mrl.data.images import EvalImages, Images
+from mrl.distributed import Process
+from mrl.engine import fast_forward
+from mrl.errors import UserError
+from mrl.model import MatryoshkaClassifier
+from mrl.retrieval.embeddings import EmbeddingMetadata, embed_split
+
+TRUNK_BATCH_SIZE = 64  # activations of more images leave the CPU's cache
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Trunk(nn.Module):
+    """Map images ``(B, 3, H, W)`` to what the first trainable layer reads, flattened: ``(B, ...) -> (B, F)``."""
+
+    def __init__(self, backbone: nn.Module, whole: bool):
+        super().__init__()
+        self.backbone = backbone
+        self.whole = whole
+
+    def outputs(self, images: Tensor) -> Tensor:
+        """Return what the tail reads."""
+        features = self.backbone.forward_features(images)  # type: ignore[operator]
+        return self.backbone.forward_head(features, pre_logits=True) if self.whole else features  # type: ignore[operator]
+
+    def forward(self, images: Tensor) -> Tensor:
+        out = self.outputs(images)
+        # Channels last, so that a stored batch needs no copy to be in that memory format again.
+        return (out.permute(0, 2, 3, 1) if out.ndim == 4 else out).flatten(1)
+
+
+class _Pooled(nn.Module):
+    """The tail of a backbone that is frozen whole: embeddings in, embeddings out."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.head_hidden_size = width
+
+    def forward_features(self, z: Tensor) -> Tensor:
+        return z
+
+    def forward_head(self, z: Tensor, pre_logits: bool = True) -> Tensor:
+        return z
+
+
+def split_frozen(model: MatryoshkaClassifier, px: int) -> tuple[Trunk, MatryoshkaClassifier]:
+    """Cut ``model`` in front of its first trainable layer, so that ``tail(trunk.outputs(x)) == model(x)``.
+
+    Trunk and tail share their parameters with ``model``: training the tail trains the model.
+
+    Args:
+        model: Frozen by `mrl.model.freeze`.
+        px: Side of the images in pixels, with which the cut is checked.
+
+    Raises:
+        UserError: Nothing is frozen in front of the trainable layers, a frozen layer follows a trainable one, or the
+            backbone's layers do not run one after the other.
+    """
+    backbone = model.backbone
+    layers = _layers(backbone)
+    gradients = {name: [p.requires_grad for p in backbone.get_submodule(name).parameters()] for name in layers}
+    trainable = [name for name in layers if any(gradients[name])]
+    cut = layers.index(trainable[0]) if trainable else len(layers)
+    if not any(gradients[name] for name in layers[:cut]):
+        raise UserError("train.cache_views needs frozen layers in front of the trainable ones; see model.trainable")
+    behind = [name for name in layers[cut:] if gradients[name] and not all(gradients[name])]
+    if behind:
+        raise UserError(
+            f"train.cache_views: {', '.join(behind)} of the backbone is frozen behind the trainable {trainable[0]}; "
+            "add it to model.trainable"
+        )
+    if trainable:
+        trunk = Trunk(_without(backbone, layers[cut:]), whole=False)
+        tail = MatryoshkaClassifier(_without(backbone, layers[:cut]), model.head)
+        for name, _ in list(tail.backbone.named_parameters(recurse=False)):
+            setattr(tail.backbone, name, None)  # the class token and position embedding of a ViT
+    else:
+        trunk, tail = Trunk(backbone, whole=True), MatryoshkaClassifier(_Pooled(model.width), model.head)
+    _check(model, trunk, tail, px)
+    return trunk, tail
+
+
+def _layers(backbone: nn.Module, prefix: str = "") -> list[str]:
+    """Return the names of the layers in their order; each child of a Sequential is a layer of its own."""
+    found: list[str] = []
+    for name, child in backbone.named_children():
+        whole = not isinstance(child, nn.Sequential) or len(child) == 0
+        found += [prefix + name] if whole else _layers(child, f"{prefix}{name}.")
+    return found
+
+
+def _without(backbone: nn.Module, names: Sequence[str]) -> nn.Module:
+    """Return a copy of ``backbone``, sharing its tensors, in which the layers ``names`` do nothing."""
+    shared: dict[int, Any] = {id(tensor): tensor for tensor in (*backbone.parameters(), *backbone.buffers())}
+    part = copy.deepcopy(backbone, shared)
+    for name in names:
+        part.set_submodule(name, nn.Identity())
+    return part
+
+
+@torch.no_grad()
+def _check(model: MatryoshkaClassifier, trunk: Trunk, tail: MatryoshkaClassifier, px: int) -> None:
+    device = next(model.parameters()).device
+    images = torch.randn(2, 3, px, px, device=device, generator=torch.Generator(device).manual_seed(0))
+    training = model.training
+    for part in (model, trunk, tail):
+        part.eval()
+    try:
+        if not torch.allclose(tail.embed(trunk.outputs(images)), model.embed(images), atol=1e-4, rtol=1e-3):
+            raise RuntimeError("the parts give another embedding")
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise UserError(
+            "train.cache_views: the layers of this backbone do not run one after the other "
+            f"({str(error).splitlines()[0]}); give 0"
+        ) from error
+    model.train(training)
+    tail.train(training)
+    trunk.eval()
+
+
+class CachedImages:
+    """A split as a trunk's outputs: the batches that the tail reads in place of images.
+
+    Outputs are computed when they are first asked for and stored in ``directory``, which several runs may share.
+
+    Args:
+        images: The split.
+        split: train, val, or the name of other images.
+        num_views: Epoch e reads the crops and flips of epoch ``e % num_views``.
+        trunk: In eval mode, on the device of ``images``.
+        metadata: Of the split, with the hash of the trunk's weights. The numbers are stored in its precision.
+    """
+
+    def __init__(
+        self,
+        images: Images,
+        num_views: int,
+        trunk: Trunk,
+        directory: Path,
+        metadata: EmbeddingMetadata,
+        process: Process,
+    ):
+        self.labels, self.classes = images.labels, images.classes
+        self._images, self._num_views, self._trunk = images, num_views, trunk
+        self._directory, self._metadata, self._process = directory, metadata, process
+        self._outputs: dict[str, np.ndarray] = {}
+        self._shapes: dict[int, tuple[int, ...]] = {}
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def train_batches(self, indices: Sequence[np.ndarray], epoch: int, px: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the outputs for a batch of random crops for each array of indices."""
+        return self._batches(self.view(epoch, px), px, indices)
+
+    def eval_batches(self, indices: Sequence[np.ndarray], flip: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the outputs for a batch of center crops for each array of indices; ``flip`` mirrors all of them."""
+        return self._batches(self.center(flip), self._images.transform.eval_px, indices)
+
+    def view(self, epoch: int, px: int) -> np.ndarray:
+        """Return the stored outputs for the random crops of an epoch ``(N, F)``, computed if need be."""
+        view, transform = epoch % self._num_views, self._images.transform
+        crops = _View(self._images, view, px)
+        return self._stored(f"{self._metadata.split}_view{view}", crops, px, dataclasses.asdict(transform))
+
+    def center(self, flip: bool = False) -> np.ndarray:
+        """Return the stored outputs for the center crops ``(N, F)``, computed if need be."""
+        name, px = self._metadata.split + "_flip" * flip, self._images.transform.eval_px
+        return self._stored(name, self._images, px, {}, flip)
+
+    def _stored(self, name: str, images: EvalImages, px: int, crops: dict[str, Any], flip: bool = False) -> np.ndarray:
+        if name in self._outputs:
+            return self._outputs[name]
+        metadata, process = dataclasses.replace(self._metadata, flip=flip), self._process
+        key = hashlib.sha256(json.dumps([dataclasses.asdict(metadata), px, crops]).encode()).hexdigest()
+        directory = self._directory / f"{name}_{key[:12]}"
+        width, dtype = math.prod(self._shape(px)), DTYPES[metadata.precision]
+        engine: list[Callable[[Tensor], Tensor]] = []
+
+        def forward(batch: Tensor) -> Tensor:
+            if not engine:  # only if something is missing
+                run, how = fast_forward(self._trunk, batch[:2])
+                engine.append(run)
+                if process.is_main:
+                    size = width * dtype.itemsize * len(self) / 2**30
+                    tqdm.write(f"computing the frozen layers once, with {how}: {directory}, {size:.2f} GiB")
+            return engine[0](batch)
+
+        with _locked(directory, process):
+            found = embed_split(directory, metadata, images, forward, width, process, TRUNK_BATCH_SIZE, dtype)
+        self._outputs[name] = found.vectors
+        return found.vectors
+
+    def _shape(self, px: int) -> tuple[int, ...]:
+        """Return the shape of what the tail reads of one image."""
+        if px not in self._shapes:
+            with torch.inference_mode():
+                images = torch.zeros(1, 3, px, px, device=self._process.device)
+                self._shapes[px] = tuple(self._trunk.outputs(images).shape[1:])
+        return self._shapes[px]
+
+    def _batches(self, outputs: np.ndarray, px: int, indices: Sequence[np.ndarray]) -> Iterator[tuple[Tensor, Tensor]]:
+        shape, device = self._shape(px), self._process.device
+        for batch in indices:
+            out = torch.from_numpy(outputs[batch]).view(DTYPES[self._metadata.precision]).to(device).float()
+            if len(shape) == 3:
+                out = out.view(-1, *shape[1:], shape[0]).permute(0, 3, 1, 2)
+            yield out.view(-1, *shape), self.labels[torch.from_numpy(np.asarray(batch))].to(device)
+
+
+class _View:
+    """The random crops of one epoch, in the order of `embed_split`."""
+
+    def __init__(self, images: Images, epoch: int, px: int):
+        self.labels = images.labels
+        self._images, self._epoch, self._px = images, epoch, px
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def eval_batches(self, indices: Sequence[np.ndarray], flip: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
+        return self._images.train_batches(indices, self._epoch, self._px)
+
+
+@contextlib.contextmanager
+def _locked(directory: Path, process: Process) -> Iterator[None]:
+    """Let one run at a time compute what is in ``directory``, so that runs which start together share it."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    if not process.is_main:
+        yield
+        return
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with directory.with_suffix(".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            tqdm.write(f"waiting for another run that computes {directory}")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+class TrunkCache:
+    """A model cut into its frozen trunk, whose outputs are stored, and its trainable ``tail``.
+
+    Args:
+        model: Frozen by `mrl.model.freeze`, on the device of ``process``.
+        config: Of the run.
+        directory: Where outputs are stored, for all runs with the same frozen layers.
+        precision: fp32, bf16 or fp16: of the stored numbers.
+
+    Raises:
+        UserError: As `split_frozen`.
+    """
+
+    def __init__(
+        self,
+        model: MatryoshkaClassifier,
+        config: Config,
+        directory: Path,
+        precision: str,
+        process: Process,
+    ):
+        self._trunk, self.tail = split_frozen(model, config.data.eval_px)
+        self._num_views, self._directory, self._process = config.train.cache_views, directory, process
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self._trunk.state_dict().items()):
+            digest.update(name.encode() + tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        self._metadata = EmbeddingMetadata(
+            checkpoint_sha256=digest.hexdigest(),
+            dataset=config.data.name,
+            split="",
+            resize_px=config.data.eval_resize_px,
+            crop_px=config.data.eval_px,
+            normalization=f"mean {config.data.mean}, std {config.data.std}",
+            flip=False,
+            classes_sha256="",
+            precision=precision,
+        )
+
+    def images(self, split: str, images: Images) -> CachedImages:
+        """Return the batches of a split that the tail reads."""
+        metadata = dataclasses.replace(self._metadata, split=split, classes_sha256=images.sha256())
+        return CachedImages(images, self._num_views, self._trunk, self._directory, metadata, self._process)

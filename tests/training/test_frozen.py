@@ -1,0 +1,200 @@
+"""The frozen part of a network computed once: same training as without, one store for several runs."""
+
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import mrl
+import train
+from mrl.config import parse_command_line
+from mrl.distributed import Process
+from mrl.engine import fast_forward
+from mrl.errors import UserError
+from mrl.model import build_backbone, build_model, freeze
+from mrl.studies.run import embed_runs
+from mrl.studies.transfer import TransferImages
+from mrl.training.frozen import split_frozen
+from mrl.training.logging import Tracker
+
+VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+# Only the last block and the norm of a ViT are trained: no BatchNorm, whose rounding would grow step by step.
+TAIL = [
+    *("--config", "digits_mrl.yaml", "--train.precision", "fp32", "--train.epochs", "2", "--data.batch_size", "256"),
+    *("--train.log_every_steps", "1", "--optim.warmup_epochs", "0.5", "--optim.lr", "0.05"),
+    *("--model.backbone", "vit_tiny_patch16_224", "--model.kwargs", json.dumps(VIT), "--model.stem_stride", "4"),
+    *("--model.trainable", "[blocks.1, norm]"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _on_the_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("mrl.training.frozen.fast_forward", lambda module, images: (module, "PyTorch"))  # no export
+
+
+def run(directory, *argv, name):
+    return train.main([*TAIL, *argv, "--run.dir", str(directory), "--run.name", name])
+
+
+def losses(directory, name):
+    lines = (directory / name / "metrics.jsonl").read_text().splitlines()
+    found = [[value for key, value in json.loads(line).items() if "loss" in key] for line in lines]
+    return np.array([row for row in found if row])
+
+
+def stored(directory):
+    return sorted(path.name for path in (directory / "trunk_cache").iterdir() if path.is_dir())
+
+
+@pytest.mark.parametrize("with_onnx_runtime", [False, True])
+def test_the_cache_changes_no_loss_and_the_saved_model_is_an_ordinary_one(tmp_path, monkeypatch, with_onnx_runtime):
+    pytest.importorskip("onnxruntime" if with_onnx_runtime else "torch")
+    pytest.importorskip("onnxscript" if with_onnx_runtime else "torch")
+    if with_onnx_runtime:
+        monkeypatch.setattr("mrl.training.frozen.fast_forward", fast_forward)
+    assert run(tmp_path, name="plain") == run(tmp_path, "--train.cache_views", "2", name="cached") == 0
+    np.testing.assert_allclose(losses(tmp_path, "cached"), losses(tmp_path, "plain"), atol=1e-5)
+    plain, cached = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "cached"))
+    assert plain.keys() == cached.keys()
+    for name, value in plain.items():
+        torch.testing.assert_close(cached[name], value, atol=1e-4, rtol=1e-4)
+    assert mrl.load(tmp_path / "cached").encode(torch.zeros(1, 3, 32, 32), dim=8).shape == (1, 8)
+
+
+def test_runs_share_a_store_and_views_repeat(tmp_path, monkeypatch):
+    assert run(tmp_path, "--train.cache_views", "1", "--train.cache_seed", "7", name="a") == 0
+    first = stored(tmp_path)
+    assert [name.rpartition("_")[0] for name in first] == [
+        "train_view0",
+        "val",
+    ]  # the second epoch reads the first view
+    monkeypatch.setattr("mrl.training.frozen.fast_forward", lambda *_: pytest.fail("computed again"))
+    argv = ["--train.cache_views", "1", "--train.cache_seed", "7", "--run.seed", "0", "--head.tied", "true"]
+    assert run(tmp_path, *argv, name="b") == 0
+    assert stored(tmp_path) == first
+
+
+@pytest.mark.parametrize(
+    ("change", "new"),
+    [
+        (["--data.crop_scale", "[0.5, 1.0]"], ["train_view0"]),  # other crops
+        (["--train.cache_seed", "8"], ["train_view0"]),
+        (["--run.seed", "1"], ["train_view0", "val"]),  # other frozen weights, as these are random
+        (["--data.eval_px", "24"], ["train_view0", "val"]),
+        (["--train.precision", "bf16"], ["train_view0", "val"]),
+    ],
+)
+def test_a_store_of_other_weights_or_crops_is_not_used(tmp_path, change, new):
+    argv = ["--train.cache_views", "1", "--train.epochs", "1", "--train.cache_seed", "0", "--model.kwargs"]
+    argv += [json.dumps(VIT | {"dynamic_img_size": True})]
+    assert run(tmp_path, *argv, name="a") == 0
+    before = set(stored(tmp_path))
+    assert run(tmp_path, *argv, *change, name="b") == 0
+    assert sorted(name.rpartition("_")[0] for name in set(stored(tmp_path)) - before) == new
+
+
+def test_a_killed_run_resumes_bitwise(tmp_path, monkeypatch):
+    assert run(tmp_path, "--train.cache_views", "2", name="whole") == 0
+
+    def stop(self, real=Tracker.advance, done=[]):  # noqa: B006
+        real(self)
+        done.append(1)
+        if len(done) == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tracker, "advance", stop)
+        assert run(tmp_path, "--train.cache_views", "2", name="stopped") == 128 + signal.SIGTERM
+    assert run(tmp_path, "--train.cache_views", "2", "--run.resume", "auto", name="stopped") == 0
+    whole, stopped = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "stopped"))
+    assert all(torch.equal(whole[name], stopped[name]) for name in whole)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "trainable"),
+    [
+        ("resnet10t", ["layer4"]),
+        ("resnet10t", "head"),
+        ("tf_efficientnet_lite0", ["conv_head", "bn2"]),
+        ("tf_efficientnet_lite0", ["blocks.6", "conv_head", "bn2"]),
+        ("convnext_atto", ["stages.3", "head.norm"]),
+        ("vit_tiny_patch16_224", ["blocks.11", "norm"]),
+        ("swin_tiny_patch4_window7_224", ["layers.3", "norm"]),
+    ],
+)
+def test_trunk_and_tail_are_the_model(backbone, trainable):
+    model = build_model(build_backbone(backbone), 5)
+    freeze(model, trainable)
+    trunk, tail = split_frozen(model.train(), 224)
+    assert model.training and tail.training and not trunk.training
+    images = torch.randn(2, 3, 224, 224)
+    model.eval(), tail.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(tail(trunk.outputs(images)), model(images), atol=1e-4, rtol=1e-4)
+    wanted = {id(p) for p in model.parameters() if p.requires_grad}
+    assert wanted == {id(p) for p in tail.parameters()}  # shared, and not one frozen parameter is left
+
+
+@pytest.mark.parametrize(
+    ("backbone", "trainable", "message"),
+    [
+        ("resnet10t", ["conv1"], "needs frozen layers in front"),
+        ("resnet10t", ["layer3"], "layer4.0 of the backbone is frozen behind the trainable layer3.0"),
+        ("tf_efficientnet_lite0", ["blocks.6"], "conv_head, bn2 of the backbone"),
+        ("levit_128s", ["stages.2"], "do not run one after the other"),
+    ],
+)
+def test_modules_that_are_no_suffix_are_refused(backbone, trainable, message):
+    model = build_model(build_backbone(backbone), 5)
+    freeze(model, trainable)
+    with pytest.raises(UserError, match=message):
+        split_frozen(model, 224)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--train.cache_views", "3"], r"train.cache_views is 3; allowed: 0 \(off\) to train.epochs = 2"),
+        (["--train.cache_views", "1", "--model.trainable", "all"], "model.trainable is 'all'"),
+        (["--train.cache_views", "1", "--data.mixup", "0.2"], "data.mixup is 0.2; allowed: 0 with train.cache_views"),
+        (["--train.cache_views", "1", "--data.train_px", "[[0,32],[1,40]]"], "sizes that repeat with the views"),
+    ],
+)
+def test_settings_that_a_cache_cannot_keep_are_refused(argv, message):
+    with pytest.raises(UserError, match=message):
+        parse_command_line([*TAIL, *argv], "")
+
+
+def test_evaluation_reads_the_store_and_gives_the_embeddings_of_the_model(tmp_path):
+    assert run(tmp_path, "--train.cache_views", "1", "--data.flip", "true", name="a") == 0
+    process = Process(0, 1, torch.device("cpu"))
+    [opened] = embed_runs({"a": tmp_path / "a"}, TransferImages(), 100, False, process)
+    assert [name.rpartition("_")[0] for name in stored(tmp_path)] == ["train", "train_view0", "val", "val_flip"]
+    images = opened.images("val", np.arange(355))
+    with torch.no_grad():
+        for flip, found in ((False, opened.val), (True, opened.val_flip)):
+            expected = opened.model.embed(images.flip(3) if flip else images)
+            np.testing.assert_allclose(found.vectors, expected.numpy(), atol=1e-4, rtol=1e-4)
+
+
+def test_a_full_disk_is_one_sentence_and_the_pass_continues(tmp_path, monkeypatch, capsys):
+    from mrl.retrieval import embeddings
+
+    real = embeddings._Parts.append
+
+    def fail(parts, first, vectors, calls=[]):  # noqa: B006
+        calls.append(first)
+        if len(calls) > 5:
+            raise OSError(28, "No space left on device", str(parts.directory))
+        real(parts, first, vectors)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(embeddings._Parts, "append", fail)
+        assert run(tmp_path, "--train.cache_views", "1", name="a") == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert run(tmp_path, "--train.cache_views", "1", "--run.resume", "auto", name="a") == 0
