@@ -2,6 +2,7 @@
 
     python -m experiments.reproduce --grid b --list                 # the runs, their state, the time left
     python -m experiments.reproduce --grid b --jobs 2               # the small grid: 2 CPU cores, about two hours
+    python -m experiments.reproduce --grid c --jobs 2               # last blocks of a pretrained network: 2 CPU cores
     python -m experiments.reproduce --grid a --jobs 2               # the large grid: one GPU, two runs at a time
     python -m experiments.reproduce --grid b --epochs 1 --seeds 0   # a trial; its results stay beside the runs
 
@@ -37,6 +38,7 @@ import torch
 from jsonargparse import ArgumentError, ArgumentParser
 from tqdm import tqdm
 
+from experiments.learning_rates import write_sweep
 from experiments.report import DOCUMENTS, PROVENANCE, REPOSITORY, RESULTS, ROWS, duration, write_report
 from mrl.config import Config, parse_command_line, to_yaml
 from mrl.errors import UserError
@@ -61,6 +63,7 @@ class Entry:
     recipe: str
     seeds: list[int]
     dims: list[int] | None = None  # a fixed-feature run of each size
+    lrs: list[float] | None = None  # a run at each learning rate: the grid is a sweep
     set: dict[str, Any] = field(default_factory=dict)  # settings that differ from the recipe: {train.epochs: 5}
     init_from: str | None = None  # an earlier run of the grid to take the weights from
 
@@ -74,6 +77,7 @@ class Grid:
     set: dict[str, Any] = field(default_factory=dict)  # settings of all runs
     subset: str | None = None  # folder name of a subset of the prepared images to train on
     every_nth_class: int = 1  # which classes the subset has
+    hold_out_every_nth: int = 0  # training images of each class to validate on in place of the validation images
     references: dict[str, list[str]] = field(default_factory=dict)  # {group: other runs to evaluate with it}
     superclasses: str | None = None  # table for eval.py, beside the grid file
     eval_precision: str = "fp32"  # of eval.py
@@ -118,14 +122,17 @@ class Run:
 
 
 def read_grid(name: str) -> Grid:
-    """Read the grid ``a`` or ``b``, or a grid file.
+    """Read a grid of this package by its name, or a grid file.
 
     Raises:
         UserError: There is no such file, it is not YAML, or a key is missing, unknown or of the wrong type.
     """
-    path = GRIDS / f"{name}.yaml" if name in ("a", "b") else Path(name)
+    shipped = {path.stem: path for path in sorted(GRIDS.glob("*.yaml"))}
+    path = shipped.get(name, Path(name))
     if not path.is_file():
-        raise UserError(f"--grid is {name!r}, which is not a file; allowed: a, b, or the YAML file of a grid")
+        raise UserError(
+            f"--grid is {name!r}, which is not a file; allowed: {', '.join(shipped)}, or the YAML file of a grid"
+        )
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Grid)
     try:
@@ -148,9 +155,10 @@ def plan(
     """
     shared = grid.set | ({"data.root": str(data)} if data else {})
     placed = [
-        (place, _plan_run(entry, dim, seed, shared, runs_dir, epochs))
+        (place, _plan_run(entry, dim, lr, seed, shared, runs_dir, epochs))
         for entry in grid.runs
         for dim in (entry.dims or (None,))
+        for lr in (entry.lrs or (None,))
         for place, seed in enumerate(seeds if seeds and len(entry.seeds) > 1 else entry.seeds)
     ]
     runs = [run for _, run in sorted(placed, key=lambda pair: pair[0])]
@@ -169,11 +177,18 @@ def plan(
 
 
 def _plan_run(
-    entry: Entry, dim: int | None, seed: int, shared: dict[str, Any], runs_dir: Path, epochs: int | None
+    entry: Entry,
+    dim: int | None,
+    lr: float | None,
+    seed: int,
+    shared: dict[str, Any],
+    runs_dir: Path,
+    epochs: int | None,
 ) -> Run:
-    name = f"{entry.name}{dim or ''}_seed{seed}"
+    name = f"{entry.name}{dim or ''}{f'_lr{lr:g}' if lr else ''}_seed{seed}"
     settings = shared | entry.set
     settings |= {"head.nesting_list": [dim]} if dim else {}
+    settings |= {"optim.lr": lr} if lr else {}
     settings |= {"model.init": str(runs_dir / entry.init_from)} if entry.init_from else {}
     settings |= {"run.seed": seed, "run.name": name, "run.dir": str(runs_dir), "run.resume": "auto"}
     argv = ["--config", entry.recipe]
@@ -190,16 +205,27 @@ def _plan_run(
     return Run(name, entry, tuple(argv), config)
 
 
-def make_subset(data: Path, every: int, out: Path) -> None:
-    """Fill ``out`` with links to every n-th class of ``data``, in sorted order."""
+def make_subset(data: Path, grid: Grid, out: Path) -> None:
+    """Fill ``out`` with links to the images of ``data`` that a grid trains on.
+
+    With ``hold_out_every_nth``, val holds every n-th training image of each class in sorted order, and train the rest.
+    """
     for split in ("train", "val"):
         if not (data / split).is_dir():
             raise UserError(f"--data {data} has no folder {split}; python -m mrl.data.tiny_imagenet makes it")
         (out / split).mkdir(parents=True, exist_ok=True)
-        for folder in sorted(path for path in (data / split).iterdir() if path.is_dir())[::every]:
+        source, every = data / ("train" if grid.hold_out_every_nth else split), grid.hold_out_every_nth
+        for folder in sorted(path for path in source.iterdir() if path.is_dir())[:: grid.every_nth_class]:
             link = out / split / folder.name
-            if not link.is_symlink():
-                link.symlink_to(folder.resolve())
+            if every:
+                link.mkdir(exist_ok=True)
+                files = sorted(folder.iterdir())
+                links = {link / file.name: file for i, file in enumerate(files) if (i % every == 0) == (split == "val")}
+            else:
+                links = {link: folder}
+            for path, target in links.items():
+                if not path.is_symlink():
+                    path.symlink_to(target.resolve())
 
 
 def train_all(runs: Sequence[Run], jobs: int, command: Sequence[str] = TRAIN) -> tuple[dict[str, str], int]:
@@ -336,7 +362,7 @@ def reproduce(args: argparse.Namespace) -> int:
     """Train, evaluate and report; return the exit status."""
     if args.jobs < 1:
         raise UserError(f"--jobs is {args.jobs}; allowed: 1 or more")
-    grid, shipped = read_grid(args.grid), args.grid in ("a", "b")
+    grid, shipped = read_grid(args.grid), (GRIDS / f"{args.grid}.yaml").is_file()
     runs_dir = args.runs or Path(f"runs/grid_{Path(args.grid).stem}{f'_{args.epochs}_epochs' if args.epochs else ''}")
     data = args.data or (Path("data/tiny_imagenet") if shipped else None)
     root = runs_dir / "data" / grid.subset if grid.subset else data
@@ -350,12 +376,16 @@ def reproduce(args: argparse.Namespace) -> int:
     if grid.subset and root:
         if data is None:
             raise UserError(f"--grid {args.grid} trains on a subset of prepared images; give their folder: --data DIR")
-        make_subset(data, grid.every_nth_class, root)
+        make_subset(data, grid, root)
 
     failed, stopped_by = train_all(wanted, args.jobs)
     problems = [f"failed: {name}: {reason}" for name, reason in failed.items()]
     if stopped_by:
         problems.append("stopped; the same command resumes")
+    elif any(entry.lrs for entry in grid.runs):
+        out = args.out or RESULTS / grid.runs[0].group
+        for path in write_sweep([run for run in runs if run.is_finished()], out):
+            print(f"written: {path}")
     else:
         trial = args.epochs or args.seeds or not shipped
         out = args.out or (runs_dir / "results" if trial else RESULTS)
@@ -373,7 +403,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("--grid", required=True, metavar="a|b|FILE", help="a: ResNet-50, for a GPU; b: small, for a CPU; or a file")
+    add("--grid", required=True, metavar="a|b|c|FILE", help="one of experiments/grids, or a file")
     add("--list", action="store_true", help="show the runs, their state and the time left; start nothing")
     add("--only", nargs="+", default=["*"], metavar="PATTERN", help="only runs with these names, e.g. 'r50_ff*_seed0'")
     add("--jobs", type=int, default=1, help="runs at a time, spread over the visible GPUs; default: 1")

@@ -1,5 +1,6 @@
 """Grid files, the runs in them, and their training; most of it with a stand-in for train.py that keeps its contract."""
 
+import itertools
 import json
 import os
 import signal
@@ -9,9 +10,11 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from experiments import reproduce
+from experiments.learning_rates import best_rates
 from experiments.reproduce import list_runs, main, make_subset, plan, read_grid, slot_environments, train_all
 from mrl.config import to_yaml
 from mrl.errors import UserError
@@ -152,17 +155,24 @@ def test_an_invalid_grid_file_is_refused(tmp_path, old, new, parts):
     assert all(part in str(caught.value) for part in parts)
 
 
-def test_a_subset_links_every_second_class(tmp_path):
-    for split in ("train", "val"):
+def test_a_subset_links_some_classes_and_holds_out_training_images(tmp_path):
+    for split, number in itertools.product(("train", "val"), range(7)):
         for name in "abcde":
-            (tmp_path / "data" / split / name).mkdir(parents=True)
-            (tmp_path / "data" / split / name / "1.JPEG").touch()
+            folder = tmp_path / "data" / split / name
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{split}{number}.JPEG").touch()
+    grid = grid_of(tmp_path)
     for _ in range(2):  # the second time it exists
-        make_subset(tmp_path / "data", 2, tmp_path / "half")
+        make_subset(tmp_path / "data", replace(grid, every_nth_class=2), tmp_path / "half")
+        make_subset(tmp_path / "data", replace(grid, hold_out_every_nth=3), tmp_path / "slice")
     assert sorted(path.name for path in (tmp_path / "half" / "train").iterdir()) == ["a", "c", "e"]
-    assert (tmp_path / "half" / "val" / "c" / "1.JPEG").is_file()
+    assert (tmp_path / "half" / "val" / "c" / "val1.JPEG").is_file()
+    found = {
+        split: sorted(path.name for path in (tmp_path / "slice" / split / "b").iterdir()) for split in ("train", "val")
+    }
+    assert found == {"train": [f"train{i}.JPEG" for i in (1, 2, 4, 5)], "val": [f"train{i}.JPEG" for i in (0, 3, 6)]}
     with pytest.raises(UserError, match="has no folder train"):
-        make_subset(tmp_path / "elsewhere", 2, tmp_path / "other")
+        make_subset(tmp_path / "elsewhere", grid, tmp_path / "other")
 
 
 def test_finished_runs_are_skipped_and_others_resumed(runs):
@@ -240,6 +250,22 @@ runs:
 """
 
 
+def test_a_sweep_writes_accuracy_by_learning_rate_and_the_best_rates(tmp_path):
+    runs = DIGITS.replace("seeds: [0]}", "seeds: [0], lrs: [0.1, 0.001]}") + (
+        "  - {name: ff, group: digits, recipe: digits_ff, seeds: [0], dims: [8, 32], lrs: [0.1, 0.001]}\n"
+    )
+    (tmp_path / "grid.yaml").write_text(runs)
+    argv = ["--grid", str(tmp_path / "grid.yaml"), "--runs", str(tmp_path / "runs"), "--epochs", "1"]
+    assert main([*argv, "--out", str(tmp_path / "out")]) == 0
+    frame = pd.read_csv(tmp_path / "out" / "learning_rates.csv")
+    assert len(frame) == 2 * 3 + 2 * 2 and (tmp_path / "out" / "learning_rates.png").stat().st_size > 10_000
+    found = best_rates(tmp_path / "out" / "learning_rates.csv")
+    assert found.keys() == {("MRL", 0), ("FF", 8), ("FF", 32)}
+    for method, dim in found:
+        of = frame[(frame["method"] == method) & (frame["dim"].isin([dim or 8, 16, 32] if not dim else [dim]))]
+        assert found[method, dim] == of.groupby("lr")["top_1"].mean().idxmax()
+
+
 def test_one_command_trains_evaluates_and_reports(tmp_path, capfd):
     (tmp_path / "grid.yaml").write_text(DIGITS)
     argv = ["--grid", str(tmp_path / "grid.yaml"), "--runs", str(tmp_path / "runs"), "--epochs", "1"]
@@ -266,7 +292,7 @@ def test_one_command_trains_evaluates_and_reports(tmp_path, capfd):
         (["--jobs", "0"], None, 2, "--jobs is 0; allowed: 1 or more"),
         (["--epochs", "0"], None, 2, "train.epochs"),
         (["--only", "tune*", "x*"], None, 2, "--only tune* x* matches no run; runs: mrl_seed0"),
-        (["--grid", "c"], None, 2, "--grid is 'c', which is not a file; allowed: a, b"),
+        (["--grid", "d"], None, 2, "--grid is 'd', which is not a file; allowed: a, b"),
         ([], ({"mrl_seed0": "killed by SIGKILL"}, 0), 1, "failed: mrl_seed0: killed by SIGKILL"),
         ([], ({}, signal.SIGINT), 130, "stopped; the same command resumes"),
     ],

@@ -1,0 +1,66 @@
+"""A sweep of learning rates: accuracy by rate for each method, scored on held-out training images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pandas as pd
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from mrl.figures import style
+from mrl.results import method_name
+from mrl.rundir import atomic_write_text
+
+if TYPE_CHECKING:
+    from experiments.reproduce import Run
+
+RATES = "learning_rates.csv"
+
+
+def write_sweep(runs: Sequence[Run], out: Path) -> list[Path]:
+    """Write one line per run and dim, a figure, and return their paths."""
+    lines = []
+    for run in runs:
+        dims, tied = run.config.head.nesting_list, run.config.head.tied
+        [last] = [row for row in run.rows() if any(key.startswith("top_1/") for key in row)][-1:]
+        scores = {int(key.removeprefix("top_1/")): value for key, value in last.items() if key.startswith("top_1/")}
+        method = method_name(list(scores) if dims == "auto" else dims, tied)
+        lines += [(method, dim, run.config.optim.lr, run.config.run.seed, top_1) for dim, top_1 in scores.items()]
+    frame = pd.DataFrame(lines, columns=["method", "dim", "lr", "seed", "top_1"])
+    frame = frame.sort_values(["method", "dim", "lr", "seed"])
+    out.mkdir(parents=True, exist_ok=True)
+    atomic_write_text(out / RATES, frame.to_csv(index=False, float_format="%.5g"))
+    draw(frame).savefig(out / "learning_rates.png", dpi=110)
+    return [out / RATES, out / "learning_rates.png"]
+
+
+@rc_context(style.RC)
+def draw(frame: pd.DataFrame) -> Figure:
+    """Draw top-1 over learning rate at the smallest, a middle, and the largest dim that all methods share."""
+    shared = sorted(set.intersection(*(set(some["dim"]) for _, some in frame.groupby("method"))))
+    dims = sorted({shared[0], shared[len(shared) // 2], shared[-1]})
+    figure = Figure(figsize=(3.6 * len(dims), 3.4), layout="constrained")
+    for axes, dim in zip(figure.subplots(1, len(dims), squeeze=False)[0], dims, strict=True):
+        for method, some in frame[frame["dim"] == dim].groupby("method"):
+            by_rate = 100 * some.groupby("lr")["top_1"].mean()
+            look = {**style.METHOD_STYLES[str(method)], "label": style.METHOD_LABELS.get(str(method), method)}
+            axes.plot(by_rate.index, by_rate.to_numpy(), **look)
+            axes.plot([by_rate.idxmax()], [by_rate.max()], color=look["color"], marker="*", markersize=13)
+        axes.set_xscale("log")
+        axes.set_xticks(rates := sorted(frame["lr"].unique()), [f"{rate:g}" for rate in rates], rotation=45)
+        axes.set_xticks([], minor=True)
+        axes.set(title=f"{dim} dims", xlabel="peak learning rate", ylabel="top-1 (%), held-out training images")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    return figure
+
+
+def best_rates(path: Path) -> dict[tuple[str, int], float]:
+    """Return ``{(method, dim): learning rate}`` of the best mean over seeds; nested methods have one, of all dims."""
+    frame = pd.read_csv(path)
+    nested = frame["method"] != "FF"
+    frame.loc[nested, "dim"] = 0
+    mean = frame.groupby(["method", "dim", "lr"])["top_1"].mean()
+    return {(method, int(dim)): some.idxmax()[2] for (method, dim), some in mean.groupby(level=[0, 1])}
