@@ -15,7 +15,7 @@ from torch import Tensor, nn
 def fast_forward(module: nn.Module, images: Tensor) -> tuple[Callable[[Tensor], Tensor], str]:
     """Return ``module`` in eval mode as a function of batches like ``images``, and the name of the engine.
 
-    On a CPU it is ONNX Runtime (2 to 7 times as fast as PyTorch, see benchmarks/README.md) if that is installed, can
+    On a CPU it is ONNX Runtime (2 to 7 times as fast as PyTorch, see docs/SPEED.md) if that is installed, can
     run the module, and gives the same values on ``images``. Otherwise it is the module itself.
     """
     module = module.eval()
