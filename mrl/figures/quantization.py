@@ -20,10 +20,9 @@ PASSES = {False: "one pass", True: "with a second pass in float16 (on disk, not 
 SHARES = (0.9, 0.95, 0.98, 0.99, 1.0)
 
 
-def mean_points(rows: Sequence[Row]) -> pd.DataFrame:
-    """Return a line per label, metric, dim and code: bytes, percent (mean over seeds), std, runs, and ``second_pass``."""
-    table = style.table_of([row for row in rows if row.study == STUDY], STUDY)
-    table["second_pass"] = table.shortlist_size.notna()
+def _mean_points(table: pd.DataFrame) -> pd.DataFrame:
+    """Return a line per label, metric, dim and code: its bytes, and the mean and std over seeds in percent."""
+    table = table.assign(second_pass=table.shortlist_size.notna())
     point = ["label", "metric", "dim", "code", "second_pass", "shortlist_size", "bytes"]
     grouped = table.groupby(point, dropna=False, sort=False)
     return grouped.agg(percent=("percent", "mean"), std=("percent", "std"), runs=("run", "nunique")).reset_index()
@@ -31,12 +30,12 @@ def mean_points(rows: Sequence[Row]) -> pd.DataFrame:
 
 @rc_context(style.RC)
 def accuracy_by_bytes(rows: Sequence[Row]) -> Figure:
-    """Draw the Pareto front of each method over all codes and dims, with the float32 curve in pale.
+    """Draw the Pareto front of each method over all codes and dims, and in pale its curve in float32.
 
-    A panel above is of codes alone; in the panel below, codes with a second pass may be part of the front too.
+    The panels above show codes alone; below, codes with a second pass can be part of the front too.
     """
     table = style.table_of([row for row in rows if row.study == STUDY], STUDY)
-    points, styles = mean_points(rows), style.styles_of(table)
+    points, styles = _mean_points(table), style.styles_of(table)
     passes = [False, True] if points.second_pass.any() else [False]
     metrics = [metric for metric in METRICS if metric in set(points.metric)]
     figure, panels = style.subplots(len(passes), len(metrics), (4.6, 3.4), sharey="col")
@@ -46,16 +45,16 @@ def accuracy_by_bytes(rows: Sequence[Row]) -> Figure:
                 own = points[(points.metric == metric) & (points.label == label) & (points.second_pass <= second_pass)]
                 curve, front = own[own.code == "float32"].sort_values("bytes"), pareto_front(own)
                 line = {"color": look["color"], "linestyle": look["linestyle"]}
-                axes.plot(curve.bytes, curve.percent, **line | {"alpha": 0.35, "linewidth": 1})
+                axes.plot(curve.bytes, curve.percent, **line | {"alpha": 0.5, "linewidth": 1})
                 bars = front["std"].fillna(0) if (front.runs > 1).any() else None
                 axes.errorbar(front.bytes, front.percent, bars, label=label, elinewidth=1, **line)
                 for code, of_code in front.groupby("code"):
                     axes.plot(of_code.bytes, of_code.percent, MARKERS[code], color=look["color"])
-            style.dim_axis(axes, points.bytes)
+            style.dim_axis(axes, points.bytes[points.code.isin(["float32", "sign bits"])], max_ticks=12)
             axes.set(title=PASSES[second_pass], ylabel=style.metric_label(metric), xlabel=BYTES)
     for code, marker in MARKERS.items():
         panels[0][0].plot([], [], marker, color="0.3", label=code)
-    panels[0][0].plot([], [], color="0.3", alpha=0.35, linewidth=1, label=CURVE)
+    panels[0][0].plot([], [], color="0.3", alpha=0.5, linewidth=1, label=CURVE)
     heading = f"{table.dataset[0]}: {style.counts(table)} queries; best codes and dims{style.seeds_note(table)}"
     return style.finish(figure, heading, [*styles, CURVE, *MARKERS])
 
@@ -66,10 +65,10 @@ def bytes_table(rows: Sequence[Row], metric: str = "top_1") -> list[list[str]]:
     Full accuracy is the highest of all methods in float32 at their largest dim. A cell is "bytes (dim x code)", or "-"
     if nothing gives as much. [] if there are no rows.
     """
-    if not any(row.study == STUDY for row in rows):
+    coded = [row for row in rows if row.study == STUDY and row.metric == metric]
+    if not coded:
         return []
-    points = mean_points(rows)
-    points = points[points.metric == metric]
+    points = _mean_points(style.table_of(coded, STUDY))
     largest = points[points.code == "float32"].sort_values("dim").groupby("label").tail(1)
     full = largest.percent.max()
     lines = [["method", "code", *(f"{share:.0%} of {full:.2f}" for share in SHARES)]]

@@ -45,10 +45,7 @@ def prefix_index(
         base = faiss.IndexPreTransform(faiss.index_factory(shortlist_dim, factory, faiss.METRIC_INNER_PRODUCT))
         base.prepend_transform(faiss.NormalizationTransform(shortlist_dim))
         base.prepend_transform(faiss.RemapDimensionsTransform(width, shortlist_dim, uniform))
-        if refine == "Flat":
-            index = faiss.IndexRefineFlat(base)
-        else:
-            index = faiss.IndexRefine(base, faiss.index_factory(width, refine, faiss.METRIC_INNER_PRODUCT))
+        index = faiss.IndexRefine(base, faiss.index_factory(width, refine, faiss.METRIC_INNER_PRODUCT))
         index.k_factor = shortlist_factor
         index.train(unit)
         index.add(unit)

@@ -26,26 +26,25 @@ CODES = {
 
 @cache
 def faiss_installed() -> bool:
-    """Return whether FAISS is installed; if it is not, say once on stderr what is left out."""
+    """Return whether FAISS is installed and new enough; if it is not, say once on stderr what is left out."""
     try:
-        import faiss  # noqa: F401
+        import faiss
+
+        if [int(part) for part in faiss.__version__.split(".")[:2]] >= [1, 15]:
+            return True
     except ImportError:
-        print("the quantization study is left out because it needs FAISS: pip install faiss-cpu", file=sys.stderr)
-        return False
-    return True
+        pass
+    print("the quantization study is left out: it needs FAISS 1.15 or newer (pip install faiss-cpu)", file=sys.stderr)
+    return False
 
 
-def coded_index(code: str, vectors: np.ndarray) -> Any:
-    """Return a FAISS index that holds unit ``vectors`` ``(N, dim)`` in one of `CODES`, which is fit on them."""
+def empty_index(code: str, dim: int) -> Any:
+    """Return an untrained FAISS index that stores vectors of ``dim`` in one of `CODES`."""
     import faiss
 
-    dim = vectors.shape[1]
     # FAISS compares sign bits by Hamming distance, which its factory calls L2.
     metric = faiss.METRIC_L2 if code == "sign bits" else faiss.METRIC_INNER_PRODUCT
-    index = faiss.index_factory(dim, CODES[code].format(dim=dim), metric)
-    index.train(vectors)
-    index.add(vectors)
-    return index
+    return faiss.index_factory(dim, CODES[code].format(dim=dim), metric)
 
 
 def search_coded(index: Any, queries: np.ndarray, k: int, device: torch.device | str = "cpu") -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Exact nearest neighbors by cosine similarity or inner product, at any number of prefix sizes in one pass over the database.
+"""Exact nearest neighbors by cosine or inner product, at any number of prefix sizes in one pass over the database.
 
 `Best` keeps the k best of a stream of scores. It packs a score and its index into one integer key, which is larger for
 a better neighbor: by score, and for equal scores by lower index. No two keys are equal, so every way to select the

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,7 +14,7 @@ from mrl.matryoshka import unit_prefix
 from mrl.progress import progress
 from mrl.results import Row
 from mrl.retrieval.metrics import hits, num_relevant, retrieval_metrics
-from mrl.retrieval.quantization import CODES, coded_index, search_coded
+from mrl.retrieval.quantization import CODES, empty_index, search_coded
 from mrl.retrieval.rerank import rerank
 from mrl.studies.retrieval import thin_indices
 
@@ -38,7 +39,8 @@ def quantization(
     A prefix is normalized, then coded; see `mrl.retrieval.quantization`. In a second pass, the best 50 and the best 200
     by int8 or by sign bits are put in order by the same prefix in float16. ``bytes`` are those of the code that the
     search reads for every vector, as FAISS counts them. Not counted are the 2 x dim bytes of float16, which can stay on
-    disk, and what a code keeps once for the whole index.
+    disk, and what a code keeps once for the whole index. Codes of fewer bits that take as many bytes as int8, which is
+    RaBitQ at small dims, are left out.
 
     Args:
         queries, query_labels, database, database_labels: As for `retrieval`.
@@ -57,23 +59,28 @@ def quantization(
 
     def score(dim: int, indices: np.ndarray, code: str, num_bytes: int, length: int | None = None) -> None:
         values = retrieval_metrics(hits(indices[:, :k], query_labels, database_labels), relevant, ks)
-        about = {"code": code, "bytes": num_bytes, "shortlist_size": length, "rerank_dim": length and dim}
+        about: Any = {"code": code, "bytes": num_bytes, "shortlist_size": length, "rerank_dim": length and dim}
         rows.extend(replace(row, value=values[row.metric], **about) for row in exact if row.dim == dim)
 
-    about = f"{exact[0].run}: {STUDY} of {exact[-1].method}"
-    with progress(total=len(CODES) * sum(dims), desc=about, unit="dim") as bar:
+    what = f"{exact[0].run}: {STUDY} of {exact[-1].method}"
+    with progress(total=len(CODES) * sum(dims), desc=what, unit="dim") as bar:
         for dim in dims:
             prefixes = (torch.from_numpy(np.array(part[:, :dim], np.float32)) for part in (queries, database))
             some, units = (unit_prefix(of_part, dim).numpy() for of_part in prefixes)
             for code in CODES:
-                index = coded_index(code, units)
+                bar.update(dim)
+                index = empty_index(code, dim)
+                size = index.sa_code_size()
+                if size >= dim and code not in ("float16", "int8"):
+                    continue
+                index.train(units)
+                index.add(units)
                 lengths = [length for length in SECOND_PASS.get(code, ()) if length <= len(units)]
                 indices = search_coded(index, some, max([k, *lengths]), device)
-                score(dim, indices, code, index.sa_code_size())
+                score(dim, indices, code, size)
                 for length in lengths:
                     ordered = rerank(some, units.astype(np.float16), indices[:, :length], dim)
-                    score(dim, ordered, code, index.sa_code_size(), length)
-                bar.update(dim)
+                    score(dim, ordered, code, size, length)
     return rows
 
 
