@@ -20,10 +20,13 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+import pandas as pd
+
 from mrl import distributed
 from mrl.distributed import Process
 from mrl.errors import UserError
 from mrl.figures import figures_of, save
+from mrl.figures.quantization import bytes_table
 from mrl.interop.authors import import_checkpoint
 from mrl.interop.wandb import report_evaluation
 from mrl.results import Row, read_rows, text_table, write_rows
@@ -170,6 +173,9 @@ def show(rows: Sequence[Row], out: Path) -> None:
         of_dataset = [row for row in rows if row.dataset == dataset]
         for line in headlines(of_dataset):
             print(line)
+        if needed := bytes_table(of_dataset):
+            print(f"\n{dataset}: bytes per vector for a share of the full 1-NN accuracy")
+            print(pd.DataFrame(needed[1:], columns=needed[0]).to_string(index=False), end="\n\n")
         for name, figure in figures_of(of_dataset).items():
             for path in save(figure, out / f"{name}_{dataset}"):
                 print(f"figure: {path}")

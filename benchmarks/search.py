@@ -2,9 +2,12 @@
 
     python -m benchmarks.search                                          # everything, at the sizes of docs/SPEED.md
     python -m benchmarks.search --parts sizes --rows 5000 --queries 100  # one part, small
+    python -m benchmarks.search --parts sizes --run runs/mine            # the embeddings of a trained model
 
 Prints one JSON line per measurement. The contenders take turns within each repeat, so that a slow moment of the machine
-affects all of them; ratios are medians of the ratios of each repeat. Embeddings are normal noise. Needs faiss-cpu.
+affects all of them; ratios are medians of the ratios of each repeat. Without --run, embeddings are normal noise.
+FAISS's IndexFlatIPPanorama skips the rest of a vector whose first coordinates rule it out; its answer is exact. Needs
+faiss-cpu 1.15 or newer.
 """
 
 from __future__ import annotations
@@ -25,6 +28,8 @@ import torch
 
 from mrl import exact_search, rerank
 from mrl.matryoshka import default_nesting_list
+from mrl.studies.retrieval import thin_indices
+from mrl.studies.run import open_run
 
 try:
     import faiss
@@ -80,34 +85,47 @@ def unit(vectors: np.ndarray, dim: int) -> np.ndarray:
     return prefix
 
 
-def flat_index(database: np.ndarray, dim: int) -> Any:
-    """Return a FAISS index of the normalized prefixes."""
-    index = faiss.IndexFlatIP(dim)
+def flat_index(database: np.ndarray, dim: int, levels: int | None = None) -> Any:
+    """Return a FAISS index of the normalized prefixes; with ``levels``, a Panorama one that reads in so many steps."""
+    index = faiss.IndexFlatIPPanorama(dim, levels) if levels else faiss.IndexFlatIP(dim)
     index.add(unit(database, dim))
     return index
 
 
 def sizes(args: argparse.Namespace, rng: np.random.Generator) -> None:
     """Compare all sizes in one pass with FAISS at full width alone and with FAISS once per size."""
-    database = rng.standard_normal((args.rows, args.width), dtype=np.float32)
-    queries = rng.standard_normal((args.queries, args.width), dtype=np.float32)
-    dims = default_nesting_list(args.width)
-    indexes = {dim: flat_index(database, dim) for dim in dims}
+    if args.run:
+        run = open_run(args.run)
+        database = np.array(run.train.vectors[thin_indices(len(run.train.vectors), args.rows)])
+        queries, dims = np.array(run.val.vectors[thin_indices(len(run.val.vectors), args.queries)]), run.dims
+    else:
+        database = rng.standard_normal((args.rows, args.width), dtype=np.float32)
+        queries = rng.standard_normal((args.queries, args.width), dtype=np.float32)
+        dims = default_nesting_list(args.width)
+    width = dims[-1]
+    flat = {dim: flat_index(database, dim) for dim in dims}
+    panorama = {dim: flat_index(database, dim, max(2, dim // 32)) for dim in dims}
     units = {dim: unit(queries, dim) for dim in dims}
-    about = {"rows": args.rows, "queries": args.queries, "width": args.width}
+    about: dict[str, Any] = {"rows": len(database), "queries": len(queries), "width": width}
 
-    def by_faiss(sizes: Sequence[int], k: int) -> dict[int, np.ndarray]:
+    def by_faiss(indexes: dict[int, Any], sizes: Sequence[int], k: int) -> dict[int, np.ndarray]:
         return {dim: indexes[dim].search(units[dim], k)[1] for dim in sizes}
 
     for k in args.ks:
         contenders: dict[str, Callable[[], Any]] = {
-            "faiss full width": functools.partial(by_faiss, [args.width], k),
-            "faiss every size": functools.partial(by_faiss, dims, k),
+            "faiss full width": functools.partial(by_faiss, flat, [width], k),
+            "faiss every size": functools.partial(by_faiss, flat, dims, k),
+            "faiss Panorama full width": functools.partial(by_faiss, panorama, [width], k),
+            "faiss Panorama every size": functools.partial(by_faiss, panorama, dims, k),
+            "exact_search full width": functools.partial(exact_search, queries, database, k, [width]),
             "one pass, every size": functools.partial(exact_search, queries, database, k, dims),
         }
         seconds, answers = take_turns(contenders, args.repeats)
-        same = min((answers["one pass, every size"][d][0] == answers["faiss every size"][d]).mean() for d in dims)
+        exact = answers["faiss every size"]
+        same = min((answers["one pass, every size"][d][0] == exact[d]).mean() for d in dims)
         about |= {"k": k, "same_neighbors_as_faiss": round(float(same), 6)}
+        same = min((answers["faiss Panorama every size"][d] == exact[d]).mean() for d in dims)
+        about |= {"same_neighbors_by_panorama": round(float(same), 6)}
         compare(f"{len(dims)} sizes", seconds, "faiss full width", **about)
 
 
@@ -145,6 +163,7 @@ PARTS = {"sizes": sizes, "rerank": reranking}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure")
+    parser.add_argument("--run", help="sizes: a run that eval.py has embedded; training images are the database")
     parser.add_argument("--rows", type=int, default=50_000, help="database vectors")
     parser.add_argument("--queries", type=int, default=500, help="queries of sizes")
     parser.add_argument("--rerank_queries", type=int, default=10_000, help="queries of rerank")

@@ -25,6 +25,7 @@ import pandas as pd
 from mrl.errors import UserError
 from mrl.figures import figures_of
 from mrl.figures.accuracy import is_trained, trained_dims
+from mrl.figures.quantization import bytes_table
 from mrl.figures.style import line_labels
 from mrl.results import METHODS, Row, read_rows
 from mrl.rundir import atomic_write_text
@@ -121,6 +122,8 @@ def all_tables(rows: Sequence[Row], provenance: dict[str, Any]) -> str:
     for (study, metric), title in TITLES.items():
         if table := table_by_size(rows, dataset, study, metric):
             parts += [f"### {title}", table]
+    if needed := bytes_table([row for row in rows if row.dataset == dataset]):
+        parts += ["### Bytes per vector for a share of the full 1-NN accuracy", markdown(needed)]
     if found := measured_effects(rows, dataset):
         claims = markdown([["", "claim", "here"], *([one.name, one.claim, one.verdict] for one in found)])
         parts += ["### Effects", RULE, claims, table_of_comparisons(found), UNITS]

@@ -45,15 +45,17 @@ class Row:
         method: One of `METHODS`, or a baseline's name.
         dim: Prefix size; None if several are in use (adaptive retrieval).
         shortlist_dim: Adaptive retrieval: prefix size of the first search.
-        shortlist_size: Adaptive retrieval: number of neighbors that it passes on.
-        rerank_dim: Adaptive retrieval: prefix size of the last reranking.
+        shortlist_size: Adaptive retrieval, quantization: number of neighbors that it passes on.
+        rerank_dim: Adaptive retrieval, quantization: prefix size of the last reranking.
+        code: Quantization: how a prefix is stored, e.g. "int8"; see `mrl.retrieval.quantization`.
         group: The class, superclass or trend that the row is about; None if it is about all images.
         metric: Name of the metric, e.g. "top_1".
         value: In [0, 1]; for a metric whose name begins with "cosine", in [-1, 1].
-        cost: Million multiply-adds per query of a search; None outside retrieval.
+        cost: Million multiply-adds per query of a search; None outside retrieval, and for codes.
         expected_dim: Mean prefix size per image if it differs between images, else None.
         ms_per_query: Measured CPU milliseconds per query for the operations that `cost` counts, all queries in one
             batch; None if not measured. provenance.json names the CPU.
+        bytes: Quantization: bytes per vector that a search reads; None elsewhere.
         n: Number of images that `value` is a mean over.
         seed: Seed of the training run.
         resize_px: Shorter side of an image after resizing.
@@ -69,12 +71,14 @@ class Row:
     shortlist_dim: int | None = None
     shortlist_size: int | None = None
     rerank_dim: int | None = None
+    code: str | None = None
     group: str | None = None
     metric: str
     value: float
     cost: float | None = None
     expected_dim: float | None = None
     ms_per_query: float | None = None
+    bytes: int | None = None
     n: int
     seed: int
     resize_px: int
@@ -145,7 +149,9 @@ def _parse_row(line: str, place: str) -> Row:
     if not isinstance(values, dict):
         raise UserError(f"{place}: a row is a JSON object, but this is of type {type(values).__name__}")
     known = {field.name for field in dataclasses.fields(Row)}
-    for problem, keys in (("unknown", values.keys() - known), ("missing", known - values.keys())):
+    # Files that were written before a column existed have no such key.
+    needed = {field.name for field in dataclasses.fields(Row) if field.default is dataclasses.MISSING}
+    for problem, keys in (("unknown", values.keys() - known), ("missing", needed - values.keys())):
         if keys:
             raise UserError(f"{place}: {problem} keys {sorted(keys)}; a row has {sorted(known)}")
     if isinstance(values["value"], bool) or not isinstance(values["value"], int | float):

@@ -20,16 +20,16 @@ FLOORS = [
 ]
 # Lines of Python in each folder (not its subfolders). Raise a number only for a new idea.
 BUDGETS = {
-    ".": 480,
-    "mrl": 1960,
+    ".": 490,
+    "mrl": 1970,
     "mrl/data": 1410,
     "mrl/training": 640,
-    "mrl/retrieval": 790,
-    "mrl/studies": 2270,
-    "mrl/figures": 970,
-    "mrl/interop": 980,
+    "mrl/retrieval": 860,
+    "mrl/studies": 2380,
+    "mrl/figures": 1060,
+    "mrl/interop": 1020,
     "experiments": 820,
-    "benchmarks": 1150,
+    "benchmarks": 1170,
 }
 FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names}
 AT_USE_ONLY = {

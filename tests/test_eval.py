@@ -104,7 +104,7 @@ def test_rows_hold_every_study_and_the_fixed_feature_model_also_truncated(finish
         for metric in ["top_1", *(f"{name}@{k}" for k in (10, 25, 50, 100) for name in ("map", "precision", "recall"))]:
             assert found["retrieval", metric, method] == between
     studies = {run: {row.study for row in rows if row.run == run} for run in ("mrl", "ff")}
-    both = {"classification", "retrieval", "similarity", "per_class", "cascade"}
+    both = {"classification", "retrieval", "quantization", "similarity", "per_class", "cascade"}
     assert studies["mrl"] - both == {"adaptive_retrieval", "funnel_retrieval", "oracle"}
     assert studies["ff"] == both
     baselines = {"FF PCA", "FF SVD", "FF random coordinates", "FF random projection", "FF low-rank classifier"}
@@ -274,11 +274,12 @@ def test_mistakes_about_other_images_are_one_sentence(runs, scans, tmp_path, cap
 
 def test_max_queries_is_the_n_of_all_retrieval_rows_and_of_no_others(runs):
     all_rows = untimed(runs / "eval" / "results.jsonl")
-    before = {row for row in all_rows if "retrieval" not in row.study and row.run == "mrl"}
+    searches = {"retrieval", "quantization", "adaptive_retrieval", "funnel_retrieval"}
+    before = {row for row in all_rows if row.study not in searches and row.run == "mrl"}
     assert script.main(["--runs", str(runs / "mrl"), "--max_queries", "20"]) == 0
     rows = untimed(runs / "eval" / "results.jsonl")
-    assert {row.n for row in rows if "retrieval" in row.study} == {20}
-    assert {row for row in rows if "retrieval" not in row.study} == before
+    assert {row.n for row in rows if row.study in searches} == {20}
+    assert {row for row in rows if row.study not in searches} == before
 
 
 def test_redraw_needs_the_rows_alone_and_gives_each_data_set_its_figures(finished, tmp_path, no_images, capsys):

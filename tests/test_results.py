@@ -77,7 +77,7 @@ def changed(**changes):
     ("line", "said"),
     [
         (changed(accuracy=0.5, zest=1), r"unknown keys \['accuracy', 'zest'\]"),
-        (changed(dim="gone", seed="gone"), r"missing keys \['dim', 'seed'\]"),
+        (changed(n="gone", seed="gone"), r"missing keys \['n', 'seed'\]"),
         (changed(value="0.5"), "value is '0.5'"),
         (changed(value=50.0), "from 0 to 1"),
         (changed()[:40], "not JSON"),
@@ -91,6 +91,11 @@ def test_a_line_that_is_not_a_row_is_refused_with_its_number(tmp_path, line, sai
     with pytest.raises(UserError, match=said) as error:
         read_rows(path)
     assert "line 2" in str(error.value) or said == "from 0 to 1"
+
+
+def test_rows_written_before_a_column_existed_have_none_in_it(tmp_path):
+    (tmp_path / "results.jsonl").write_text(changed(code="gone", bytes="gone") + "\n")
+    assert read_rows(tmp_path / "results.jsonl") == ROWS[:1]
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from mrl.figures.accuracy import PANELS, by_dim, interpolation
 from mrl.figures.adaptive import STUDIES, adaptive_retrieval, cascade_by_expected_dim, first_correct_histogram
 from mrl.figures.hierarchy import accuracy_within_superclasses, class_accuracy_against_full_width
+from mrl.figures.quantization import accuracy_by_bytes
 from mrl.figures.style import NothingToDraw, line_labels, save
 from mrl.results import Row
 
@@ -21,6 +22,7 @@ FIGURES: dict[str, Callable[[Sequence[Row]], Figure]] = {
     "first_correct": first_correct_histogram,
     "within_superclasses": accuracy_within_superclasses,
     "classes": class_accuracy_against_full_width,
+    "accuracy_by_bytes": accuracy_by_bytes,
 }
 __all__ = ["FIGURES", "figures_of", "save"]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pandas as pd
 from huggingface_hub import EvalResult, HfApi, ModelCardData
 
 from mrl.config import read_config
@@ -12,6 +13,7 @@ from mrl.errors import UserError
 from mrl.model import load, save_model
 from mrl.results import method_name, read_rows
 from mrl.rundir import atomic_write_text
+from mrl.studies import quantization
 from mrl.studies.run import dataset_name
 
 CARD_METRICS = {("classification", "top_1"): "top-1", ("retrieval", "top_1"): "1-NN", ("retrieval", "map@10"): "mAP@10"}
@@ -74,7 +76,7 @@ an embedding too, for d = {dims}: cut it to the size that you can afford, then n
 
 Percent of the validation images of {dataset}; "of full" is the share of the accuracy at {max(top_1)} dims.
 Bytes are those of a float32 vector. Source of the numbers: {source}.
-
+{_fewer_bytes(Path(results), name, method, dataset) if results else ""}
 ## Use
 
 ```python
@@ -154,6 +156,27 @@ def _evaluated(path: Path, run: str, method: str, dataset: str) -> dict[str, dic
         runs = sorted({row.run for row in rows})
         raise UserError(f"{path} holds no top-1 of the run {run!r} ({method}) on {dataset}; its runs are {runs}")
     return found
+
+
+def _fewer_bytes(path: Path, run: str, method: str, dataset: str) -> str:
+    """Return the part of the card about quantization: codes that no other code of as few bytes beats; or ""."""
+    wanted = (quantization.STUDY, run, method, dataset)
+    rows = [row for row in read_rows(path) if (row.study, row.run, row.method, row.dataset) == wanted]
+    points = pd.DataFrame([vars(row) for row in rows if row.metric == "top_1" and row.shortlist_size is None])
+    if points.empty:
+        return ""
+    front = quantization.pareto_front(points.assign(percent=100 * points.value))
+    cells = zip(front.bytes, front.dim, front.code, front.percent, strict=True)
+    lines = [f"| {size} | {dim} | {code} | {percent:.2f} |" for size, dim, code, percent in cells]
+    table = "\n".join(["| bytes | dims | code | 1-NN |", "| ---: | ---: | --- | ---: |", *lines])
+    return f"""
+### In fewer bytes
+
+Each line is more accurate in 1-NN than any dims and code of as few bytes. FAISS codes the normalized prefix; the
+queries are not rounded, except for sign bits.
+
+{table}
+"""
 
 
 def _table(accuracies: dict[str, dict[int, float]]) -> str:

@@ -1,4 +1,4 @@
-"""Exact nearest neighbors by cosine similarity, at any number of prefix sizes in one pass over the database.
+"""Exact nearest neighbors by cosine or inner product, at any number of prefix sizes in one pass over the database.
 
 `Best` keeps the k best of a stream of scores. It packs a score and its index into one integer key, which is larger for
 a better neighbor: by score, and for equal scores by lower index. No two keys are equal, so every way to select the
@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import torch
@@ -34,12 +35,13 @@ def exact_search(
     k: int,
     dims: Sequence[int],
     *,
+    metric: Literal["cosine", "inner product"] = "cosine",
     device: torch.device | str = "cpu",
     database_rows: int = 8192,
     query_rows: int = 1024,
     progress: bool = False,
 ) -> dict[int, Neighbors]:
-    """Return the ``k`` nearest neighbors of every query by cosine, as ``{dim: (indices, scores)}``.
+    """Return the ``k`` nearest neighbors of every query, as ``{dim: (indices, scores)}``.
 
     Indices are ``(Q, k)`` int64 and scores ``(Q, k)`` float32, best first, equal scores by lower index. A score is the
     inner product of the two prefixes divided by their norms, in float32. The inner products at one size are those at
@@ -50,6 +52,7 @@ def exact_search(
             blocks, so memory-mapped files may be larger than the memory.
         k: 1 to N.
         dims: Prefix sizes, 1 to D.
+        metric: With "inner product", scores are not divided by the norms.
         device: Where to compute.
         database_rows, query_rows: Vectors in memory at a time.
         progress: Show a progress bar on stderr.
@@ -65,6 +68,8 @@ def exact_search(
     queries, database = queries[:, : sizes[-1]], database[:, : sizes[-1]]
     query_parts = [slice(first, min(first + query_rows, num_queries)) for first in range(0, num_queries, query_rows)]
     query_scales = [inverse_norms(_read(queries, part, device), sizes, "query", part.start) for part in query_parts]
+    if metric == "inner product":
+        query_scales = [torch.ones_like(scales) for scales in query_scales]
     best = {dim: Best(num_queries, k, device) for dim in sizes}
     blocks = _blocks(len(database), database_rows)
     # All blocks have one size, a multiple of 64, and the last are padded. At odd sizes a matrix product rounds the last
@@ -78,6 +83,8 @@ def exact_search(
             indices = _read_chunks(database, starts, gathered).to(device)
             block = gathered.to(device)
             row_scales = inverse_norms(block, sizes, "database", indices)
+            if metric == "inner product":
+                row_scales.fill_(1)
             for part, scales in zip(query_parts, query_scales, strict=True):
                 some, product, done = _read(queries, part, device), products[: part.stop - part.start], 0
                 for size, dim in enumerate(sizes):

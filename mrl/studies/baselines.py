@@ -17,7 +17,9 @@ from torch import Tensor
 
 from mrl.progress import progress
 from mrl.results import Row, Source
+from mrl.retrieval.quantization import faiss_installed
 from mrl.studies.classification import Classifier, classification, truncations
+from mrl.studies.quantization import quantization
 from mrl.studies.retrieval import retrieval
 
 BATCH_SIZE = 8192
@@ -39,7 +41,7 @@ def retrieval_baselines(
 
     "FF PCA" (centered) and "FF SVD" (not centered) are fit on the database. "FF random coordinates" and "FF random
     projection" (Gaussian) are means over ``num_random`` random choices, which the run's seed determines. Embeddings
-    ``(Q, D)`` and ``(N, D)`` are raw; other arguments as in `retrieval`.
+    ``(Q, D)`` and ``(N, D)`` are raw; other arguments as in `retrieval`. "FF PCA" has rows of `quantization` too.
     """
     from sklearn.random_projection import GaussianRandomProjection
 
@@ -61,6 +63,8 @@ def retrieval_baselines(
         for transform in transforms:
             arrays = (transform(queries), query_labels, transform(database), database_labels)
             found.append(retrieval(*arrays, {method: dims}, source, ks=(10,), max_queries=max_queries, device=device))
+            if method == "FF PCA" and faiss_installed():  # here, while the projected embeddings are in memory
+                rows += quantization(*arrays, found[0], max_queries=max_queries, device=device)
         for same in zip(*found, strict=True):
             rows.append(replace(same[0], value=float(np.mean([row.value for row in same]))))
     return rows

@@ -10,12 +10,14 @@ import torch
 
 from mrl.matryoshka import default_nesting_list
 from mrl.results import Row, method_name
+from mrl.retrieval.quantization import faiss_installed
 from mrl.studies.adaptive_classification import cascade, fixed_feature, oracle
 from mrl.studies.adaptive_retrieval import adaptive_retrieval
 from mrl.studies.baselines import classification_baselines, retrieval_baselines
 from mrl.studies.classification import classification, predict, truncations
 from mrl.studies.geometry import similarity
 from mrl.studies.hierarchy import build_hierarchy, default_superclasses, hierarchy, per_class, within_superclasses
+from mrl.studies.quantization import quantization
 from mrl.studies.retrieval import interpolated_dims, retrieval
 from mrl.studies.run import OpenedRun
 
@@ -45,7 +47,11 @@ def run_studies(
         by_method["FF truncated"] = default_nesting_list(width)
         cut = truncations(*classifiers[0], by_method["FF truncated"])
         rows += classification(vectors, labels, cut, source, "FF truncated", device=device)
-    rows += retrieval(*sets, by_method, source, max_queries=max_queries, device=device)
+    found = retrieval(*sets, by_method, source, max_queries=max_queries, device=device)
+    rows += found
+    if faiss_installed():
+        trained = [row for row in found if row.dim in dims or row.method == "FF truncated"]
+        rows += quantization(*sets, trained, max_queries=max_queries, device=device)
     rows += similarity(vectors, labels, dims, source, method)
 
     single = predict(vectors, classifiers, device=device)

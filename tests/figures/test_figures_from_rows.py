@@ -10,6 +10,7 @@ import pytest
 
 from mrl.errors import UserError
 from mrl.figures import FIGURES, adaptive_retrieval, figures_of, save
+from mrl.figures.quantization import bytes_table
 from mrl.figures.style import NothingToDraw
 from mrl.paper import paper_rows
 from mrl.results import Source
@@ -133,7 +134,7 @@ def test_models_of_one_method_differ_in_color_and_their_legend_fits(num_runs, tm
 def test_rows_of_several_datasets_are_refused_and_no_rows_are_nothing_to_draw(name):
     with pytest.raises(NothingToDraw):
         FIGURES[name]([])
-    if name != "baselines":
+    if name in SOURCES:
         with pytest.raises(UserError, match=r"one dataset, but the rows are of \['digits', 'tiny'\]"):
             FIGURES[name]([*rows_for(name), *rows_for(name, 1, dataset="tiny")])
 
@@ -387,6 +388,62 @@ def test_classes_are_shown_relative_to_the_largest_size_with_the_one_that_loses(
     averaged = FIGURES["classes"](rows + rows_of([cat], {8: 0.5, 16: 0.8, 32: 0.7}, run="other", seed=1))
     assert "means of up to 2 seeds" in heading(averaged)
     np.testing.assert_allclose(sorted(averaged.axes[0].collections[0].get_offsets()[:, 1]), [-40, -30, 0, 10])
+
+
+def coded_rows(method, seed, values):
+    """``values`` is {(dim, code, bytes): value}; a code "... 50" has a second pass."""
+    source = Source("digits", f"{method}_{seed}", seed, 32, 28, False)
+    return [
+        source.row(
+            *("quantization", method, metric, value, 50),
+            **{
+                "dim": dim,
+                "code": code.removesuffix(" 50"),
+                "bytes": size,
+                "shortlist_size": second,
+                "rerank_dim": dim,
+            },
+        )
+        for (dim, code, size), value in values.items()
+        for metric in ("top_1", "map@10")
+        for second in [50 if code.endswith(" 50") else None]
+    ]
+
+
+MRL_CODES = {(8, "float32", 32): 0.8, (16, "float32", 64): 0.9, (8, "int8", 8): 0.8, (16, "int8", 16): 0.7}
+MRL_CODES |= {(16, "sign bits", 2): 0.3, (16, "sign bits 50", 2): 0.6}
+
+
+def test_the_best_codes_by_bytes_are_joined_and_those_of_a_second_pass_are_below():
+    rows = coded_rows("MRL", 0, MRL_CODES) + coded_rows("MRL", 1, {key: v + 0.1 for key, v in MRL_CODES.items()})
+    figure = FIGURES["accuracy_by_bytes"](rows + coded_rows("FF", 0, {(8, "float32", 32): 0.5, (8, "int8", 8): 0.4}))
+    assert [axes.get_xlabel() for axes in figure.axes] == ["bytes per vector that the search reads"] * 4
+    above, _, below, _ = figure.axes
+    assert drawn(above)["MRL"] == ([2, 8, 64], [35, 85, 95])  # int8 of 16 dims is no better than of 8
+    assert drawn(below)["MRL"] == ([2, 8, 64], [65, 85, 95])
+    assert drawn(above)["FF (one model per size)"] == ([8, 32], [40, 50])
+    pale = [line for line in above.lines if line.get_alpha() and len(line.get_xdata())]
+    assert [line.get_xdata().tolist() for line in pale] == [[32, 64], [32]]
+    assert "1 to 2 seeds" in heading(figure)
+    np.testing.assert_allclose(bars(above)["MRL"][1], 2 * np.std([0, 10], ddof=1))
+    with pytest.raises(UserError, match="one dataset"):
+        FIGURES["accuracy_by_bytes"]([*rows, dataclasses.replace(rows[0], dataset="tiny")])
+
+
+def test_the_table_of_bytes_has_the_fewest_that_reach_a_share_of_the_full_accuracy():
+    head, *lines = bytes_table(
+        coded_rows("MRL", 0, MRL_CODES) + coded_rows("FF", 0, {(8, "float32", 32): 0.5, (8, "int8", 8): 0.4})
+    )
+    assert head == ["method", "code", *(f"{share}% of 90.00" for share in (90, 95, 98, 99, 100))]
+    assert lines[0] == ["MRL", "float32", *["64 (16 x float32)"] * 5], "81 percent needs 16 dims"
+    assert [line[:3] for line in lines[1:3]] == [
+        ["MRL", "any code", "64 (16 x float32)"],
+        ["MRL", "with second pass", "64 (16 x float32)"],
+    ]
+    assert {cell for line in lines[3:] for cell in line[2:]} == {"-"}
+    enough = {key: 0.9 if key[1] == "sign bits 50" else value for key, value in MRL_CODES.items()}
+    assert bytes_table(coded_rows("MRL", 0, enough))[3][2] == "2 (16 x sign bits, best 50)"
+    assert bytes_table(ROWS) == []
 
 
 def test_figures_are_drawn_of_what_there_are_rows_of():

@@ -79,6 +79,32 @@ def test_a_faiss_index_refines_as_our_funnel_does_also_from_a_file(arrays, tmp_p
     assert np.mean(graph.search(queries, 10)[1] == expected) > 0.8
 
 
+def test_a_faiss_index_can_refine_in_half_the_bytes_and_finds_the_same(arrays, tmp_path):
+    faiss = pytest.importorskip("faiss")
+    queries, database = arrays
+    index = prefix_index(database, 8, shortlist_factor=4, factory="SQ8", refine="SQfp16")
+    assert index.sa_code_size() == 8 + 2 * 32
+    faiss.write_index(index, str(tmp_path / "prefix.faiss"))
+    found = faiss.read_index(str(tmp_path / "prefix.faiss")).search(queries, 10)[1]
+    assert np.mean(found == mrl.funnel_search(queries, database, 8, [(32, 40)])[0][:, :10]) > 0.9
+
+
+def test_what_faiss_refuses_is_one_sentence(arrays):
+    pytest.importorskip("faiss")
+    database = arrays[1]
+    broken = database.copy()
+    broken[7, 3] = np.nan
+    for vectors, factory, refine, message in (
+        (database, "PQ3", "Flat", r"'PQ3' at 8 dims .* 300 vectors \(.* multiple of the number of subquantizers"),
+        (database[:5], "PQ4", "Flat", r"for 5 vectors \(Number of training points \(5\) should be at least"),
+        (database, "Flat", "Half", r"refine 'Half' at 32 .*\(could not parse index string Half\)"),
+        (broken, "Flat", "Flat", r"vector 7 holds NaN or infinity"),
+    ):
+        with pytest.raises(UserError, match=message) as error:
+            prefix_index(vectors, 8, factory=factory, refine=refine)
+        assert "\n" not in str(error.value)
+
+
 def test_a_wrong_size_or_a_missing_faiss_is_named(arrays, monkeypatch):
     pytest.importorskip("faiss")
     with pytest.raises(UserError, match="shortlist_dim is 33; allowed: 1 to the vectors' width 32"):

@@ -87,7 +87,19 @@ def test_the_card_can_take_its_numbers_from_the_rows_of_an_evaluation(saved_run,
     text = (hub.export_folder(saved_run, tmp_path / "out", "mit", tmp_path / "results.jsonl") / "README.md").read_text()
     assert "| dims | bytes | top-1 | of full | mAP@10 |" in text
     assert "| 8 | 32 | 25.00 | 25.0% | 12.50 |" in text and "| 96 | 384 | 100.00 | 100.0% | - |" in text
-    assert "| 12 " not in text
+    assert "| 12 " not in text and "In fewer bytes" not in text
+    coded = [(32, "float32", 0.5), (8, "int8", 0.5), (4, "4 bits", 0.25), (16, "float16", 0.25)]
+    rows += [
+        source.row("quantization", method, "top_1", value, 5, dim=8, code=code, bytes=size, shortlist_size=length)
+        for method, length in (("MRL", None), ("FF PCA", None), ("MRL", 50))
+        for size, code, value in (coded if (method, length) == ("MRL", None) else [(1, "sign bits", 1.0)])
+    ]
+    write_rows(rows, tmp_path / "results.jsonl")
+    text = (hub.export_folder(saved_run, tmp_path / "out", "mit", tmp_path / "results.jsonl") / "README.md").read_text()
+    assert [line for line in text.splitlines() if "bits |" in line or "int8 |" in line or "float16 |" in line] == [
+        "| 4 | 8 | 4 bits | 25.00 |",
+        "| 8 | 8 | int8 | 50.00 |",
+    ]
     write_rows([Source("pets", "other", 0, 36, 32, False).row("oracle", "MRL", "top_1", 1, 5)], tmp_path / "o.jsonl")
     with pytest.raises(UserError, match=r"no top-1 of the run 'small' \(MRL\) on pets; its runs are \['other'\]"):
         hub.export_folder(saved_run, tmp_path / "out", "mit", tmp_path / "o.jsonl")

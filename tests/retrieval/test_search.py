@@ -224,3 +224,12 @@ def test_a_gpu_finds_what_the_cpu_finds(vectors):
     for dim in (8, 48):
         np.testing.assert_array_equal(on_gpu[dim][0], on_cpu[dim][0])
         np.testing.assert_allclose(on_gpu[dim][1], on_cpu[dim][1], atol=1e-6)
+
+
+def test_inner_products_are_not_divided_by_norms():
+    queries, database = (np.random.default_rng(n).normal(size=(n, 16)).astype(np.float32) for n in (5, 300))
+    found = exact_search(queries, database, 7, [4, 16], metric="inner product")
+    for dim, (indices, scores) in found.items():
+        products = queries[:, :dim] @ database[:, :dim].T
+        assert np.array_equal(indices, np.argsort(-products, axis=1)[:, :7])
+        np.testing.assert_allclose(scores, np.take_along_axis(products, indices, axis=1), rtol=1e-5)

@@ -39,12 +39,17 @@ def test_retrieval_is_scored_at_trained_doubling_and_half_way_sizes(trained, sco
 
 @pytest.mark.parametrize(("max_queries", "n"), [(None, 30), (7, 7)])
 def test_all_methods_of_a_retrieval_table_have_the_same_queries(max_queries, n):
+    pytest.importorskip("faiss")
     rows = [
         row
         for trained in ((8, 16, 32), (32,))
         for row in run_studies(make_run(trained), torch.device("cpu"), max_queries=max_queries)
-        if "retrieval" in row.study
+        if "retrieval" in row.study or row.study == "quantization"
     ]
     assert {"MRL", "FF", "FF truncated", "FF PCA", "FF random projection"} <= {row.method for row in rows}
-    assert {row.study for row in rows} == {"retrieval", "adaptive_retrieval"}
+    assert {row.study for row in rows} == {"retrieval", "adaptive_retrieval", "quantization"}
     assert {row.n for row in rows} == {n}
+    coded = {(row.method, row.dim) for row in rows if row.study == "quantization"}
+    assert coded == {(method, dim) for method in ("MRL", "FF truncated", "FF PCA") for dim in (8, 16, 32)} | {
+        ("FF", 32)
+    }
