@@ -22,7 +22,8 @@ from train import describe, make_model
 
 FIELDS = """
 run: name dir seed resume
-data: name root backend num_classes batch_size num_workers train_px crop_scale crop_ratio flip
+data: name root backend num_classes missing_classes max_unreadable exif_rotation batch_size num_workers
+      train_px crop_scale crop_ratio flip
       rand_augment random_erasing mixup cutmix eval_resize_px eval_px mean std
 model: backbone init blurpool stem_stride trainable kwargs
 head: nesting_list tied weights

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from torchvision.io import write_png
+from torchcodec.encoders import PngEncoder
 
 import mrl
 import train
@@ -130,7 +130,7 @@ def make_folder(tmp_path):
                 (tmp_path / split / name).mkdir(parents=True)
                 for i in range(count):
                     image = torch.randint(256, (3, 40, 48), dtype=torch.uint8)
-                    write_png(image, str(tmp_path / split / name / f"{i}.png"))
+                    PngEncoder(image).to_file(str(tmp_path / split / name / f"{i}.png"))
         return tmp_path
 
     return make

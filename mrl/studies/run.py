@@ -94,7 +94,8 @@ class OpenedRun:
     def images(self, split: str, indices: np.ndarray) -> Tensor:
         """Return images ``(B, 3, H, W)`` of "train" or "val" as the model reads them."""
         if split not in self._images:
-            self._images.update(build_data(self.config.data, 0, torch.device("cpu"), False, splits=(split,)))
+            cpu = torch.device("cpu")
+            self._images.update(build_data(self.config.data, 0, cpu, False, (split,), self.classes))
         [(images, _)] = self._images[split].eval_batches([np.asarray(indices)])
         return images
 
@@ -119,7 +120,7 @@ def open_run(path: str | Path) -> OpenedRun:
         UserError: It is not a finished run, or has no embeddings of its current model.
     """
     directory = Path(path)
-    config, model = read_config(directory / "config.yaml"), load(directory)
+    config, model = read_run(directory)
     classes: tuple[str, ...] = model.info.classes  # type: ignore[union-attr]
     source = _source(directory.resolve().name, config, classes)
     wanted = describe_embeddings(directory, config, source, classes, [])
@@ -131,6 +132,13 @@ def open_run(path: str | Path) -> OpenedRun:
             f"run: python eval.py --runs {directory}"
         )
     return OpenedRun(directory, config, model, source, found["train"], found["val"], found.get("val_flip"))
+
+
+def read_run(directory: Path) -> tuple[Config, MatryoshkaClassifier]:
+    """Return the settings and the model of a finished run; images are turned as the model expects."""
+    config, model = read_config(directory / "config.yaml"), load(directory)
+    data = replace(config.data, exif_rotation=model.info.exif_rotation)  # type: ignore[union-attr,arg-type]
+    return replace(config, data=data), model
 
 
 def embed_runs(
@@ -151,10 +159,10 @@ def embed_runs(
     opened: list[OpenedRun] = []
     classes_of: dict[str, tuple[str, ...]] = {}
     images: dict[str, Any] = {}
-    images_are_of: tuple = ()
+    images_are_of: tuple[Any, ...] = ()
     folders = transfer.folders()
     for name, run in runs.items():
-        config, model = read_config(run / "config.yaml"), load(run)
+        config, model = read_run(run)
         data, classes = config.data, model.info.classes  # type: ignore[union-attr]
         source = _source(name, config, classes)
         if classes_of.setdefault(source.dataset, classes) != classes:
@@ -166,10 +174,11 @@ def embed_runs(
         sets = {} if force else _on_disk(run, wanted)
         missing = [place for place in wanted if place not in sets]
         if splits := tuple(dict.fromkeys(wanted[place].split for place in missing if place not in folders)):
-            key = (data.name, data.root, data.backend, data.eval_resize_px, data.eval_px, data.mean, data.std)
+            about_files = (data.name, data.root, data.backend, data.missing_classes, data.max_unreadable, classes)
+            key = (*about_files, data.eval_resize_px, data.eval_px, data.mean, data.std, data.exif_rotation)
             if key != images_are_of or not set(splits) <= images.keys():
                 images = {}  # free the images of the last run before reading the next
-                images = build_data(data, config.run.seed, process.device, process.is_main, splits=splits)
+                images = build_data(data, config.run.seed, process.device, process.is_main, splits, classes)
                 images_are_of = key
         embed, cache = model.embed, None
         if missing:
@@ -261,5 +270,6 @@ def _on_disk(run: Path, wanted: Mapping[str, EmbeddingMetadata]) -> dict[str, Em
 def _folder_images(folder: LabeledFolder, config: Config, process: Process) -> Any:
     """Return the images of ``folder``, prepared as those that the run is evaluated on."""
     data = replace(config.data, name="folder", root=str(folder.path.parent), backend="folder", num_classes=None)
+    data = replace(data, max_unreadable=0.0)  # the studies know these images from their own list
     split = folder.path.name
     return build_data(data, config.run.seed, process.device, process.is_main, splits=(split,))[split]

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision.io import encode_jpeg, encode_png, write_jpeg
+from torchcodec.encoders import JpegEncoder, PngEncoder
 
 from mrl.data import build_data
 from mrl.data.folder import _start_worker as start_worker
-from mrl.data.folder import find_images, list_images, read_image
+from mrl.data.folder import decode, find_images, list_images
 from mrl.data.transforms import train_indices
 from mrl.errors import UserError
 
@@ -84,7 +84,7 @@ def colors():
 def test_lossless_formats_are_read_exactly(tmp_path, extension):
     path = tmp_path / f"image.{extension}"
     Image.fromarray(colors()).save(path)
-    assert np.array_equal(read_image(str(path)).numpy(), colors().transpose(2, 0, 1))
+    assert np.array_equal(decode(str(path)).numpy(), colors().transpose(2, 0, 1))
 
 
 def test_gray_palette_and_transparent_images_become_rgb(tmp_path):
@@ -94,37 +94,38 @@ def test_gray_palette_and_transparent_images_become_rgb(tmp_path):
     gray, palette = picture.convert("L"), picture.convert("P")
     for image, expected in ((gray, gray.convert("RGB")), (palette, palette.convert("RGB")), (transparent, picture)):
         image.save(tmp_path / "image.png")
-        assert np.array_equal(read_image(str(tmp_path / "image.png")).numpy(), np.asarray(expected).transpose(2, 0, 1))
+        assert np.array_equal(decode(str(tmp_path / "image.png")).numpy(), np.asarray(expected).transpose(2, 0, 1))
 
 
 def test_sixteen_bit_images_keep_their_upper_eight_bits(tmp_path):
     values = np.array([[0, 255, 256, 32768, 65535]], dtype=np.uint16)
     Image.fromarray(values).save(tmp_path / "deep.png")
-    assert read_image(str(tmp_path / "deep.png"))[0].tolist() == [[0, 0, 1, 128, 255]]
+    assert decode(str(tmp_path / "deep.png"))[0].tolist() == [[0, 0, 1, 128, 255]]
 
 
 def test_cmyk_jpegs_and_pngs_called_jpeg_are_read(tmp_path):
     # Both occur in ImageNet.
     Image.new("CMYK", (32, 32), (0, 255, 255, 0)).save(tmp_path / "cmyk.JPEG")
-    image = read_image(str(tmp_path / "cmyk.JPEG"))
+    image = decode(str(tmp_path / "cmyk.JPEG"))
     assert image.shape == (3, 32, 32) and image.dtype == torch.uint8
     red, green, blue = image.float().mean(dim=(1, 2)).tolist()
     assert red > 200 and green < 60 and blue < 60
     path = tmp_path / "n02105855_2933.JPEG"
-    path.write_bytes(encode_png(torch.from_numpy(colors()).permute(2, 0, 1)).numpy().tobytes())
-    assert np.array_equal(read_image(str(path)).numpy(), colors().transpose(2, 0, 1))
+    path.write_bytes(PngEncoder(torch.from_numpy(colors()).permute(2, 0, 1)).to_tensor().numpy().tobytes())
+    assert np.array_equal(decode(str(path)).numpy(), colors().transpose(2, 0, 1))
 
 
 def test_a_jpeg_is_decoded_as_pil_does_to_within_rounding(tmp_path):
     path = tmp_path / "é 1.jpg"
-    write_jpeg(torch.nn.functional.interpolate(torch.rand(1, 3, 5, 5) * 255, (40, 60))[0].to(torch.uint8), str(path))
+    smooth = torch.nn.functional.interpolate(torch.rand(1, 3, 5, 5) * 255, (40, 60))[0].to(torch.uint8)
+    JpegEncoder(smooth).to_file(path)
     expected = np.asarray(Image.open(path).convert("RGB")).transpose(2, 0, 1).astype(int)
-    assert abs(read_image(str(path)).numpy() - expected).max() <= 3
+    assert abs(decode(str(path)).numpy() - expected).max() <= 3
 
 
 def test_a_file_that_is_gone_is_named(tmp_path):
     with pytest.raises(UserError, match=f"^{tmp_path}/gone.png cannot be read as an image"):
-        read_image(str(tmp_path / "gone.png"))
+        decode(str(tmp_path / "gone.png"))
 
 
 @pytest.fixture
@@ -147,7 +148,7 @@ def test_a_corrupt_image_names_its_path_and_ends_the_workers(two_classes, train,
     path = two_classes.root / "train" / "b" / "1.jpg"
     (path.parent / "1.png").unlink()
     if content is None:
-        whole = encode_jpeg(torch.randint(0, 256, (3, 48, 48), dtype=torch.uint8)).numpy().tobytes()
+        whole = JpegEncoder(torch.randint(0, 256, (3, 48, 48), dtype=torch.uint8)).to_tensor().numpy().tobytes()
         content = whole[: len(whole) // 2]
     path.write_bytes(content)
     before = set(multiprocessing.active_children())

@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from torchvision.io import write_png
+from torchcodec.encoders import PngEncoder
 
 from mrl.config import Config, DataConfig, HeadConfig, ModelConfig, to_yaml
 from mrl.distributed import Process
@@ -56,7 +56,7 @@ def scans(tmp_path):
         (tmp_path / "scans" / name).mkdir(parents=True)
         for i in range(4):
             pixels = torch.from_numpy(generator.integers(256, size=(3, 20, 24), dtype=np.uint8))
-            write_png(pixels, str(tmp_path / "scans" / name / f"{i}.png"))
+            PngEncoder(pixels).to_file(str(tmp_path / "scans" / name / f"{i}.png"))
     return tmp_path / "scans"
 
 
