@@ -32,6 +32,11 @@ def _require(condition: bool, key: str, value: Any, allowed: str) -> None:
         raise UserError(f"{key} is {value!r}; allowed: {allowed}")
 
 
+def _require_utf_8(key: str, path: str | None) -> None:
+    allowed = "a name in UTF-8, as config.yaml holds it; for a folder named otherwise, give a link to it (ln -s)"
+    _require(path is None or path == path.encode(errors="replace").decode(), key, path, allowed)
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """Where the run lives and how it starts."""
@@ -47,6 +52,8 @@ class RunConfig:
     is none."""
 
     def __post_init__(self) -> None:
+        _require_utf_8("run.name", self.name)
+        _require_utf_8("run.dir", self.dir)
         _require(bool(self.name) and "/" not in self.name, "run.name", self.name, "a folder name without '/'")
         _require(0 <= self.seed < 2**31, "run.seed", self.seed, "0 to 2147483647")
 
@@ -111,6 +118,7 @@ class DataConfig:
     """Per-channel standard deviation for normalization, on the scale 0 to 1."""
 
     def __post_init__(self) -> None:
+        _require_utf_8("data.root", self.root)
         _require(0 <= self.max_unreadable < 1, "data.max_unreadable", self.max_unreadable, "0 to below 1")
         _require(self.batch_size >= 1, "data.batch_size", self.batch_size, "1 or more")
         _require(self.num_workers is None or self.num_workers >= 0, "data.num_workers", self.num_workers, "0 or more")

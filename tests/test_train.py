@@ -340,6 +340,21 @@ def test_a_corrupt_image_ends_the_run_with_one_sentence_although_workers_are_bus
     assert f"error: {root}/train/cat/7.png cannot be read as an image" in result.stderr
 
 
+def test_unreadable_images_are_left_out_and_listed_in_the_run_directory(make_folder):
+    root = make_folder(["cat", "dog"], 8, 4)
+    for split in ("train", "val"):
+        (root / split / "dog").rename(root / split / os.fsdecode(b"ch\xe2t"))
+    for name in ("train/cat/7.png", "val/cat/1.png"):
+        (root / name).write_bytes(b"no image")
+    argv = [*TINY, "--data.name", "folder", "--data.root", str(root), "--data.num_classes", "2"]
+    argv += ["--data.batch_size", "4", "--data.num_workers", "0", "--data.max_unreadable", "0.2"]
+    assert run(root, *argv) == 0
+    lines = (root / "a" / "unreadable.txt").read_text().splitlines()
+    assert [line.split(" cannot be read")[0] for line in lines] == [f"{root}/train/cat/7.png", f"{root}/val/cat/1.png"]
+    about = mrl.load(root / "a").info
+    assert about.classes == ("cat", "ch\\xe2t") and about.exif_rotation == "apply"
+
+
 def test_an_existing_run_is_refused_and_a_finished_one_is_left_alone(tmp_path, capsys):
     assert run(tmp_path, *TINY) == 0
     before = {path: path.read_bytes() for path in (tmp_path / "a").rglob("*.safetensors")}

@@ -18,11 +18,11 @@ from mrl.data.folder import (
     FolderImages,
     ImageList,
     LeftOut,
-    class_name,
     describe_left_out,
     leave_out_unreadable,
     list_images,
     shown,
+    unicode_name,
 )
 from mrl.data.imagenet import list_imagenet
 from mrl.data.images import Images
@@ -185,7 +185,7 @@ def align_classes(
     first, *_ = found
     _check_num_classes(first, found[first].classes, data.num_classes)
     trained = classes is not None and data.missing_classes == "allow"
-    expected = [class_name(name) for name in classes] if trained else found[first].classes  # type: ignore[union-attr]
+    expected = [unicode_name(name) for name in classes] if trained else found[first].classes  # type: ignore[union-attr]
     of_expected = "the trained model" if trained else first
     left_out = LeftOut()
     for split, images in found.items():

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 from torchvision.transforms.v2 import functional
 
 from mrl import distributed
@@ -43,6 +43,7 @@ except (ImportError, OSError, RuntimeError) as error:  # e.g. its CUDA build bes
     )
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+JPEG_START, EXIF_MARKS = b"\xff\xd8\xff", (b"Exif", b"eXIf", b"EXIF")  # of JPEG, PNG, WebP
 MAX_SHOWN = 5
 # Folders that NAS boxes, desktops, archivers and editors leave among images, in lower case; so are all hidden ones.
 TOOL_FOLDERS = re.compile(
@@ -65,7 +66,7 @@ class ImageList(NamedTuple):
 
     paths: list[str]
     labels: Tensor  # (N,) int64, positions in classes
-    classes: list[str]  # see `class_name`, sorted
+    classes: list[str]  # see `unicode_name`, sorted
     left_out: LeftOut
 
 
@@ -87,10 +88,10 @@ def list_images(
     beside = sum(map(is_image, files))
     left_out += LeftOut({(BESIDE, ""): beside})
     count_other_files(files, left_out)
-    folder_of = {class_name(folder): folder for folder in folders}
+    folder_of = {unicode_name(folder): folder for folder in folders}
     if len(folder_of) < len(folders):
-        same = next(folder for folder in folders if folder_of[class_name(folder)] != folder)
-        both = ascii(same), ascii(folder_of[class_name(same)])
+        same = next(folder for folder in folders if folder_of[unicode_name(folder)] != folder)
+        both = ascii(same), ascii(folder_of[unicode_name(same)])
         raise UserError(f"{top} has two folders for one class, written in two ways: {' and '.join(both)}; join them")
     paths: list[str] = []
     labels: list[int] = []
@@ -131,8 +132,8 @@ def _refuse_deeper_classes(top: Path, folders: list[str]) -> None:
         )
 
 
-def class_name(folder: str) -> str:
-    """Return the name of a class folder as Unicode in composed form (NFC), whatever the file system has."""
+def unicode_name(folder: str) -> str:
+    """Return the name of a folder as Unicode in composed form (NFC), with "\\xe9" for a byte that is not UTF-8."""
     return unicodedata.normalize("NFC", os.fsencode(folder).decode(errors="backslashreplace"))
 
 
@@ -222,7 +223,8 @@ def warn_once(message: str) -> None:
 def decode_and_mend(path: str, exif_rotation: str) -> tuple[Tensor, bool]:
     """Read an image as `decode` does, and return whether it is a JPEG that had to be given its end marker."""
     try:
-        content = np.fromfile(path, dtype=np.uint8)
+        with open(path, "rb") as file:
+            content = bytearray(file.read())  # which torch can take without a copy
         try:
             return _decode(content, exif_rotation), False
         except Exception:
@@ -236,25 +238,25 @@ def decode_and_mend(path: str, exif_rotation: str) -> tuple[Tensor, bool]:
         raise UserError(f"{path} cannot be read as an image: {reason}") from error
 
 
-def _decode(content: np.ndarray, exif_rotation: str) -> Tensor:
+def _decode(content: bytearray, exif_rotation: str) -> Tensor:
     # torchcodec always turns images upright.
     if torchcodec is not None and (exif_rotation == "apply" or _is_stored_upright(content)):
         try:
-            if _is_jpeg(content):
-                return torchcodec.decode_jpeg(torch.from_numpy(content))  # type: ignore[return-value]
-            return _over_white(torchcodec.decode_image(torch.from_numpy(content), mode="RGB_ALPHA"))
+            encoded = torch.frombuffer(content, dtype=torch.uint8)
+            if content.startswith(JPEG_START):
+                return torchcodec.decode_jpeg(encoded)  # type: ignore[return-value]
+            return _over_white(torchcodec.decode_image(encoded, mode="RGB_ALPHA"))
         except (RuntimeError, ValueError):
             pass  # Pillow reads more formats and has clearer messages
-    with Image.open(io.BytesIO(content.data)) as image:
+    with Image.open(io.BytesIO(content)) as image:
         return functional.pil_to_tensor(to_rgb(image, exif_rotation))
 
 
-def _is_jpeg(content: np.ndarray) -> bool:
-    return content[:3].tobytes() == b"\xff\xd8\xff"
-
-
-def _is_stored_upright(content: np.ndarray) -> bool:
-    with Image.open(io.BytesIO(content.data)) as image:
+def _is_stored_upright(content: bytearray) -> bool:
+    start_of_scan = content.find(b"\xff\xda") if content.startswith(JPEG_START) else len(content)
+    if not any(mark in content[:start_of_scan] for mark in EXIF_MARKS):
+        return True
+    with Image.open(io.BytesIO(content)) as image:
         return image.getexif().get(ExifTags.Base.Orientation, 1) == 1
 
 
@@ -265,17 +267,17 @@ def _over_white(images: Tensor) -> Tensor:
     return colors if alpha.min() == 1 else (colors * alpha + 255 * (1 - alpha)).round().to(torch.uint8)
 
 
-def _with_end_marker(content: np.ndarray) -> np.ndarray | None:
+def _with_end_marker(content: bytearray) -> bytearray | None:
     """Return a JPEG with the end marker that it lacks; None if it is no JPEG, or lacks pixels too.
 
     If pixels are missing, bytes that follow the file's are taken for them, and change the picture.
     """
-    if not _is_jpeg(content):
+    if not content.startswith(JPEG_START):
         return None
-    kept = content.tobytes().rstrip(b"\xff")  # half of an end marker
+    kept = content.rstrip(b"\xff")  # half of an end marker
     mended, other = kept + b"\xff\xd9", kept + b"\xa5" * 64 + b"\xff\xd9"
     with Image.open(io.BytesIO(mended)) as image, Image.open(io.BytesIO(other)) as another:
-        return np.frombuffer(bytearray(mended), np.uint8) if image.tobytes() == another.tobytes() else None
+        return mended if image.tobytes() == another.tobytes() else None
 
 
 def leave_out_unreadable(
@@ -366,13 +368,13 @@ class FolderImages(Images):
 
 
 def _load_or_explain(load: LoadBatch, indices: np.ndarray) -> tuple[Tensor | str, list[str]]:
-    """Return a batch, or the message of a UserError, which would arrive wrapped in a traceback; and warnings."""
-    with warnings.catch_warnings(record=True) as caught:
+    """Return a batch, or the message of a UserError, which would arrive in a traceback; and a worker's warnings."""
+    with warnings.catch_warnings(record=get_worker_info() is not None) as caught:
         try:
             found: Tensor | str = load(indices)
         except UserError as error:
             found = str(error)
-    return found, [str(warning.message) for warning in caught]
+    return found, [str(warning.message) for warning in caught or []]
 
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)

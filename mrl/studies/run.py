@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mrl.config import Config, read_config
 from mrl.data import build_data
+from mrl.data.folder import unicode_name
 from mrl.distributed import Process
 from mrl.errors import UserError
 from mrl.matryoshka import NestedLinear, default_nesting_list
@@ -94,8 +95,8 @@ class OpenedRun:
     def images(self, split: str, indices: np.ndarray) -> Tensor:
         """Return images ``(B, 3, H, W)`` of "train" or "val" as the model reads them."""
         if split not in self._images:
-            cpu = torch.device("cpu")
-            self._images.update(build_data(self.config.data, 0, cpu, False, (split,), self.classes))
+            of_split = {"splits": (split,), "classes": self.classes}
+            self._images.update(build_data(self.config.data, 0, torch.device("cpu"), False, **of_split))
         [(images, _)] = self._images[split].eval_batches([np.asarray(indices)])
         return images
 
@@ -178,7 +179,8 @@ def embed_runs(
             key = (*about_files, data.eval_resize_px, data.eval_px, data.mean, data.std, data.exif_rotation)
             if key != images_are_of or not set(splits) <= images.keys():
                 images = {}  # free the images of the last run before reading the next
-                images = build_data(data, config.run.seed, process.device, process.is_main, splits, classes)
+                where = config.run.seed, process.device, process.is_main
+                images = build_data(data, *where, splits=splits, classes=classes)
                 images_are_of = key
         embed, cache = model.embed, None
         if missing:
@@ -213,7 +215,7 @@ def dataset_name(config: Config, num_classes: int) -> str:
         return f"imagenet_{num_classes}_classes"
     if data.name != "folder" or data.root is None:
         return data.name
-    name = Path(data.root).resolve().name
+    name = unicode_name(Path(data.root).resolve().name)
     return f"{name}_folder" if name in RESERVED_NAMES else name
 
 
