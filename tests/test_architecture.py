@@ -20,8 +20,8 @@ FLOORS = [
 ]
 # Lines of Python in each folder (not its subfolders). Raise a number only for a new idea.
 BUDGETS = {
-    ".": 480,
-    "mrl": 2080,
+    ".": 490,
+    "mrl": 2100,
     "mrl/data": 1790,
     "mrl/training": 640,
     "mrl/retrieval": 790,

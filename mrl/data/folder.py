@@ -328,7 +328,8 @@ class FolderImages(Images):
     def _content(self) -> bytes:
         paths = [os.fsdecode(path) for path in self._paths]
         folder = len(os.path.commonpath(paths))
-        return b"".join(os.fsencode(f"{path[folder:]} {os.path.getsize(path)}\n") for path in paths)
+        files = b"".join(os.fsencode(f"{path[folder:]} {os.path.getsize(path)}\n") for path in paths)
+        return self.transform.exif_rotation.encode() + files
 
     def _decode(self, index: int) -> Tensor:
         return decode(os.fsdecode(self._paths[index]), self.transform.exif_rotation)
