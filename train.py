@@ -31,7 +31,15 @@ from mrl.errors import UserError
 from mrl.matryoshka import check_weights, nested_cross_entropy
 from mrl.model import MatryoshkaClassifier, ModelInfo, build_backbone, build_model, freeze, save_model
 from mrl.progress import progress
-from mrl.rundir import check_data, check_run, load_checkpoint, open_run, record_start, save_checkpoint
+from mrl.rundir import (
+    atomic_write_text,
+    check_data,
+    check_run,
+    load_checkpoint,
+    open_run,
+    record_start,
+    save_checkpoint,
+)
 from mrl.training.augmentation import make_augmentation, seed_step
 from mrl.training.frozen import TrunkCache
 from mrl.training.logging import MetricAccumulator, Tracker, advice, stop_signals
@@ -107,6 +115,8 @@ def train(config: Config, process: Process) -> int:
     parallel = distributed.data_parallel(model, process, config.train.gradient_precision)
     if process.is_main:
         open_run(directory, to_yaml(config))
+        if reasons := [reason for part in images.values() for reason in part.unreadable]:
+            atomic_write_text(directory / "unreadable.txt", "\n".join(reasons) + "\n")
 
     with (
         Tracker(directory, process.is_main, step, total_steps, batch_size) as tracker,
@@ -232,6 +242,7 @@ def describe(config: Config, model: MatryoshkaClassifier, classes: list[str]) ->
         crop_px=config.data.eval_px,
         mean=config.data.mean,
         std=config.data.std,
+        exif_rotation=config.data.exif_rotation,
     )
 
 

@@ -32,6 +32,11 @@ def _require(condition: bool, key: str, value: Any, allowed: str) -> None:
         raise UserError(f"{key} is {value!r}; allowed: {allowed}")
 
 
+def _require_utf_8(key: str, path: str | None) -> None:
+    allowed = "a name in UTF-8, as config.yaml holds it; for a folder named otherwise, give a link to it (ln -s)"
+    _require(path is None or path == path.encode(errors="replace").decode(), key, path, allowed)
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """Where the run lives and how it starts."""
@@ -47,6 +52,8 @@ class RunConfig:
     is none."""
 
     def __post_init__(self) -> None:
+        _require_utf_8("run.name", self.name)
+        _require_utf_8("run.dir", self.dir)
         _require(bool(self.name) and "/" not in self.name, "run.name", self.name, "a folder name without '/'")
         _require(0 <= self.seed < 2**31, "run.seed", self.seed, "0 to 2147483647")
 
@@ -68,6 +75,15 @@ class DataConfig:
     data.rand_augment."""
     num_classes: int | None = None
     """Expected number of classes; another number in the data is an error. Default: any."""
+    missing_classes: Literal["refuse", "allow"] = "refuse"
+    """allow: go on if val has no images of a class, which the metrics then leave out, or if a class folder has none at
+    all."""
+    max_unreadable: float = 0.0
+    """Share of the images of each split that may be unreadable. They are left out and listed in unreadable.txt in the
+    run directory. Above 0, every image is decoded once at the start. python -m mrl.data.check DIR lists them too."""
+    exif_rotation: Literal["apply", "ignore"] = "apply"
+    """apply: turn images upright as their EXIF data say. ignore: take the pixels as stored, as models trained before
+    this option did."""
     batch_size: int = 1024
     """Images per optimizer step, over all processes together (global). Divisible by processes x
     train.accumulation_steps."""
@@ -102,6 +118,8 @@ class DataConfig:
     """Per-channel standard deviation for normalization, on the scale 0 to 1."""
 
     def __post_init__(self) -> None:
+        _require_utf_8("data.root", self.root)
+        _require(0 <= self.max_unreadable < 1, "data.max_unreadable", self.max_unreadable, "0 to below 1")
         _require(self.batch_size >= 1, "data.batch_size", self.batch_size, "1 or more")
         _require(self.num_workers is None or self.num_workers >= 0, "data.num_workers", self.num_workers, "0 or more")
         steps = [(0, self.train_px)] if isinstance(self.train_px, int) else self.train_px

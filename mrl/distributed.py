@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from mrl.errors import UserError
+from mrl.errors import UserError, print_any_name
 
 SECONDS_TO_BE_ENDED = 10.0
 
@@ -78,6 +78,7 @@ def run(main: Callable[[], int], interrupted: str) -> int:
     The error, or ``interrupted``, is shown as one sentence. When one process exits, torchrun ends the others. A process
     that only lost its connection waits for that, so that the one that failed is the first to exit.
     """
+    print_any_name()
     try:
         return main()
     except KeyboardInterrupt:
@@ -105,6 +106,12 @@ def _report(message: str) -> None:
     if error_file is not None:
         content = {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}
         Path(error_file).write_text(json.dumps({"message": content}))
+
+
+def own_share(number: int) -> range:
+    """Return the indices below ``number`` that this process works on, if all share them evenly."""
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    return range(rank, number, world_size)
 
 
 def barrier() -> None:

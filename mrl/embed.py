@@ -20,7 +20,15 @@ import torch
 
 from mrl import distributed
 from mrl.data import cores_per_process
-from mrl.data.folder import IMAGE_EXTENSIONS, evaluated_images, is_image, list_files
+from mrl.data.folder import (
+    IMAGE_EXTENSIONS,
+    ImageList,
+    LeftOut,
+    describe_left_out,
+    evaluated_images,
+    find_images,
+    leave_out_unreadable,
+)
 from mrl.distributed import Process
 from mrl.errors import UserError
 from mrl.model import load
@@ -43,7 +51,15 @@ def embed_folder(args: argparse.Namespace, process: Process) -> None:
     dim = model.head.nesting_list[-1] if args.dim is None else args.dim
     if not 1 <= dim <= model.width:
         raise UserError(f"--dim is {dim}; allowed: 1 to {model.width}, preferably one of {list(info.nesting_list)}")
-    ids, ignored = list_images(folder)
+    workers = cores_per_process() if args.num_workers is None else args.num_workers
+    ids, left_out = list_images(folder)
+    if args.max_unreadable > 0:
+        listed = ImageList([str(folder / name) for name in ids], torch.zeros(len(ids)), [], left_out)
+        how = args.max_unreadable, info.exif_rotation, workers
+        listed, reasons = leave_out_unreadable(listed, str(folder), *how, show_progress=process.is_main)
+        ids, left_out = [path[len(str(folder)) + 1 :] for path in listed.paths], listed.left_out
+        if process.is_main:
+            print(*reasons, sep="\n", file=sys.stderr)
     metadata = EmbeddingMetadata(
         checkpoint_sha256=file_sha256(run / "model.safetensors"),
         dataset=str(folder.resolve()),
@@ -60,28 +76,26 @@ def embed_folder(args: argparse.Namespace, process: Process) -> None:
         print(f"{out} already holds the vectors of these {len(ids):,} images by this model")
         return
     model.to(process.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    workers = cores_per_process() if args.num_workers is None else args.num_workers
     images = evaluated_images([str(folder / name) for name in ids], info, process.device, workers)
     unfinished = out.with_name(f"{out.name}.unfinished")
     embed_split(unfinished, metadata, images, lambda batch: model.encode(batch, dim), dim, process, args.batch_size)
     if process.is_main:
         write_vectors(unfinished / "vectors.npy", out, ids, metadata)
         shutil.rmtree(unfinished)
-        left_out = f"; {ignored:,} other files ignored" if ignored else ""
-        print(f"{out}: {len(ids):,} images x {dim} dims, length 1; ids beside it{left_out}")
+        print(f"{out}: {len(ids):,} images x {dim} dims, length 1; ids beside it{describe_left_out(left_out)}")
 
 
-def list_images(folder: Path) -> tuple[list[str], int]:
-    """Return the image files below ``folder``, relative to it, and the number of other files."""
+def list_images(folder: Path) -> tuple[list[str], LeftOut]:
+    """Return the image files below ``folder``, relative to it, and what else is there."""
     if not folder.is_dir():
         raise UserError(f"--images {folder} is not a folder")
-    files = list_files(folder, show_progress=True)
-    ids = [file for file in files if is_image(file)]
+    left_out = LeftOut()
+    ids = find_images(folder, left_out, show_progress=True)
     if not ids:
         raise UserError(f"--images {folder} holds no images; allowed: {' '.join(IMAGE_EXTENSIONS)}")
     if broken := [name for name in ids if "\n" in name]:
         raise UserError(f"the name {broken[0]!r} has a line break, which vectors.ids.txt cannot hold; rename the file")
-    return ids, len(files) - len(ids)
+    return ids, left_out
 
 
 def already_there(out: Path, metadata: EmbeddingMetadata, dim: int) -> bool:
@@ -109,11 +123,19 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", required=True, metavar="FILE.npy", help="file for the vectors")
     parser.add_argument("--batch_size", type=int, default=256, help="images at a time on each process; default: 256")
     parser.add_argument("--num_workers", type=int, help="processes that decode images; default: number of cores")
+    parser.add_argument(
+        "--max_unreadable",
+        type=float,
+        default=0.0,
+        help="share of the images that may be unreadable and are left out; above 0, each is decoded twice; default: 0",
+    )
     args = parser.parse_args(argv)
     if args.batch_size < 1:
         raise UserError(f"--batch_size is {args.batch_size}; allowed: 1 or more")
     if args.num_workers is not None and args.num_workers < 0:
         raise UserError(f"--num_workers is {args.num_workers}; allowed: 0 or more")
+    if not 0 <= args.max_unreadable < 1:
+        raise UserError(f"--max_unreadable is {args.max_unreadable}; allowed: 0 to below 1")
     if not args.out.endswith(".npy") or not Path(args.out).resolve().parent.is_dir():
         raise UserError(f"--out is {args.out!r}; allowed: a .npy file in an existing folder")
     return args

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mrl.errors import UserError
+from mrl.errors import UserError, print_any_name
 from mrl.interop import hub, onnx, timm
 
 TARGETS = {
@@ -49,6 +49,7 @@ def export(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Export from a command line; returns the exit status."""
+    print_any_name()
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m mrl.export", description=__doc__, formatter_class=form)
     targets = parser.add_subparsers(dest="target", required=True, metavar="TARGET")

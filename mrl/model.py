@@ -8,12 +8,14 @@ import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
@@ -21,6 +23,7 @@ from torchvision.transforms import v2
 
 from mrl.errors import UserError
 from mrl.matryoshka import NestedLinear, check_nesting_list, default_nesting_list, unit_prefix
+from mrl.rgb import to_rgb
 from mrl.rundir import atomic_write, atomic_write_text
 
 FORMAT_VERSION = 1
@@ -41,6 +44,7 @@ class ModelInfo:
     crop_px: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    exif_rotation: str = "ignore"  # of models that were saved before this key
     format_version: int = FORMAT_VERSION
 
 
@@ -86,11 +90,15 @@ class MatryoshkaClassifier(nn.Module):
 
     @property
     def preprocess(self) -> v2.Compose:
-        """The evaluation transform: PIL image or uint8 tensor -> normalized ``(3, H, W)`` for `encode`."""
+        """The evaluation transform: PIL image or uint8 tensor -> normalized ``(3, H, W)`` for `encode`.
+
+        PIL images become RGB as files do: see `mrl.rgb`.
+        """
         if self.info is None:
             raise UserError("this model was not saved with its image size and normalization; load it with mrl.load")
         return v2.Compose(
             [
+                partial(_upright_rgb, exif_rotation=self.info.exif_rotation),
                 v2.ToImage(),
                 v2.RGB(),
                 v2.Resize(self.info.resize_px, antialias=True),
@@ -107,6 +115,10 @@ class MatryoshkaClassifier(nn.Module):
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.affine:
                 module.train(mode and module.weight.requires_grad)
         return self
+
+
+def _upright_rgb(image: Any, exif_rotation: str) -> Any:
+    return to_rgb(image, exif_rotation) if isinstance(image, Image.Image) else image
 
 
 def build_model(

@@ -31,6 +31,10 @@ RESUME_OVERRIDABLE = {
 }
 
 
+# Settings that a run of before them was trained with, where that is not the default.
+OLD_SETTINGS = {"data.exif_rotation": "ignore"}
+
+
 def atomic_write(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
     """Write a temporary file beside ``path``, flush it to disk, and rename it to ``path``.
 
@@ -54,8 +58,8 @@ def atomic_write(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
 
 
 def atomic_write_text(path: Path, text: str) -> None:
-    """Write a text file with `atomic_write`."""
-    atomic_write(path, lambda file: file.write(text.encode()))
+    """Write a text file with `atomic_write`, names of files that are not UTF-8 included."""
+    atomic_write(path, lambda file: file.write(text.encode(errors="surrogateescape")))
 
 
 def checkpoint_path(directory: Path) -> Path:
@@ -83,7 +87,7 @@ def check_run(directory: Path, resume: str, config_yaml: str, default_yaml: str)
 def check_settings(directory: Path, config_yaml: str, default_yaml: str, way_out: str) -> None:
     """Check that the run in ``directory`` was started with the settings in ``config_yaml``, overridable ones aside.
 
-    A setting that is newer than the run had its default.
+    A setting that is newer than the run had its default, or what `OLD_SETTINGS` has.
 
     Raises:
         UserError: It was started with other settings, or its config.yaml is gone.
@@ -91,7 +95,7 @@ def check_settings(directory: Path, config_yaml: str, default_yaml: str, way_out
     path = directory / "config.yaml"
     if not path.exists():
         raise UserError(f"{directory} has a checkpoint but no config.yaml, so its settings are unknown")
-    old, new = _flatten(default_yaml) | _flatten(path.read_text()), _flatten(config_yaml)
+    old, new = _flatten(default_yaml) | OLD_SETTINGS | _flatten(path.read_text()), _flatten(config_yaml)
     changed = [key for key in new if key not in RESUME_OVERRIDABLE and old.get(key) != new[key]]
     if changed:
         changes = ", ".join(f"{key} was {old.get(key)!r}, now {new[key]!r}" for key in changed)

@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mrl.data.folder import evaluated_images, read_image
-from mrl.errors import UserError
+from mrl.data.folder import decode, evaluated_images
+from mrl.errors import UserError, print_any_name
 from mrl.figures import save
 from mrl.figures.neighbors import neighbor_grid
 from mrl.model import load
@@ -47,10 +47,8 @@ def search(args: argparse.Namespace) -> None:
         names = [database.ids[index] for index in indices[0]]
         for rank, (name, score) in enumerate(zip(names, scores[0], strict=True), 1):
             print(f"  {rank:>2}  {score:.4f}  {name}")
-        pictures[dim] = [
-            (read_image(str(folder / n)), f"{score:.3f}") for n, score in zip(names, scores[0], strict=True)
-        ]
-    for drawn in save(neighbor_grid(read_image(args.image), pictures), args.out or path.with_name("neighbors")):
+        pictures[dim] = [(decode(str(folder / n)), f"{score:.3f}") for n, score in zip(names, scores[0], strict=True)]
+    for drawn in save(neighbor_grid(decode(args.image), pictures), args.out or path.with_name("neighbors")):
         print(f"figure: {drawn}")
 
 
@@ -93,6 +91,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """Search from the command line and return the exit status."""
+    print_any_name()
     try:
         search(parse(argv))
     except UserError as error:

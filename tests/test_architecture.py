@@ -9,7 +9,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 SOURCES = [REPOSITORY / "train.py", REPOSITORY / "eval.py", *sorted((REPOSITORY / "mrl").rglob("*.py"))]
 # Imports point from a higher floor to a lower one, or stay on their own.
 FLOORS = [
-    ("errors", "progress", "engine"),
+    ("errors", "progress", "engine", "rgb"),
     ("distributed", "matryoshka"),
     ("config", "rundir"),
     ("model",),
@@ -21,11 +21,11 @@ FLOORS = [
 # Lines of Python in each folder (not its subfolders). Raise a number only for a new idea.
 BUDGETS = {
     ".": 490,
-    "mrl": 1970,
-    "mrl/data": 1410,
+    "mrl": 2120,
+    "mrl/data": 1790,
     "mrl/training": 640,
     "mrl/retrieval": 860,
-    "mrl/studies": 2380,
+    "mrl/studies": 2400,
     "mrl/figures": 1060,
     "mrl/interop": 1020,
     "experiments": 820,

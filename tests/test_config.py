@@ -3,6 +3,7 @@ import dataclasses
 import functools
 import importlib.util
 import json
+import os
 import re
 import subprocess
 
@@ -22,7 +23,8 @@ from train import describe, make_model
 
 FIELDS = """
 run: name dir seed resume
-data: name root backend num_classes batch_size num_workers train_px crop_scale crop_ratio flip
+data: name root backend num_classes missing_classes max_unreadable exif_rotation batch_size num_workers
+      train_px crop_scale crop_ratio flip
       rand_augment random_erasing mixup cutmix eval_resize_px eval_px mean std
 model: backbone init blurpool stem_stride trainable kwargs
 head: nesting_list tied weights
@@ -246,3 +248,18 @@ def test_fault_05_a_key_that_nobody_reads_is_an_error(tmp_path):
 def test_fault_06_an_unknown_dataset_is_an_error_not_another_dataset():
     with pytest.raises(UserError, match=r"data\.name.*imagenet.*tiny_imagenet.*digits.*folder.*imagenet_v3"):
         parse("--data.name", "imagenet_v3")
+
+
+@pytest.mark.parametrize("key", ["data.root", "run.dir", "run.name"])
+def test_a_path_that_config_yaml_cannot_hold_is_refused_and_others_come_back(tmp_path, key):
+    with pytest.raises(UserError, match=rf"{key} is '.*udce9'; .*ln -s"):
+        parse(f"--{key}", os.fsdecode(b"caf\xe9"))
+    config = parse(f"--{key}", "caf\u00e9 \U0001f408")
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert read_config(tmp_path / "config.yaml") == config
+
+
+def test_a_share_of_unreadable_images_is_below_one():
+    for share in ("-0.1", "1"):
+        with pytest.raises(UserError, match="data.max_unreadable is .*; allowed: 0 to below 1"):
+            parse("--data.max_unreadable", share)

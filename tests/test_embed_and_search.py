@@ -1,11 +1,15 @@
+import json
+import os
 import shutil
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import mrl
 from mrl import embed, search
+from mrl.data import check
 from mrl.data.folder import FolderImages
 from mrl.retrieval.embeddings import open_vectors
 
@@ -151,3 +155,52 @@ def test_a_model_that_is_no_folder_is_refused_before_anything_is_written(picture
     assert embed.main(embed_argv("someone/small", pictures, tmp_path / "v.npy")) == 2
     assert "someone/small has no model.json" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_names_that_are_not_utf_8_are_embedded_found_and_printed(saved_run, pictures, tmp_path, capsys):
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    shutil.copytree(pictures.folder, folder)
+    name = os.fsdecode(b"\xff.png")
+    (folder / "2.png").rename(folder / name)
+    argv = [*embed_argv(saved_run, pictures, folder / "v.npy"), "--images", str(folder)]
+    assert embed.main(argv) == 0
+    assert name in open_vectors(folder / "v.npy").ids
+    assert search.main(["--vectors", str(folder / "v.npy"), "--image", str(folder / name)]) == 0
+    assert "1  1.0000  \\udcff.png" in capsys.readouterr().out
+    (folder / name).write_bytes(b"")
+    assert check.main([str(folder)]) == 1
+    assert "caf\\udce9/\\udcff.png cannot be read" in capsys.readouterr().out
+
+
+def test_folders_of_tools_and_unreadable_images_are_left_out_and_counted(saved_run, pictures, tmp_path, capsys):
+    folder = shutil.copytree(pictures.folder, tmp_path / "images")
+    shutil.copytree(pictures.folder, folder / "deep" / "@eaDir")
+    (folder / "5.png").write_bytes(b"")
+    argv = [*embed_argv(saved_run, pictures, tmp_path / "v.npy"), "--images", str(folder)]
+    assert embed.main([*argv, "--max_unreadable", "0.1"]) == 2
+    assert f"1 of 8 {folder} images cannot be read" in capsys.readouterr().err
+    assert embed.main([*argv, "--max_unreadable", "0.2"]) == 0
+    printed = capsys.readouterr()
+    assert "7 images x 96 dims" in printed.out and f"{folder}/5.png cannot be read" in printed.err
+    assert "left out: 1 folders of tools (@eaDir), 1 images that cannot be read" in printed.out
+    assert "5.png" not in open_vectors(tmp_path / "v.npy").ids
+
+
+def test_a_rotated_photograph_finds_its_upright_twin_if_the_model_says_so(make_saved_run, tmp_path, capsys):
+    run = make_saved_run("upright")
+    about = json.loads((run / "model.json").read_text())
+    (tmp_path / "photos").mkdir()
+    exif = Image.Exif()
+    exif[0x112] = 6
+    upright = Image.fromarray(np.random.default_rng(0).integers(0, 256, (5, 5, 3), dtype=np.uint8)).resize((48, 48))
+    upright.save(tmp_path / "photos" / "upright.png")
+    upright.rotate(90).save(tmp_path / "photos" / "rotated.png", exif=exif)
+    cosines = {}
+    for rule in ("apply", "ignore"):
+        (run / "model.json").write_text(json.dumps(about | {"exif_rotation": rule}))
+        out = tmp_path / f"{rule}.npy"
+        argv = ["--run", run, "--images", tmp_path / "photos", "--out", out, "--num_workers", 0]
+        assert embed.main([str(part) for part in argv]) == 0
+        rotated, other = np.load(out)
+        cosines[rule] = rotated @ other
+    assert cosines["apply"] > 0.9999 > cosines["ignore"]

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torchvision.io import write_png
+from torchcodec.encoders import PngEncoder
 
 import eval as script  # not `eval`, which is Python's own
 from mrl.config import Config, DataConfig, HeadConfig, RunConfig, to_yaml
@@ -238,7 +238,7 @@ def scans(tmp_path):
         folder = tmp_path / "scans" / str(digit)
         folder.mkdir(parents=True)
         for row in np.flatnonzero(images.labels.numpy() == digit)[:12]:
-            write_png(images._images[row], str(folder / f"{row:04}.png"))
+            PngEncoder(images._images[row]).to_file(str(folder / f"{row:04}.png"))
     return tmp_path / "scans"
 
 

@@ -1,12 +1,16 @@
 import json
+import shutil
 
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
 import mrl
+from mrl.data.folder import decode
 from mrl.errors import UserError
 from mrl.model import BlurConv2d, ModelInfo, add_blurpool, build_backbone, build_model, freeze, save_model
 
@@ -240,3 +244,30 @@ def test_unknown_names_and_arguments_are_refused():
         build_backbone("resnet5O")
     with pytest.raises(UserError, match="do not fit resnet10t.*color"):
         build_backbone("resnet10t", kwargs={"color": "red"})
+
+
+def test_preprocess_reads_pil_images_as_files_are_read(tmp_path):
+    """Upright if the model says so, over white, 16 bits scaled."""
+    exif = Image.Exif()
+    exif[0x112] = 8
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 4), dtype=np.uint8)
+    pixels[:, :, 3] = np.where(np.arange(60) < 30, 255, 100)
+    Image.fromarray(pixels).save(tmp_path / "x.png", exif=exif)
+    Image.fromarray(pixels[:, :, 0].astype(np.uint16) * 257).save(tmp_path / "y.png", exif=exif)
+    model = build_model(build_backbone("resnet10t"), 3)
+    found = {}
+    for rule in ("apply", "ignore"):
+        model.info = info_of(model, "resnet10t", exif_rotation=rule)
+        for name in ("x.png", "y.png"):
+            found[rule, name] = model.preprocess(Image.open(tmp_path / name))
+            expected = model.preprocess(decode(str(tmp_path / name), rule))
+            torch.testing.assert_close(found[rule, name], expected, atol=2 / 255 / 0.25, rtol=0)
+    assert not torch.allclose(found["apply", "x.png"], found["ignore", "x.png"], atol=0.1)
+
+
+def test_a_model_saved_before_the_rule_takes_pixels_as_stored(saved_run, tmp_path):
+    shutil.copytree(saved_run, tmp_path / "old")
+    about = json.loads((tmp_path / "old" / "model.json").read_text())
+    del about["exif_rotation"]
+    (tmp_path / "old" / "model.json").write_text(json.dumps(about))
+    assert mrl.load(tmp_path / "old").info.exif_rotation == "ignore"

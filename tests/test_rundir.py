@@ -187,3 +187,13 @@ def test_provenance_names_the_commit_and_whether_files_differ_from_it(tmp_path, 
     # A copy that is installed below a checkout is not of that commit.
     monkeypatch.setattr(rundir, "__file__", str(tmp_path / ".venv" / "mrl" / "rundir.py"))
     assert provenance()["git_commit"] is None
+
+
+def test_a_run_of_before_exif_rotation_goes_on_only_without_it(tmp_path):
+    open_run(tmp_path, CONFIG + "data: {root: pets}\n")
+    save_checkpoint(tmp_path, {"step": 3})
+    new = CONFIG.replace("never", "auto") + "data: {root: pets, exif_rotation: RULE}\n"
+    defaults = DEFAULTS + "data: {exif_rotation: apply}\n"
+    check_run(tmp_path, "auto", new.replace("RULE", "ignore"), defaults)
+    with pytest.raises(UserError, match="data.exif_rotation was 'ignore', now 'apply'"):
+        check_run(tmp_path, "auto", new.replace("RULE", "apply"), defaults)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from torchvision.io import write_png
+from torchcodec.encoders import PngEncoder
 
 import mrl
 import train
@@ -130,7 +130,7 @@ def make_folder(tmp_path):
                 (tmp_path / split / name).mkdir(parents=True)
                 for i in range(count):
                     image = torch.randint(256, (3, 40, 48), dtype=torch.uint8)
-                    write_png(image, str(tmp_path / split / name / f"{i}.png"))
+                    PngEncoder(image).to_file(str(tmp_path / split / name / f"{i}.png"))
         return tmp_path
 
     return make
@@ -338,6 +338,21 @@ def test_a_corrupt_image_ends_the_run_with_one_sentence_although_workers_are_bus
     result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=200)
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert f"error: {root}/train/cat/7.png cannot be read as an image" in result.stderr
+
+
+def test_unreadable_images_are_left_out_and_listed_in_the_run_directory(make_folder):
+    root = make_folder(["cat", "dog"], 8, 4)
+    for split in ("train", "val"):
+        (root / split / "dog").rename(root / split / os.fsdecode(b"ch\xe2t"))
+    for name in ("train/cat/7.png", "val/cat/1.png"):
+        (root / name).write_bytes(b"no image")
+    argv = [*TINY, "--data.name", "folder", "--data.root", str(root), "--data.num_classes", "2"]
+    argv += ["--data.batch_size", "4", "--data.num_workers", "0", "--data.max_unreadable", "0.2"]
+    assert run(root, *argv) == 0
+    lines = (root / "a" / "unreadable.txt").read_text().splitlines()
+    assert [line.split(" cannot be read")[0] for line in lines] == [f"{root}/train/cat/7.png", f"{root}/val/cat/1.png"]
+    about = mrl.load(root / "a").info
+    assert about.classes == ("cat", "ch\\xe2t") and about.exif_rotation == "apply"
 
 
 def test_an_existing_run_is_refused_and_a_finished_one_is_left_alone(tmp_path, capsys):

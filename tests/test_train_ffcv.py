@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from torchvision.io import write_jpeg
+from torchcodec.encoders import JpegEncoder
 
 from mrl.data import write_ffcv
 from mrl.distributed import Process
@@ -38,7 +38,7 @@ def imagenet(tmp_path_factory):
                 size = generator.integers(40, 70, 2).tolist()
                 coarse = torch.from_numpy(generator.uniform(0, 255, (1, 3, 5, 5)))
                 image = torch.nn.functional.interpolate(coarse, size, mode="bilinear")[0].to(torch.uint8)
-                write_jpeg(image, str(root / split / wnid / f"{wnid}_{number}.JPEG"))
+                JpegEncoder(image).to_file(str(root / split / wnid / f"{wnid}_{number}.JPEG"))
         assert write_ffcv.main(["--root", str(root), "--split", split]) == 0
     return root
 

@@ -14,7 +14,16 @@ import torch
 from mrl import distributed
 from mrl.config import DataConfig
 from mrl.data.ffcv import FFCVFile, FFCVImages, import_ffcv
-from mrl.data.folder import FolderImages, ImageList, list_images, shown
+from mrl.data.folder import (
+    FolderImages,
+    ImageList,
+    LeftOut,
+    describe_left_out,
+    leave_out_unreadable,
+    list_images,
+    shown,
+    unicode_name,
+)
 from mrl.data.imagenet import list_imagenet
 from mrl.data.images import Images
 from mrl.data.memory import DIGIT_CLASSES, MemoryImages, check_memory, decode_images, load_digits
@@ -30,8 +39,11 @@ def build_data(
     device: torch.device,
     is_main: bool = True,
     splits: Sequence[str] = ("train", "val"),
+    classes: Sequence[str] | None = None,
 ) -> dict[str, Images]:
     """Return the ``splits`` that ``data`` describes; the main process prints one line about them.
+
+    Labels are positions in ``classes``, those of a trained model; by default in the classes of the first split.
 
     Raises:
         UserError: Files are missing, an image cannot be read, the classes are not as expected, or the backend cannot
@@ -52,31 +64,43 @@ def build_data(
     transform = Transform(seed, **{name: getattr(data, name) for name in shared})
     num_workers = cores_per_process() if data.num_workers is None else data.num_workers
     images: dict[str, Images] = {}
-    num_ignored = 0
+    left_out = LeftOut()
     if data.name == "digits":
-        _check_classes({split: DIGIT_CLASSES for split in splits}, data.num_classes)
+        _check_num_classes(splits[0], DIGIT_CLASSES, data.num_classes)
         digits = load_digits(data.eval_resize_px)
         images |= {split: MemoryImages(*digits[split], DIGIT_CLASSES, transform, device) for split in splits}
     elif backend == "ffcv":
-        files = _open_ffcv_files(data.root, splits)
-        _check_classes({split: file.classes for split, file in files.items()}, data.num_classes)
+        files = _open_ffcv_files(data, splits)
+        left_out = align_classes(files, data, classes)
         num_threads = max(1, num_workers)
         images |= {split: FFCVImages(file, transform, device, num_threads) for split, file in files.items()}
         reason += f", {num_threads} threads"
     else:
         lists = list_splits(data, splits, is_main)
-        _check_classes({split: found.classes for split, found in lists.items()}, data.num_classes)
-        num_ignored = sum(found.num_ignored for found in lists.values())
+        left_out = align_classes(lists, data, classes)
+        unreadable: dict[str, list[str]] = {}
+        for split in splits:
+            # Else a broken validation image would be found only after an epoch.
+            first_pass = backend == "folder" and split != "train" and "train" in splits
+            if data.max_unreadable > 0 or first_pass:
+                lists[split], unreadable[split] = leave_out_unreadable(
+                    lists[split], split, data.max_unreadable, data.exif_rotation, cores_per_process(), is_main
+                )
+        left_out += sum((found.left_out for found in lists.values()), LeftOut())
         if backend == "memory":
             check_memory(sum(len(found.paths) for found in lists.values()), data.eval_resize_px, device)
-            for split, (paths, labels, classes, _) in lists.items():
-                decoded = decode_images(paths, data.eval_resize_px, cores_per_process(), f"decode {split}", is_main)
-                images[split] = MemoryImages(decoded, labels, classes, transform, device)
+            how = data.eval_resize_px, data.exif_rotation, cores_per_process()
+            for split, (paths, labels, names, _) in lists.items():
+                decoded = decode_images(paths, *how, f"decode {split}", is_main)
+                images[split] = MemoryImages(decoded, labels, names, transform, device)
         else:
             reason += f", {num_workers} worker processes"
             images |= {split: FolderImages(found, transform, device, num_workers) for split, found in lists.items()}
+        for split, reasons in unreadable.items():
+            images[split].unreadable = reasons
     if is_main:
-        print(_describe(data.name, images, f"{backend} backend ({reason})", num_ignored), flush=True)
+        described = _describe(data.name, images, f"{backend} backend ({reason})")
+        print(described + describe_left_out(left_out), flush=True)
     return images
 
 
@@ -102,7 +126,8 @@ def choose_backend(data: DataConfig, splits: Sequence[str]) -> tuple[str, str]:
     return "ffcv", f"auto: {' and '.join(names)} found"
 
 
-def _open_ffcv_files(root: str | None, splits: Sequence[str]) -> dict[str, FFCVFile]:
+def _open_ffcv_files(data: DataConfig, splits: Sequence[str]) -> dict[str, FFCVFile]:
+    root = data.root
     if root is None:
         raise UserError(f"data.root is not given; data.backend ffcv needs the folder that holds {splits[0]}.beton")
     files = {}
@@ -112,6 +137,11 @@ def _open_ffcv_files(root: str | None, splits: Sequence[str]) -> dict[str, FFCVF
             command = f"python -m mrl.data.write_ffcv --root {root} --split {split}"
             raise UserError(f"{path} is missing; write it with {command}, or use data.backend folder")
         files[split] = FFCVFile(path)
+        if files[split].exif_rotation != data.exif_rotation:
+            raise UserError(
+                f"{path} was written with --exif_rotation {files[split].exif_rotation}, but data.exif_rotation is "
+                f"{data.exif_rotation}; write the file again, or give --data.exif_rotation {files[split].exif_rotation}"
+            )
     if not distributed.agree(_digest(*(json.dumps(file.description).encode() for file in files.values()))):
         raise UserError(f"data.root {root} does not hold the same .beton files on all machines; copy them again")
     return files
@@ -126,7 +156,7 @@ def list_splits(data: DataConfig, splits: Sequence[str], show_progress: bool = F
     if data.root is None:
         raise UserError(f"data.root is not given; data.name {data.name} needs the folder that holds train/ and val/")
     list_split = list_imagenet if data.name == "imagenet" else list_images
-    lists = {split: list_split(data.root, split, show_progress) for split in splits}
+    lists = {split: list_split(data.root, split, show_progress, data.missing_classes) for split in splits}
     start = len(str(Path(data.root)))
     parts = [os.fsencode("\0".join(path[start:] for path in found.paths)) for found in lists.values()]
     if not distributed.agree(_digest(*parts, *(found.labels.numpy().tobytes() for found in lists.values()))):
@@ -138,17 +168,43 @@ def _digest(*parts: bytes) -> int:
     return int.from_bytes(hashlib.sha256(b"".join(parts)).digest()[:7], "big")
 
 
-def _check_classes(classes: dict[str, list[str]], num_classes: int | None) -> None:
-    (first, expected), *others = classes.items()
-    if num_classes is not None and num_classes != len(expected):
-        raise UserError(f"data.num_classes is {num_classes}, but the {first} split has {len(expected)} classes")
-    for split, names in others:
-        if names != expected:
-            missing, extra = sorted(set(expected) - set(names)), sorted(set(names) - set(expected))
+def _check_num_classes(split: str, classes: Sequence[str], expected: int | None) -> None:
+    if expected is not None and expected != len(classes):
+        raise UserError(f"data.num_classes is {expected}, but the {split} split has {len(classes)} classes")
+    if split == "train" and len(classes) < 2:
+        raise UserError(
+            f"the train split has {len(classes)} classes ({shown(classes)}), but a classifier needs 2 or more; put "
+            "images of each into a folder of its own: train/<class>/ and val/<class>/ below data.root"
+        )
+
+
+def align_classes(
+    found: dict[str, ImageList] | dict[str, FFCVFile], data: DataConfig, classes: Sequence[str] | None
+) -> LeftOut:
+    """Let the labels of all splits be positions in the same classes; return the classes that a split lacks."""
+    first, *_ = found
+    _check_num_classes(first, found[first].classes, data.num_classes)
+    trained = classes is not None and data.missing_classes == "allow"
+    expected = [unicode_name(name) for name in classes] if trained else found[first].classes  # type: ignore[union-attr]
+    of_expected = "the trained model" if trained else first
+    left_out = LeftOut()
+    for split, images in found.items():
+        absent = sorted(set(expected) - set(images.classes))
+        extra = sorted(set(images.classes) - set(expected))
+        if extra or (absent and data.missing_classes == "refuse"):
+            hint = "" if extra else "; to go on and leave those out of the metrics, give --data.missing_classes allow"
             raise UserError(
-                f"the classes of {first} and {split} differ: only in {first}: {shown(missing)}; "
-                f"only in {split}: {shown(extra)}"
+                f"the classes of {of_expected} and {split} differ: only in {of_expected}: {shown(absent)}; "
+                f"only in {split}: {shown(extra)}{hint}"
             )
+        position = {name: index for index, name in enumerate(expected)}
+        labels = torch.tensor([position[name] for name in images.classes])[images.labels]
+        if isinstance(images, FFCVFile):
+            images.labels, images.classes = labels, expected
+        else:
+            found[split] = images._replace(labels=labels, classes=expected)  # type: ignore[assignment]
+        left_out.update((f"classes without {split} images", name) for name in absent)
+    return left_out
 
 
 def cores_per_process() -> int:
@@ -157,10 +213,10 @@ def cores_per_process() -> int:
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
-def _describe(name: str, images: dict[str, Images], how: str, num_ignored: int) -> str:
+def _describe(name: str, images: dict[str, Images], how: str) -> str:
     sizes = " + ".join(f"{split} {len(part):,}" for split, part in images.items())
     line = f"data: {name}, {sizes} images of {len(next(iter(images.values())).classes)} classes, {how}"
     num_bytes = sum(part.num_bytes for part in images.values() if isinstance(part, MemoryImages))
     if num_bytes:
         line += f", {num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 / 10 else f", {num_bytes / 2**20:.1f} MiB"
-    return line + (f", {num_ignored:,} files ignored that are not images" if num_ignored else "")
+    return line

@@ -57,6 +57,7 @@ class FFCVFile:
         labels: ``(N,)`` int64, positions in ``classes``.
         sizes: ``(N, 2)`` int64, height and width of the images as stored, in pixels.
         is_jpeg: ``(N,)`` bool; False for raw pixels.
+        exif_rotation: Whether the images were turned upright: "apply" or "ignore".
 
     Raises:
         UserError: FFCV is not installed, or the file is damaged or does not match its description.
@@ -73,6 +74,7 @@ class FFCVFile:
             raise self._unusable(f"{path}.json is missing, which has the class names of {path.name}") from None
         except (ValueError, TypeError, KeyError) as error:
             raise self._unusable(f"{path}.json cannot be read ({error!r})") from error
+        self.exif_rotation = self.description.get("settings", {}).get("exif_rotation", "ignore")
         num_bytes = path.stat().st_size
         if num_bytes != described:
             raise self._unusable(

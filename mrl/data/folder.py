@@ -4,30 +4,61 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
+import io
 import multiprocessing
 import os
+import re
 import signal
+import unicodedata
+import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
-from torch.utils.data import DataLoader
-from torchvision.io import ImageReadMode, decode_image
+from torch.utils.data import DataLoader, get_worker_info
 from torchvision.transforms.v2 import functional
 
-from mrl.data.images import Images, LoadBatch
+from mrl import distributed
+from mrl.data.images import Images, LoadBatch, map_ahead
 from mrl.data.transforms import Transform, resize_and_center_crop
 from mrl.errors import UserError
 from mrl.model import ModelInfo
 from mrl.progress import progress
+from mrl.rgb import to_rgb
+
+try:
+    from torchcodec import decoders as torchcodec
+except (ImportError, OSError, RuntimeError) as error:  # e.g. its CUDA build beside torch's CPU build
+    torchcodec = None  # type: ignore[assignment]
+    warnings.warn(
+        f"torchcodec cannot be loaded ({str(error).strip().splitlines()[0]}), so Pillow decodes images instead: the "
+        "same pixels at half the speed; install the torchcodec that belongs to your torch",
+        stacklevel=1,
+    )
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+JPEG_START, EXIF_MARKS = b"\xff\xd8\xff", (b"Exif", b"eXIf", b"EXIF")  # of JPEG, PNG, WebP
 MAX_SHOWN = 5
+# Folders that NAS boxes, desktops, archivers and editors leave among images, in lower case; so are all hidden ones.
+TOOL_FOLDERS = re.compile(
+    r"\..*|@eadir|@tmp|@recycle|@recently-snapshot|@sharebin|@__thumb|#recycle|#snapshot|~snapshot|__macosx|lost\+found"
+    r"|lost\.dir|found\.\d{3}|\$recycle\.bin|recycler|recycled|system volume information|temporary items"
+    r"|network trash folder|_?thumbs|_?thumbnails|__thumbs__|__pycache__|cvs|_svn|_vti_cnf|.*\.lrdata"
+)
+# What a listing leaves out, by kind and name.
+LeftOut = Counter[tuple[str, str]]
+OTHER_FILES, TOOLS, BESIDE = "files that are not images", "folders of tools", "images beside the class folders"
+EMPTY, UNREADABLE = "classes without images", "images that cannot be read"
+CHECK = "python -m mrl.data.check DIR lists all images that cannot be read"
+NO_END_MARKER = (
+    "a JPEG file has no end marker, but all of its pixels, and was read; python -m mrl.data.check DIR lists such files"
+)
 
 
 class ImageList(NamedTuple):
@@ -35,30 +66,75 @@ class ImageList(NamedTuple):
 
     paths: list[str]
     labels: Tensor  # (N,) int64, positions in classes
-    classes: list[str]  # names of the class folders, sorted
-    num_ignored: int  # files that are not images by their extension
+    classes: list[str]  # see `unicode_name`, sorted
+    left_out: LeftOut
 
 
-def list_images(root: str | Path, split: str, show_progress: bool = False) -> ImageList:
-    """List the images below ``root/split/<class>/`` at any depth, without hidden files and folders.
+def list_images(
+    root: str | Path, split: str, show_progress: bool = False, missing_classes: str = "refuse"
+) -> ImageList:
+    """List the images below ``root/split/<class>/`` at any depth, without hidden files and folders of tools.
+
+    Class folders without images are left out if ``missing_classes`` is "allow".
 
     Raises:
-        UserError: The root, the split, its class folders or the images of a class are missing.
+        UserError: The root, the split, its class folders or the images of a class are missing, or the tree is not one
+            of classes.
     """
-    top = split_folder(root, split)
-    _, classes, files = next(walk(top))
-    if not classes:
+    top, left_out = split_folder(root, split), LeftOut()
+    _, folders, files = next(walk(top, left_out))
+    if not folders:
         raise UserError(f"{top} has no class folders, only {shown(files)}; put the images into {top}/<class>/")
-    paths, labels, num_files = [], [], 0
-    for label, name in enumerate(progress(classes, show=show_progress, desc=f"list {split}", unit="class")):
-        files = list_files(top / name)
-        images = [f"{top}/{name}/{file}" for file in files if is_image(file)]
-        if not images:
-            raise UserError(f"class folder {top / name} has no images; allowed: {' '.join(IMAGE_EXTENSIONS)}")
-        paths += images
-        labels += [label] * len(images)
-        num_files += len(files)
-    return ImageList(paths, torch.tensor(labels), classes, num_files - len(paths))
+    beside = sum(map(is_image, files))
+    left_out += LeftOut({(BESIDE, ""): beside})
+    count_other_files(files, left_out)
+    folder_of = {unicode_name(folder): folder for folder in folders}
+    if len(folder_of) < len(folders):
+        same = next(folder for folder in folders if folder_of[unicode_name(folder)] != folder)
+        both = ascii(same), ascii(folder_of[unicode_name(same)])
+        raise UserError(f"{top} has two folders for one class, written in two ways: {' and '.join(both)}; join them")
+    paths: list[str] = []
+    labels: list[int] = []
+    classes: list[str] = []
+    for name, folder in progress(sorted(folder_of.items()), show=show_progress, desc=f"list {split}", unit="class"):
+        images = find_images(top / folder, left_out)
+        if images:
+            paths += [f"{top}/{folder}/{image}" for image in images]
+            labels += [len(classes)] * len(images)
+            classes.append(name)
+        elif missing_classes == "allow":
+            left_out[EMPTY, name] += 1
+        else:
+            raise UserError(
+                f"class folder {top / folder} has no images; allowed: {' '.join(IMAGE_EXTENSIONS)}; to go on without "
+                "such classes, give --data.missing_classes allow"
+            )
+    if len(classes) < 2:
+        _refuse_deeper_classes(top, folders)
+    if beside > len(paths):
+        raise UserError(
+            f"{top} has {beside:,} images beside its class folders and only {len(paths):,} in them; only those in "
+            f"{top}/<class>/ are used, so move the others there"
+        )
+    return ImageList(paths, torch.tensor(labels, dtype=torch.int64), classes, left_out)
+
+
+def _refuse_deeper_classes(top: Path, folders: list[str]) -> None:
+    """Raise a `UserError` if a single class folder has no images of its own, only folders: those are the classes."""
+    inside, files = top, list[str]()
+    while len(folders) == 1 and not any(map(is_image, files)):
+        inside = inside / folders[0]
+        _, folders, files = next(walk(inside))
+    if inside != top and folders and not any(map(is_image, files)):
+        raise UserError(
+            f"{top} must hold one folder per class, but it holds a single one, {inside.relative_to(top)}, with the "
+            f"folders {shown(folders)} in it; if those are the classes, move them up, to {top}/{folders[0]}/ etc."
+        )
+
+
+def unicode_name(folder: str) -> str:
+    """Return the name of a folder as Unicode in composed form (NFC), with "\\xe9" for a byte that is not UTF-8."""
+    return unicodedata.normalize("NFC", os.fsencode(folder).decode(errors="backslashreplace"))
 
 
 def split_folder(root: str | Path, split: str) -> Path:
@@ -67,30 +143,41 @@ def split_folder(root: str | Path, split: str) -> Path:
     if not Path(root).is_dir():
         raise UserError(f"data.root is {str(root)!r}, which is not a folder; allowed: a folder that holds {split}/")
     if not folder.is_dir():
-        raise UserError(f"{folder} is missing; {root} holds {shown(sorted(os.listdir(root)))}")
+        deeper = sorted(path.parent for depth in ("*", "*/*") for path in Path(root).glob(f"{depth}/{split}"))
+        hint = f"; if you mean the one in {deeper[0]}, give --data.root {deeper[0]}" if deeper else ""
+        raise UserError(f"{folder} is missing; {root} holds {shown(sorted(os.listdir(root)))}{hint}")
     return folder
 
 
-def find_images(folder: str | Path, show_progress: bool = False) -> list[str]:
-    """Return the image files below ``folder`` at any depth, as paths relative to it; see `list_files`."""
-    return [file for file in list_files(folder, show_progress) if is_image(file)]
+def find_images(folder: str | Path, left_out: LeftOut, show_progress: bool = False) -> list[str]:
+    """Return the image files below ``folder`` at any depth, as paths relative to it, in the order of `walk`.
 
-
-def list_files(folder: str | Path, show_progress: bool = False) -> list[str]:
-    """Return the files below ``folder`` at any depth, as paths relative to it, in the order of `walk`."""
+    Other files, and the folders that `walk` skips, are counted in ``left_out``.
+    """
     start = len(str(folder)) + 1
-    folders = progress(walk(folder), show=show_progress, desc=f"list {folder}", unit="folder")
-    return [os.path.join(below[start:], name) for below, _, files in folders for name in files]
+    found = []
+    for below, _, files in progress(walk(folder, left_out), show=show_progress, desc=f"list {folder}", unit="folder"):
+        found += [os.path.join(below[start:], name) for name in files if is_image(name)]
+        count_other_files(files, left_out)
+    return found
 
 
-def walk(top: str | Path) -> Iterator[tuple[str, list[str], list[str]]]:
-    """Walk a tree as os.walk does, in sorted order, without hidden files and folders; follow links."""
+def count_other_files(files: Sequence[str], left_out: LeftOut) -> None:
+    """Count the files that are not images in ``left_out``, by extension."""
+    left_out.update((OTHER_FILES, os.path.splitext(name)[1].lower()) for name in files if not is_image(name))
+
+
+def walk(top: str | Path, left_out: LeftOut | None = None) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Walk a tree as os.walk does, in sorted order, without hidden files and folders of tools; follow links."""
 
     def fail(error: OSError) -> None:
         raise UserError(f"{error.filename} cannot be listed: {error.strerror}") from error
 
     for folder, below, files in os.walk(str(top), onerror=fail, followlinks=True):
-        below[:] = sorted(name for name in below if name[0] != ".")
+        tools = [name for name in below if TOOL_FOLDERS.fullmatch(name.lower())]
+        if left_out is not None:
+            left_out.update((TOOLS, name) for name in tools)
+        below[:] = sorted(set(below) - set(tools))
         yield folder, below, sorted(name for name in files if name[0] != ".")
 
 
@@ -105,25 +192,128 @@ def shown(names: Sequence[str]) -> str:
     return (", ".join(names[:MAX_SHOWN]) or "nothing") + more
 
 
-def read_image(path: str) -> Tensor:
-    """Read an image as ``(3, H, W)`` uint8: gray is repeated, transparency dropped, EXIF rotation not applied.
+def describe_left_out(left_out: LeftOut) -> str:
+    """Return "; left out: 3 files that are not images (.txt), 1 folders of tools (@eaDir)" or an empty string."""
+    parts = []
+    for kind in dict.fromkeys(kind for kind, _ in +left_out):
+        names = sorted({name for one, name in left_out if one == kind and name})
+        number = sum(count for (one, _), count in left_out.items() if one == kind)
+        parts.append(f"{number:,} {kind}" + f" ({shown(names)})" * bool(names))
+    return "; left out: " + ", ".join(parts) if parts else ""
+
+
+def decode(path: str, exif_rotation: str = "apply") -> Tensor:
+    """Read an image as ``(3, H, W)`` uint8, whatever its format: see `mrl.rgb`. Gray is repeated.
 
     Raises:
         UserError: The file cannot be read as an image.
     """
+    image, lacks_end = decode_and_mend(path, exif_rotation)
+    if lacks_end:
+        warn_once(NO_END_MARKER)
+    return image
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """Warn once per process; Python's own rule forgets what it has shown whenever a library changes its filters."""
+    warnings.warn(message, stacklevel=2)
+
+
+def decode_and_mend(path: str, exif_rotation: str) -> tuple[Tensor, bool]:
+    """Read an image as `decode` does, and return whether it is a JPEG that had to be given its end marker."""
     try:
-        image = decode_image(path, ImageReadMode.RGB)
-        if image.dtype == torch.uint16:
-            return (image.to(torch.int32) >> 8).to(torch.uint8)
-        if image.shape[0] == 3 and image.ndim == 3:
-            return image
-    except (RuntimeError, ValueError):
-        pass  # PIL reads more formats than torchvision and has clearer messages
-    try:
-        with Image.open(path) as opened:
-            return functional.pil_to_tensor(opened.convert("RGB"))
-    except Exception as error:  # PIL's decoders raise errors of many kinds on bad data
-        raise UserError(f"{path} cannot be read as an image: {str(error) or type(error).__name__}") from error
+        with open(path, "rb") as file:
+            content = bytearray(file.read())  # which torch can take without a copy
+        try:
+            return _decode(content, exif_rotation), False
+        except Exception:
+            mended = _with_end_marker(content)
+            if mended is None:
+                raise
+            return _decode(mended, exif_rotation), True
+    except Exception as error:  # decoders raise errors of many kinds on bad data
+        reason = str(error).split("\n")[0] or type(error).__name__
+        reason = "it is not in a known image format" if isinstance(error, UnidentifiedImageError) else reason
+        raise UserError(f"{path} cannot be read as an image: {reason}") from error
+
+
+def _decode(content: bytearray, exif_rotation: str) -> Tensor:
+    # torchcodec always turns images upright.
+    if torchcodec is not None and (exif_rotation == "apply" or _is_stored_upright(content)):
+        try:
+            encoded = torch.frombuffer(content, dtype=torch.uint8)
+            if content.startswith(JPEG_START):
+                return torchcodec.decode_jpeg(encoded)  # type: ignore[return-value]
+            return _over_white(torchcodec.decode_image(encoded, mode="RGB_ALPHA"))
+        except (RuntimeError, ValueError):
+            pass  # Pillow reads more formats and has clearer messages
+    with Image.open(io.BytesIO(content)) as image:
+        return functional.pil_to_tensor(to_rgb(image, exif_rotation))
+
+
+def _is_stored_upright(content: bytearray) -> bool:
+    start_of_scan = content.find(b"\xff\xda") if content.startswith(JPEG_START) else len(content)
+    if not any(mark in content[:start_of_scan] for mark in EXIF_MARKS):
+        return True
+    with Image.open(io.BytesIO(content)) as image:
+        return image.getexif().get(ExifTags.Base.Orientation, 1) == 1
+
+
+def _over_white(images: Tensor) -> Tensor:
+    """Return an image ``(4, H, W)``, or the first of ``(N, 4, H, W)``, without transparency: ``(3, H, W)`` uint8."""
+    image = images[0] if images.ndim == 4 else images
+    colors, alpha = image[:3], image[3:].float() / 255
+    return colors if alpha.min() == 1 else (colors * alpha + 255 * (1 - alpha)).round().to(torch.uint8)
+
+
+def _with_end_marker(content: bytearray) -> bytearray | None:
+    """Return a JPEG with the end marker that it lacks; None if it is no JPEG, or lacks pixels too.
+
+    If pixels are missing, bytes that follow the file's are taken for them, and change the picture.
+    """
+    if not content.startswith(JPEG_START):
+        return None
+    kept = content.rstrip(b"\xff")  # half of an end marker
+    mended, other = kept + b"\xff\xd9", kept + b"\xa5" * 64 + b"\xff\xd9"
+    with Image.open(io.BytesIO(mended)) as image, Image.open(io.BytesIO(other)) as another:
+        return mended if image.tobytes() == another.tobytes() else None
+
+
+def leave_out_unreadable(
+    images: ImageList, what: str, max_share: float, exif_rotation: str, num_threads: int, show_progress: bool
+) -> tuple[ImageList, list[str]]:
+    """Decode every image once, all processes together; return the list without the unreadable, and why they are that.
+
+    Raises:
+        UserError: More than ``max_share`` of the images cannot be read.
+    """
+
+    def why(index: int) -> str | None:
+        try:
+            decode(images.paths[index], exif_rotation)
+        except UserError as error:
+            return str(error)
+        return None
+
+    share = distributed.own_share(len(images.paths))
+    is_bad = torch.zeros(len(images.paths), dtype=torch.int32)
+    checked = map_ahead(why, share, max(1, num_threads))
+    for index, reason in zip(
+        share, progress(checked, show=show_progress, total=len(share), desc=f"check {what}", unit="image"), strict=True
+    ):
+        is_bad[index] = reason is not None
+    is_bad = distributed.all_reduce_sum(is_bad)
+    reasons = [why(index) or images.paths[index] for index in is_bad.nonzero()[:, 0].tolist()]
+    if len(reasons) > max_share * len(images.paths):
+        raise UserError(
+            f"{len(reasons):,} of {len(images.paths):,} {what} images cannot be read: {shown(reasons)}; {CHECK}, and "
+            f"--data.max_unreadable {np.ceil(100 * len(reasons) / len(images.paths)) / 100:g} leaves them out"
+        )
+    kept = (is_bad == 0).nonzero()[:, 0]
+    left_out = images.left_out + LeftOut({(UNREADABLE, ""): len(reasons)})
+    paths = [images.paths[index] for index in kept.tolist()]
+    return ImageList(paths, images.labels[kept], images.classes, left_out), reasons
 
 
 class FolderImages(Images):
@@ -138,10 +328,14 @@ class FolderImages(Images):
     def _content(self) -> bytes:
         paths = [os.fsdecode(path) for path in self._paths]
         folder = len(os.path.commonpath(paths))
-        return b"".join(os.fsencode(f"{path[folder:]} {os.path.getsize(path)}\n") for path in paths)
+        files = b"".join(os.fsencode(f"{path[folder:]} {os.path.getsize(path)}\n") for path in paths)
+        return self.transform.exif_rotation.encode() + files
+
+    def _decode(self, index: int) -> Tensor:
+        return decode(os.fsdecode(self._paths[index]), self.transform.exif_rotation)
 
     def _train_crop(self, index: int, epoch: int, px: int) -> Tensor:
-        image = read_image(os.fsdecode(self._paths[index]))
+        image = self._decode(index)
         [box], [mirror] = self.transform.train_boxes(epoch, np.array([index]), np.array([image.shape[1:]]))
         crop = functional.resized_crop(image, *box.tolist(), size=[px, px], antialias=True)
         return self.transform.augment(crop.flip(2) if mirror else crop, epoch, index)
@@ -151,13 +345,13 @@ class FolderImages(Images):
 
     def _center_crops(self, indices: np.ndarray) -> Tensor:
         px = self.transform.eval_resize_px, self.transform.eval_px
-        return torch.stack([resize_and_center_crop(read_image(os.fsdecode(p)), *px) for p in self._paths[indices]])
+        return torch.stack([resize_and_center_crop(self._decode(index), *px) for index in indices.tolist()])
 
     def _load_all(self, load: LoadBatch, indices: Sequence[np.ndarray]) -> Iterator[Tensor]:
         loader: DataLoader = DataLoader(
             indices,  # type: ignore[arg-type]
             batch_size=None,
-            collate_fn=partial(_load_or_explain, load),
+            collate_fn=functools.partial(_load_or_explain, load),
             num_workers=min(self._num_workers, len(indices)),
             pin_memory=self.device.type == "cuda",
             worker_init_fn=_start_worker,
@@ -165,19 +359,23 @@ class FolderImages(Images):
         )
         with _stop_signals_blocked():
             batches = iter(loader)
-        for images in batches:
+        for images, warned in batches:
+            for message in warned:
+                warn_once(message)
             if isinstance(images, str):
                 del batches  # the traceback keeps this frame, which would keep the workers
-                raise UserError(images)
+                raise UserError(f"{images}; {CHECK}")
             yield images
 
 
-def _load_or_explain(load: LoadBatch, indices: np.ndarray) -> Tensor | str:
-    """Return a batch, or the message of a UserError: raised in a worker, it would arrive wrapped in a traceback."""
-    try:
-        return load(indices)
-    except UserError as error:
-        return str(error)
+def _load_or_explain(load: LoadBatch, indices: np.ndarray) -> tuple[Tensor | str, list[str]]:
+    """Return a batch, or the message of a UserError, which would arrive in a traceback; and a worker's warnings."""
+    with warnings.catch_warnings(record=get_worker_info() is not None) as caught:
+        try:
+            found: Tensor | str = load(indices)
+        except UserError as error:
+            found = str(error)
+    return found, [str(warning.message) for warning in caught or []]
 
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -215,6 +413,7 @@ atexit.register(_end_workers)  # after multiprocessing's own handler, so that it
 
 def evaluated_images(paths: Sequence[str], info: ModelInfo, device: torch.device, num_workers: int) -> FolderImages:
     """Return image files without labels, resized, cropped and normalized as the model expects."""
-    transform = Transform(0, (1, 1), (1, 1), False, info.resize_px, info.crop_px, info.mean, info.std)
-    images = ImageList(list(paths), torch.zeros(len(paths), dtype=torch.int64), [], 0)
+    sizes_and_scale = info.resize_px, info.crop_px, info.mean, info.std
+    transform = Transform(0, (1, 1), (1, 1), False, *sizes_and_scale, exif_rotation=info.exif_rotation)
+    images = ImageList(list(paths), torch.zeros(len(paths), dtype=torch.int64), [], LeftOut())
     return FolderImages(images, transform, device, num_workers)

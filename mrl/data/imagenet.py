@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mrl.data.folder import ImageList, is_image, list_images, shown, split_folder, walk
+from mrl.data.folder import ImageList, LeftOut, count_other_files, is_image, list_images, shown, split_folder, walk
 from mrl.errors import UserError
 
 KAGGLE_FOLDER = Path("ILSVRC/Data/CLS-LOC")
@@ -21,7 +21,9 @@ GROUND_TRUTHS = ("LOC_val_solution.csv", "val_wnids.txt", DEVKIT_TRUTH)
 WNID = re.compile(r"n\d{8}")
 
 
-def list_imagenet(root: str | Path, split: str, show_progress: bool = False) -> ImageList:
+def list_imagenet(
+    root: str | Path, split: str, show_progress: bool = False, missing_classes: str = "refuse"
+) -> ImageList:
     """List the images of ``split`` below ``root``, or below ``root``'s ILSVRC/Data/CLS-LOC.
 
     Raises:
@@ -29,15 +31,16 @@ def list_imagenet(root: str | Path, split: str, show_progress: bool = False) -> 
     """
     root = Path(root)
     root = root / KAGGLE_FOLDER if (root / KAGGLE_FOLDER).is_dir() else root
-    top = split_folder(root, split)
-    _, folders, files = next(walk(top))
+    top, left_out = split_folder(root, split), LeftOut()
+    _, folders, files = next(walk(top, left_out))
     beside = [file for file in files if is_image(file)]
     if split == "val" and beside and not folders:
         inside = root.resolve()
         above = [inside.parents[2]] if inside.parts[-3:] == KAGGLE_FOLDER.parts else []
-        found = _label_flat(top, beside, len(files) - len(beside), [top, root, root / DEVKIT_FOLDER, *above])
+        count_other_files(files, left_out)
+        found = _label_flat(top, beside, left_out, [top, root, root / DEVKIT_FOLDER, *above])
     else:
-        found = list_images(root, split, show_progress)
+        found = list_images(root, split, show_progress, missing_classes)
         if beside:
             raise UserError(
                 f"{top} has class folders and {len(beside):,} images beside them ({shown(beside)}); "
@@ -52,7 +55,7 @@ def list_imagenet(root: str | Path, split: str, show_progress: bool = False) -> 
     return found
 
 
-def _label_flat(top: Path, images: list[str], num_ignored: int, places: list[Path]) -> ImageList:
+def _label_flat(top: Path, images: list[str], left_out: LeftOut, places: list[Path]) -> ImageList:
     """Label the images of one flat folder by the first ground truth found in ``places``."""
     truth = next((place / name for place in places for name in GROUND_TRUTHS if (place / name).is_file()), None)
     if truth is None:
@@ -69,7 +72,7 @@ def _label_flat(top: Path, images: list[str], num_ignored: int, places: list[Pat
         raise UserError(f"{top} lacks {len(missing):,} of the {len(wnid_of):,} images in {truth}: {shown(missing)}")
     images = sorted(images, key=lambda image: (wnid_of[Path(image).stem], image))
     classes, labels = np.unique([wnid_of[Path(image).stem] for image in images], return_inverse=True)
-    return ImageList([f"{top}/{image}" for image in images], torch.from_numpy(labels), classes.tolist(), num_ignored)
+    return ImageList([f"{top}/{image}" for image in images], torch.from_numpy(labels), classes.tolist(), left_out)
 
 
 def read_wnids(path: Path) -> dict[str, str]:

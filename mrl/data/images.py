@@ -42,6 +42,9 @@ class Images(ABC):
         classes: Class names.
         transform: Crops and normalization.
         device: Where batches are wanted.
+
+    Attributes:
+        unreadable: Why images were left out, one sentence each.
     """
 
     def __init__(self, labels: Tensor, classes: Sequence[str], transform: Transform, device: torch.device):
@@ -49,6 +52,7 @@ class Images(ABC):
         self.classes = list(classes)
         self.transform = transform
         self.device = device
+        self.unreadable: list[str] = []
 
     def __len__(self) -> int:
         return len(self.labels)

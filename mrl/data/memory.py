@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
-from mrl.data.folder import read_image
+from mrl.data.folder import CHECK, decode
 from mrl.data.images import Images, map_ahead
 from mrl.data.transforms import Transform, crop_and_resize, resize_and_center_crop
 from mrl.errors import UserError
@@ -45,7 +45,9 @@ class MemoryImages(Images):
         return functional.center_crop(self._take(indices), [self.transform.eval_px])
 
 
-def decode_images(paths: Sequence[str], px: int, num_threads: int, title: str, show_progress: bool) -> Tensor:
+def decode_images(
+    paths: Sequence[str], px: int, exif_rotation: str, num_threads: int, title: str, show_progress: bool
+) -> Tensor:
     """Read images as ``(N, 3, px, px)`` uint8: shorter side resized to ``px``, center cut out.
 
     Raises:
@@ -53,15 +55,18 @@ def decode_images(paths: Sequence[str], px: int, num_threads: int, title: str, s
     """
     images = torch.empty(len(paths), 3, px, px, dtype=torch.uint8)
 
-    def decode(start: int) -> int:
+    def decode_some(start: int) -> int:
         some = paths[start : start + IMAGES_PER_TASK]
         for index, path in enumerate(some, start):
-            images[index] = resize_and_center_crop(read_image(path), px, px)
+            images[index] = resize_and_center_crop(decode(path, exif_rotation), px, px)
         return len(some)
 
-    with progress(show=show_progress, total=len(paths), desc=title, unit="image") as bar:
-        for done in map_ahead(decode, range(0, len(paths), IMAGES_PER_TASK), num_threads):
-            bar.update(done)
+    try:
+        with progress(show=show_progress, total=len(paths), desc=title, unit="image") as bar:
+            for done in map_ahead(decode_some, range(0, len(paths), IMAGES_PER_TASK), num_threads):
+                bar.update(done)
+    except UserError as error:
+        raise UserError(f"{error}; {CHECK}") from error
     return images
 
 

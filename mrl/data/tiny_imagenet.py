@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from mrl.errors import UserError
+from mrl.errors import UserError, print_any_name
 from mrl.progress import progress
 
 NUM_SHARDS = 5
@@ -118,6 +118,7 @@ def _official_files(source: Path) -> Iterator[tuple[str, bytes]]:
 
 def main(argv: list[str] | None = None) -> int:
     """Prepare the data from a command line; return the exit status."""
+    print_any_name()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", type=Path, required=True, help="zip, unpacked folder, or folder of shards")
     parser.add_argument("--out", type=Path, required=True, help="folder to make, e.g. data/tiny_imagenet")

@@ -77,6 +77,7 @@ class Transform:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     rand_augment: str | None = None
+    exif_rotation: str = "apply"
 
     def _uniforms(self, epoch: int, indices: np.ndarray) -> np.ndarray:
         """Return ``(B, DRAWS)`` numbers in [0, 1); sample i gets the i-th ``DRAWS`` of the stream of (seed, epoch)."""

@@ -25,10 +25,10 @@ import numpy as np
 
 from mrl.data import cores_per_process
 from mrl.data.ffcv import FFCVFile, import_ffcv
-from mrl.data.folder import ImageList, list_images, read_image
+from mrl.data.folder import ImageList, decode, describe_left_out, leave_out_unreadable, list_images
 from mrl.data.imagenet import list_imagenet
 from mrl.data.images import map_ahead
-from mrl.errors import UserError
+from mrl.errors import UserError, print_any_name
 from mrl.progress import progress
 from mrl.rundir import atomic_write_text
 
@@ -38,11 +38,15 @@ MIN_PAGE_BYTES = 8 << 20  # FFCV's default
 
 @dataclass(frozen=True)
 class Settings:
-    """How images are stored: longer side at most ``max_px``, a share as JPEGs of a quality, the rest as raw pixels."""
+    """How images are stored: longer side at most ``max_px``, a share as JPEGs of a quality, the rest as raw pixels.
+
+    For ``exif_rotation`` see `mrl.config.DataConfig`.
+    """
 
     max_px: int = 500
     jpeg_share: float = 0.5
     quality: int = 90
+    exif_rotation: str = "apply"
 
     def __post_init__(self) -> None:
         for name, low, high in (("max_px", 32, 8192), ("jpeg_share", 0, 1), ("quality", 1, 100)):
@@ -94,7 +98,7 @@ def encode(images: ImageList, settings: Settings, index: int) -> tuple[Any, np.n
 
     path, mode = images.paths[index], "jpg" if settings.is_jpeg(index) else "raw"
     field = RGBImageField(mode, max_resolution=settings.max_px, jpeg_quality=settings.quality)
-    pixels = read_image(path).permute(1, 2, 0).contiguous().numpy()
+    pixels = decode(path, settings.exif_rotation).permute(1, 2, 0).contiguous().numpy()
     entry, content = np.zeros(1, dtype=field.metadata_type), []
 
     def allocate(num_bytes: int) -> tuple[int, np.ndarray]:
@@ -151,6 +155,7 @@ def _read_back(file: FFCVFile, images: ImageList, settings: Settings) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Write a split from a command line; return the exit status."""
+    print_any_name()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, required=True, help="folder that holds train/<class>/ and val/<class>/")
     parser.add_argument("--split", choices=("train", "val"), required=True)
@@ -164,6 +169,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--max_px", type=int, default=500, help="longer side at most, in pixels; default: 500")
     parser.add_argument("--jpeg_share", type=float, help="share stored as JPEG; default: 0.5 for train, 0 for val")
     parser.add_argument("--quality", type=int, default=90, help="JPEG quality, 1 to 100; default: 90")
+    parser.add_argument("--exif_rotation", choices=("apply", "ignore"), default="apply", help="as data.exif_rotation")
+    parser.add_argument(
+        "--missing_classes", choices=("refuse", "allow"), default="refuse", help="as data.missing_classes"
+    )
+    parser.add_argument("--max_unreadable", type=float, default=0.0, help="as data.max_unreadable")
     parser.add_argument(
         "--num_threads", type=int, default=cores_per_process(), help="images encoded at once; default: the CPU cores"
     )
@@ -171,12 +181,18 @@ def main(argv: list[str] | None = None) -> int:
     out = args.out or args.root / f"{args.split}.beton"
     try:
         default_share = 0.5 if args.split == "train" else 0.0
-        settings = Settings(args.max_px, default_share if args.jpeg_share is None else args.jpeg_share, args.quality)
+        jpeg_share = default_share if args.jpeg_share is None else args.jpeg_share
+        settings = Settings(args.max_px, jpeg_share, args.quality, args.exif_rotation)
         if args.num_threads < 1:
             raise UserError(f"--num_threads is {args.num_threads}; allowed: 1 or more")
         check_out(out)  # before a million files are listed
         list_split = list_imagenet if args.name == "imagenet" else list_images
-        written = write(list_split(args.root, args.split, True), args.split, out, settings, args.num_threads)
+        images = list_split(args.root, args.split, True, args.missing_classes)
+        if args.max_unreadable > 0:
+            how = args.max_unreadable, args.exif_rotation, args.num_threads
+            images, reasons = leave_out_unreadable(images, args.split, *how, show_progress=True)
+            print(*reasons, sep="\n", file=sys.stderr)
+        written = write(images, args.split, out, settings, args.num_threads)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -186,6 +202,7 @@ def main(argv: list[str] | None = None) -> int:
     print(
         f"{out}: {len(written.labels):,} images of {len(written.classes):,} classes, "
         f"{out.stat().st_size / 2**30:.2f} GiB, labels and a sample of the pixels checked"
+        f"{describe_left_out(images.left_out)}"
     )
     return 0
 

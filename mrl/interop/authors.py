@@ -22,7 +22,7 @@ from timm.data import ImageNetInfo
 from torch import Tensor
 
 from mrl.config import DataConfig, parse_command_line, to_yaml
-from mrl.errors import UserError
+from mrl.errors import UserError, print_any_name
 from mrl.matryoshka import default_nesting_list
 from mrl.model import BlurConv2d, MatryoshkaClassifier, ModelInfo, build_backbone, build_model, check_fits, save_model
 from mrl.retrieval.embeddings import file_sha256
@@ -184,6 +184,7 @@ def import_checkpoint(argv: Sequence[str], write: bool = True) -> Path:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Import a checkpoint from a command line; returns the exit status."""
+    print_any_name()
     argv = sys.argv[1:] if argv is None else argv
     if {"-h", "--help"} & set(argv):
         print(__doc__)

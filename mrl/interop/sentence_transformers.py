@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from mrl.data.folder import read_image
+from mrl.data.folder import decode
 from mrl.errors import UserError
 from mrl.interop.hub import new_folder
 from mrl.matryoshka import prefix, unit_prefix
@@ -50,7 +50,9 @@ class MatryoshkaImages(InputModule):
     def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **kwargs: Any) -> dict[str, Any]:
         """Return one batch of PIL images, uint8 tensors, paths, or any of these as ``{"image": ...}``."""
         given = [item["image"] if isinstance(item, dict) else item for item in inputs]
-        images = [read_image(str(item)) if isinstance(item, str | Path) else item for item in given]
+        assert self.model.info is not None
+        rule = self.model.info.exif_rotation
+        images = [decode(str(item), rule) if isinstance(item, str | Path) else item for item in given]
         return {"images": torch.stack([self.model.preprocess(image) for image in images])}
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:

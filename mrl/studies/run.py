@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mrl.config import Config, read_config
 from mrl.data import build_data
+from mrl.data.folder import unicode_name
 from mrl.distributed import Process
 from mrl.errors import UserError
 from mrl.matryoshka import NestedLinear, default_nesting_list
@@ -94,7 +95,8 @@ class OpenedRun:
     def images(self, split: str, indices: np.ndarray) -> Tensor:
         """Return images ``(B, 3, H, W)`` of "train" or "val" as the model reads them."""
         if split not in self._images:
-            self._images.update(build_data(self.config.data, 0, torch.device("cpu"), False, splits=(split,)))
+            of_split = {"splits": (split,), "classes": self.classes}
+            self._images.update(build_data(self.config.data, 0, torch.device("cpu"), False, **of_split))
         [(images, _)] = self._images[split].eval_batches([np.asarray(indices)])
         return images
 
@@ -119,7 +121,7 @@ def open_run(path: str | Path) -> OpenedRun:
         UserError: It is not a finished run, or has no embeddings of its current model.
     """
     directory = Path(path)
-    config, model = read_config(directory / "config.yaml"), load(directory)
+    config, model = read_run(directory)
     classes: tuple[str, ...] = model.info.classes  # type: ignore[union-attr]
     source = _source(directory.resolve().name, config, classes)
     wanted = describe_embeddings(directory, config, source, classes, [])
@@ -131,6 +133,13 @@ def open_run(path: str | Path) -> OpenedRun:
             f"run: python eval.py --runs {directory}"
         )
     return OpenedRun(directory, config, model, source, found["train"], found["val"], found.get("val_flip"))
+
+
+def read_run(directory: Path) -> tuple[Config, MatryoshkaClassifier]:
+    """Return the settings and the model of a finished run; images are turned as the model expects."""
+    config, model = read_config(directory / "config.yaml"), load(directory)
+    data = replace(config.data, exif_rotation=model.info.exif_rotation)  # type: ignore[union-attr,arg-type]
+    return replace(config, data=data), model
 
 
 def embed_runs(
@@ -151,10 +160,10 @@ def embed_runs(
     opened: list[OpenedRun] = []
     classes_of: dict[str, tuple[str, ...]] = {}
     images: dict[str, Any] = {}
-    images_are_of: tuple = ()
+    images_are_of: tuple[Any, ...] = ()
     folders = transfer.folders()
     for name, run in runs.items():
-        config, model = read_config(run / "config.yaml"), load(run)
+        config, model = read_run(run)
         data, classes = config.data, model.info.classes  # type: ignore[union-attr]
         source = _source(name, config, classes)
         if classes_of.setdefault(source.dataset, classes) != classes:
@@ -166,10 +175,12 @@ def embed_runs(
         sets = {} if force else _on_disk(run, wanted)
         missing = [place for place in wanted if place not in sets]
         if splits := tuple(dict.fromkeys(wanted[place].split for place in missing if place not in folders)):
-            key = (data.name, data.root, data.backend, data.eval_resize_px, data.eval_px, data.mean, data.std)
+            about_files = (data.name, data.root, data.backend, data.missing_classes, data.max_unreadable, classes)
+            key = (*about_files, data.eval_resize_px, data.eval_px, data.mean, data.std, data.exif_rotation)
             if key != images_are_of or not set(splits) <= images.keys():
                 images = {}  # free the images of the last run before reading the next
-                images = build_data(data, config.run.seed, process.device, process.is_main, splits=splits)
+                where = config.run.seed, process.device, process.is_main
+                images = build_data(data, *where, splits=splits, classes=classes)
                 images_are_of = key
         embed, cache = model.embed, None
         if missing:
@@ -204,7 +215,7 @@ def dataset_name(config: Config, num_classes: int) -> str:
         return f"imagenet_{num_classes}_classes"
     if data.name != "folder" or data.root is None:
         return data.name
-    name = Path(data.root).resolve().name
+    name = unicode_name(Path(data.root).resolve().name)
     return f"{name}_folder" if name in RESERVED_NAMES else name
 
 
@@ -261,5 +272,6 @@ def _on_disk(run: Path, wanted: Mapping[str, EmbeddingMetadata]) -> dict[str, Em
 def _folder_images(folder: LabeledFolder, config: Config, process: Process) -> Any:
     """Return the images of ``folder``, prepared as those that the run is evaluated on."""
     data = replace(config.data, name="folder", root=str(folder.path.parent), backend="folder", num_classes=None)
+    data = replace(data, max_unreadable=0.0)  # the studies know these images from their own list
     split = folder.path.name
     return build_data(data, config.run.seed, process.device, process.is_main, splits=(split,))[split]

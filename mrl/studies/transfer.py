@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mrl.data.folder import ImageList, list_images
+from mrl.data.folder import ImageList, list_images, unicode_name
 from mrl.errors import UserError
 from mrl.matryoshka import default_nesting_list, unit_prefix
 from mrl.progress import progress
@@ -88,7 +88,9 @@ def read_folder(option: str, text: str) -> LabeledFolder:
     if not path or not folder.is_dir():
         raise UserError(f"{option} {text}: {path!r} is not a folder; give one that holds a folder of images per class")
     own_name = f"{folder.parent.name}_{folder.name}" if folder.name in GENERAL_NAMES else folder.name
-    return LabeledFolder(own_name if kind == OTHER else kind, kind, folder, list_images(folder.parent, folder.name))
+    return LabeledFolder(
+        unicode_name(own_name) if kind == OTHER else kind, kind, folder, list_images(folder.parent, folder.name)
+    )
 
 
 def class_indices(names: Sequence[str], classes: Sequence[str], where: str, owner: str) -> np.ndarray:

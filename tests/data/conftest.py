@@ -3,7 +3,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from torchvision.io import write_png
+from torchcodec.encoders import PngEncoder
 
 from mrl.config import DataConfig
 from mrl.data.transforms import Transform
@@ -36,7 +36,7 @@ def image_folder(tmp_path):
                 for number in range(count):
                     coarse = torch.from_numpy(generator.uniform(0, 255, (1, 3, 6, 6)))
                     smooth = torch.nn.functional.interpolate(coarse, size, mode="bicubic").clamp(0, 255)
-                    write_png(smooth[0].round().to(torch.uint8), str(root / split / name / f"{number}.png"))
+                    PngEncoder(smooth[0].round().to(torch.uint8)).to_file(str(root / split / name / f"{number}.png"))
         return root
 
     return make

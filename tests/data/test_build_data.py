@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from mrl import distributed
 from mrl.config import DataConfig
@@ -161,7 +162,7 @@ def test_stored_images_are_cropped_at_their_boxes(transform):
 
 
 def test_images_in_memory_are_the_center_square_of_oblong_ones(image_folder):
-    root = image_folder({"train": {"a": 1}, "val": {"a": 1}}, size=(60, 96))
+    root = image_folder({"train": {"a": 1, "b": 1}, "val": {"a": 1, "b": 1}}, size=(60, 96))
     config = DataConfig(name="folder", root=str(root), num_workers=0, eval_resize_px=30, eval_px=30)
     memory, folder = (
         next(build_data(dataclasses.replace(config, backend=b), 0, CPU, False)["val"].eval_batches([[0]]))[0]
@@ -210,13 +211,16 @@ def test_one_line_describes_the_images_and_the_choice_of_backend(two_classes, ca
     build_data(two_classes.config(num_workers=3), 0, CPU)
     build_data(two_classes.config(backend="memory"), 0, CPU)
     build_data(two_classes.config(name="tiny_imagenet", rand_augment="rand-m9"), 0, CPU)
-    folder = "data: folder, train 7 + val 5 images of 2 classes,"
+    folder, left_out = (
+        "data: folder, train 7 + val 5 images of 2 classes,",
+        "; left out: 1 files that are not images (.txt)",
+    )
     assert capsys.readouterr().out.splitlines() == [
         "data: digits, train 1,442 + val 355 images of 10 classes, memory backend (auto: small set), 5.3 MiB",
-        f"{folder} folder backend (auto: set of any size, 3 worker processes), 1 files ignored that are not images",
-        f"{folder} memory backend (as data.backend says), 0.1 MiB, 1 files ignored that are not images",
-        f"{folder.replace('folder', 'tiny_imagenet')} folder backend (auto: for RandAugment, 0 worker processes), "
-        "1 files ignored that are not images",
+        f"{folder} folder backend (auto: set of any size, 3 worker processes){left_out}",
+        f"{folder} memory backend (as data.backend says), 0.1 MiB{left_out}",
+        f"{folder.replace('folder', 'tiny_imagenet')} folder backend (auto: for RandAugment, 0 worker processes)"
+        f"{left_out}",
     ]
     build_data(DIGITS, 0, CPU, is_main=False)
     assert capsys.readouterr() == ("", "")
@@ -281,3 +285,90 @@ def test_processes_of_one_machine_share_its_cores(monkeypatch):
     for processes, cores in (("8", 1), ("4", 3)):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
         assert cores_per_process() == cores
+
+
+def test_one_class_is_refused(image_folder):
+    root = image_folder({"train": {"a": 2}, "val": {"a": 1}}, size=(8, 8))
+    with pytest.raises(UserError, match=r"the train split has 1 classes \(a\), but a classifier needs 2 or more"):
+        build_data(DataConfig(name="folder", root=str(root)), 0, CPU)
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_a_class_only_in_train_is_left_out_of_the_metrics_if_allowed(image_folder, backend, capsys):
+    root = image_folder({"train": {"a": 1, "b": 1, "c": 2}, "val": {"a": 1, "c": 2}}, size=(8, 8))
+    if backend == "ffcv":
+        for split in ("train", "val"):
+            assert write_ffcv(["--root", str(root), "--split", split]) == 0
+    config = DataConfig(name="folder", root=str(root), backend=backend, num_workers=0, eval_resize_px=8, eval_px=8)
+    with pytest.raises(UserError, match="only in train: b; .* --data.missing_classes allow"):
+        build_data(config, 0, CPU)
+    images = build_data(dataclasses.replace(config, missing_classes="allow"), 0, CPU)
+    assert "; left out: 1 classes without val images (b)" in capsys.readouterr().out
+    assert images["val"].classes == images["train"].classes == ["a", "b", "c"]
+    _, labels = stacked(images["val"].eval_batches(eval_indices(3, 3)))
+    assert labels.tolist() == [0, 2, 2] and images["train"].labels.tolist() == [0, 1, 2, 2]
+    if backend != "ffcv":  # an unknown class can never be right
+        (root / "val" / "z").mkdir()
+        shutil.copy(root / "val" / "a" / "0.png", root / "val" / "z" / "0.png")
+        with pytest.raises(UserError, match="only in val: z$"):
+            build_data(dataclasses.replace(config, missing_classes="allow"), 0, CPU)
+
+
+def test_a_class_folder_without_images_is_left_out_if_allowed(image_folder, capsys):
+    root = image_folder({"train": {"a": 1, "b": 1, "c": 0}, "val": {"a": 1, "b": 1, "c": 0}}, size=(8, 8))
+    config = DataConfig(name="folder", root=str(root), num_workers=0)
+    with pytest.raises(UserError, match="class folder .*/c has no images; .* --data.missing_classes allow"):
+        build_data(config, 0, CPU)
+    images = build_data(dataclasses.replace(config, missing_classes="allow"), 0, CPU)
+    assert images["train"].classes == ["a", "b"] and "2 classes without images (c)" in capsys.readouterr().out
+
+
+def damage(two_classes, *names):
+    for name in names:
+        (two_classes.root / name).write_bytes(b"no image")
+
+
+@pytest.mark.parametrize("backend", ["memory", "folder"])
+def test_a_bounded_share_of_unreadable_images_is_left_out_counted_and_named(two_classes, backend, capsys):
+    damage(two_classes, "train/a/1.png", "val/b/0.png", "val/b/2.png")
+    config = two_classes.config(backend=backend, max_unreadable=0.4)
+    images = build_data(config, 0, CPU)
+    assert "train 6 + val 3 images" in (line := capsys.readouterr().out) and "3 images that cannot be read" in line
+    assert images["train"].labels.tolist() == [0, 0, 0, 1, 1, 1] and images["val"].labels.tolist() == [0, 0, 1]
+    assert len(stacked(images["train"].train_batches([np.arange(6)], 0, 32))[0]) == 6
+    named = [reason.split(" cannot")[0] for reason in images["val"].unreadable]
+    assert named == [f"{two_classes.root}/val/b/{i}.png" for i in (0, 2)] and len(images["train"].unreadable) == 1
+    message = (
+        r"2 of 5 val images cannot be read: .*/0.png .*/2.png .*mrl.data.check DIR .*--data.max_unreadable 0.4 leaves"
+    )
+    with pytest.raises(UserError, match=message):
+        build_data(two_classes.config(backend=backend, max_unreadable=0.39), 0, CPU)
+
+
+def test_a_broken_validation_image_is_found_before_training(two_classes):
+    damage(two_classes, "val/b/0.png")
+    with pytest.raises(UserError, match=r"1 of 5 val images cannot be read: .*b/0.png"):
+        build_data(two_classes.config(), 0, CPU)
+    build_data(two_classes.config(), 0, CPU, splits=("val",))  # an evaluation reads it at once anyway
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_backends_turn_images_alike(two_classes, backend):
+    exif = Image.Exif()
+    exif[0x112] = 6
+    for path in two_classes.root.rglob("*.png"):
+        Image.open(path).save(path, exif=exif)
+    pixels = {}
+    for rule in ("apply", "ignore"):
+        if backend == "ffcv":
+            for path in two_classes.root.glob("*.beton"):
+                path.unlink()
+            for split in ("train", "val"):
+                arguments = ["--root", str(two_classes.root), "--split", split, "--jpeg_share", "0"]
+                assert write_ffcv([*arguments, "--exif_rotation", rule]) == 0
+        config = two_classes.config(backend=backend, exif_rotation=rule)
+        pixels[rule], _ = stacked(build_data(config, 0, CPU, False)["val"].eval_batches(eval_indices(5, 5)))
+    assert torch.equal(pixels["apply"], pixels["ignore"].rot90(-1, (2, 3)))
+    if backend == "ffcv":
+        with pytest.raises(UserError, match="was written with --exif_rotation ignore, but data.exif_rotation is apply"):
+            build_data(dataclasses.replace(config, exif_rotation="apply"), 0, CPU)

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision.io import encode_jpeg, write_png
+from torchcodec.encoders import JpegEncoder, PngEncoder
 
 from mrl.config import DataConfig
 from mrl.data import build_data, write_ffcv
 from mrl.data.ffcv import FFCVFile, FFCVImages, import_ffcv
-from mrl.data.folder import FolderImages, ImageList, list_images, read_image
+from mrl.data.folder import FolderImages, ImageList, LeftOut, decode, list_images
 from mrl.data.transforms import eval_indices, train_indices
 from mrl.data.write_ffcv import Settings, main, write
 from mrl.errors import UserError
@@ -92,7 +92,7 @@ def test_importing_ffcv_leaves_the_number_of_threads_alone(monkeypatch):
 def test_labels_stay_distinct_where_float16_would_merge_them(two_classes, tmp_path, transform):
     path = str(next((two_classes.root / "val").rglob("*.png")))
     labels = torch.tensor([2048, 2049, 65_519, 65_520, 70_000])
-    images = ImageList([path] * 5, labels, [f"{number:05d}" for number in range(70_001)], 0)
+    images = ImageList([path] * 5, labels, [f"{number:05d}" for number in range(70_001)], LeftOut())
     many = FFCVImages(write(images, "train", tmp_path / "many.beton", Settings(), 1), transform, CPU, 1)
     _, found = stacked(many.eval_batches(eval_indices(5, 2)))
     assert torch.equal(found, labels)
@@ -227,7 +227,7 @@ def test_a_flat_validation_folder_of_imagenet_gets_the_classes_of_its_ground_tru
     assert main(["--root", str(root), "--split", "val", "--name", "imagenet"]) == 0
     file = FFCVFile(root / "val.beton")
     assert (file.classes, file.labels.tolist()) == (["n01440764", "n02102040"], [0, 1, 1])
-    pixels = read_image(str(root / "val" / "1.png")).permute(1, 2, 0).numpy()
+    pixels = decode(str(root / "val" / "1.png")).permute(1, 2, 0).numpy()
     assert np.array_equal(file.decode(0, file.scratch()), pixels)
 
 
@@ -256,8 +256,8 @@ def test_jpegs_are_spread_evenly(share):
 def test_large_images_are_shrunk_by_averaging_and_small_ones_kept(tmp_path):
     (tmp_path / "train" / "a").mkdir(parents=True)
     large = torch.randint(256, (3, 80, 160), dtype=torch.uint8)
-    write_png(large, str(tmp_path / "train" / "a" / "1.png"))
-    write_png(large[:, :20, :30], str(tmp_path / "train" / "a" / "2.png"))
+    PngEncoder(large).to_file(str(tmp_path / "train" / "a" / "1.png"))
+    PngEncoder(large[:, :20, :30]).to_file(str(tmp_path / "train" / "a" / "2.png"))
     file = write(list_images(tmp_path, "train"), "train", tmp_path / "a.beton", Settings(40, jpeg_share=0), 1)
     assert file.sizes.tolist() == [[20, 40], [20, 30]]
     averaged = large.float().reshape(3, 20, 4, 40, 4).mean(dim=(2, 4)).permute(1, 2, 0)
@@ -281,7 +281,7 @@ def test_ffcvs_own_loader_reads_the_file_and_we_read_its_writers(root):
     from ffcv.writer import DatasetWriter
 
     images = list_images(root, "train")
-    pixels = [read_image(path).permute(1, 2, 0).numpy() for path in images.paths]
+    pixels = [decode(path).permute(1, 2, 0).numpy() for path in images.paths]
     write(images, "train", root / "ours.beton", Settings(jpeg_share=0), 2)
     num_threads = torch.get_num_threads()
     loader = Loader(
@@ -313,7 +313,7 @@ def text_instead_of_an_image(root, monkeypatch):
 
 
 def an_image_that_would_shrink_to_nothing(root, monkeypatch):
-    write_png(torch.zeros(3, 1, 2000, dtype=torch.uint8), str(root / "train" / "dog" / "2.png"))
+    PngEncoder(torch.zeros(3, 1, 2000, dtype=torch.uint8)).to_file(str(root / "train" / "dog" / "2.png"))
     return "/train/dog/2.png cannot be stored at --max_px 500"
 
 
@@ -405,7 +405,7 @@ def test_bad_settings_are_refused(root, capsys, argv, message):
 def test_pages_are_large_enough_for_any_image(tmp_path):
     (tmp_path / "train" / "a").mkdir(parents=True)
     path = tmp_path / "train" / "a" / "1.jpg"
-    path.write_bytes(encode_jpeg(torch.zeros(3, 1800, 1800, dtype=torch.uint8)).numpy().tobytes())
+    path.write_bytes(JpegEncoder(torch.zeros(3, 1800, 1800, dtype=torch.uint8)).to_tensor().numpy().tobytes())
     assert write_ffcv.MIN_PAGE_BYTES < 3 * 1800**2
     file = write(list_images(tmp_path, "train"), "train", tmp_path / "a.beton", Settings(2000, jpeg_share=0), 1)
     assert np.array_equal(file.decode(0, file.scratch()), np.zeros((1800, 1800, 3)))

@@ -3,19 +3,21 @@
 import multiprocessing
 import os
 import signal
+import struct
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision.io import encode_jpeg, encode_png, write_jpeg
+from torchcodec.encoders import JpegEncoder, PngEncoder
 
 from mrl.data import build_data
+from mrl.data.folder import LeftOut, decode, describe_left_out, find_images, list_images, warn_once
 from mrl.data.folder import _start_worker as start_worker
-from mrl.data.folder import find_images, list_images, read_image
 from mrl.data.transforms import train_indices
 from mrl.errors import UserError
 
@@ -36,14 +38,78 @@ def test_images_are_listed_by_class_then_path(tmp_path):
     assert found.paths == [str(tmp_path / "train" / name) for name in expected]
     assert found.labels.tolist() == [0, 0, 1, 1, 2] and found.labels.dtype == torch.int64
     assert found.classes == ["a", "b", "c"]
-    assert find_images(tmp_path / "train") == expected
+    assert find_images(tmp_path / "train", LeftOut()) == expected
 
 
 def test_stray_files_are_counted_and_hidden_ones_are_not(tmp_path):
-    names = "a/1.png", "a/notes.txt", "a/Thumbs.db", "a/.2.png", ".cache/3.png", "a/.thumbs/4.png", "readme.md"
-    touch(tmp_path / "train", *names)
+    touch(tmp_path / "train", "a/1.png", "a/notes.txt", "a/Thumbs.db", "a/.2.png", "a/.DS_Store", "readme.md")
     found = list_images(tmp_path, "train")
-    assert found.classes == ["a"] and len(found.paths) == 1 and found.num_ignored == 2
+    assert found.classes == ["a"] and len(found.paths) == 1
+    assert describe_left_out(found.left_out) == "; left out: 3 files that are not images (.db, .md, .txt)"
+
+
+TOOL_NAMES = """
+@eaDir .thumbnails __MACOSX lost+found $RECYCLE.BIN .ipynb_checkpoints Thumbs thumbnails _thumbs #recycle @Recycle
+#snapshot ~snapshot .snapshot .@__thumb .Trash-1000 .Trashes .AppleDouble .git .svn __pycache__ FOUND.000 LOST.DIR
+RECYCLER Previews.lrdata
+"""
+
+
+@pytest.mark.parametrize("tool", [*TOOL_NAMES.split(), "System Volume Information"])
+def test_folders_of_tools_are_skipped_and_counted_at_any_depth(tmp_path, tool):
+    touch(tmp_path / "train", "a/1.png", "b/2.png", "b/deep/3.png")
+    touch(tmp_path / "train", f"{tool}/a/1.png", f"b/{tool}/2.png/thumb.jpg", f"b/deep/{tool}/3.png")
+    found = list_images(tmp_path, "train")
+    assert found.classes == ["a", "b"] and len(found.paths) == 3
+    assert describe_left_out(found.left_out) == f"; left out: 3 folders of tools ({tool})"
+
+
+def test_classes_one_or_more_folders_deeper_are_refused_with_the_tree_they_should_be_in(tmp_path):
+    for depth in ("images", "all/images"):
+        root = tmp_path / depth.replace("/", "_")
+        touch(root / "train", f"{depth}/cat/1.png", f"{depth}/dog/2.png")
+        message = (
+            f"{root}/train must hold one folder per class, but it holds a single one, {depth}, with the folders cat"
+        )
+        with pytest.raises(UserError, match=f"{message}, dog in it; .*{root}/train/cat/"):
+            list_images(root, "train")
+    touch(tmp_path / "c" / "photos" / "train", "a/1.png", "b/1.png")
+    with pytest.raises(
+        UserError, match=f"if you mean the one in {tmp_path}/c/photos, give --data.root {tmp_path}/c/ph"
+    ):
+        list_images(tmp_path / "c", "train")
+    touch(tmp_path / "d" / "train", "a/deep/1.png", "b/deep/1.png")  # classes may have folders of their own
+    assert list_images(tmp_path / "d", "train").classes == ["a", "b"]
+
+
+def test_images_beside_class_folders_are_counted_and_refused_where_they_are_most(tmp_path):
+    touch(tmp_path / "train", "a/1.png", "b/2.png", "3.png", "4.png")
+    found = list_images(tmp_path, "train")
+    assert (
+        describe_left_out(found.left_out) == "; left out: 2 images beside the class folders" and len(found.paths) == 2
+    )
+    touch(tmp_path / "train", "5.png")
+    with pytest.raises(
+        UserError, match="train has 3 images beside its class folders and only 2 in them; .*move the oth"
+    ):
+        list_images(tmp_path, "train")
+
+
+def test_class_names_are_compared_in_one_unicode_form(tmp_path):
+    touch(tmp_path / "train", "caf\u00e9/1.png", "zebra/1.png")
+    touch(tmp_path / "val", "cafe\u0301/1.png", "zebra/1.png")
+    train, val = (list_images(tmp_path, split) for split in ("train", "val"))
+    assert train.classes == val.classes == ["caf\u00e9", "zebra"]
+    assert val.paths[0] == f"{tmp_path}/val/cafe\u0301/1.png"
+    touch(tmp_path / "val", "caf\u00e9/2.png")
+    with pytest.raises(UserError, match=r"val has two folders for one class, .*'cafe\\u0301'.*; join them"):
+        list_images(tmp_path, "val")
+
+
+def test_a_class_name_that_is_not_utf_8_is_shown_by_its_bytes(tmp_path):
+    touch(tmp_path / "train", os.fsdecode(b"caf\xe9") + "/1.png", "a/1.png")
+    found = list_images(tmp_path, "train")
+    assert found.classes == ["a", "caf\\xe9"] and os.path.exists(found.paths[1])
 
 
 def test_names_of_any_bytes_are_listed_and_linked_classes_followed(tmp_path):
@@ -73,7 +139,7 @@ def test_what_is_missing_is_named(tmp_path, files, split, message):
 
 def test_a_folder_that_cannot_be_listed_is_named(tmp_path):
     with pytest.raises(UserError, match=f"^{tmp_path}/gone cannot be listed: No such file or directory$"):
-        find_images(tmp_path / "gone")
+        find_images(tmp_path / "gone", LeftOut())
 
 
 def colors():
@@ -84,47 +150,175 @@ def colors():
 def test_lossless_formats_are_read_exactly(tmp_path, extension):
     path = tmp_path / f"image.{extension}"
     Image.fromarray(colors()).save(path)
-    assert np.array_equal(read_image(str(path)).numpy(), colors().transpose(2, 0, 1))
+    assert np.array_equal(decode(str(path)).numpy(), colors().transpose(2, 0, 1))
 
 
-def test_gray_palette_and_transparent_images_become_rgb(tmp_path):
-    picture = Image.fromarray(colors())
-    transparent = picture.copy()
-    transparent.putalpha(7)
-    gray, palette = picture.convert("L"), picture.convert("P")
-    for image, expected in ((gray, gray.convert("RGB")), (palette, palette.convert("RGB")), (transparent, picture)):
+def test_gray_and_palette_images_become_rgb(tmp_path):
+    for mode in ("L", "P", "1"):
+        image = Image.fromarray(colors()).convert(mode)
         image.save(tmp_path / "image.png")
-        assert np.array_equal(read_image(str(tmp_path / "image.png")).numpy(), np.asarray(expected).transpose(2, 0, 1))
+        expected = np.asarray(image.convert("RGB")).transpose(2, 0, 1)
+        assert np.array_equal(decode(str(tmp_path / "image.png")).numpy(), expected)
 
 
-def test_sixteen_bit_images_keep_their_upper_eight_bits(tmp_path):
-    values = np.array([[0, 255, 256, 32768, 65535]], dtype=np.uint16)
-    Image.fromarray(values).save(tmp_path / "deep.png")
-    assert read_image(str(tmp_path / "deep.png"))[0].tolist() == [[0, 0, 1, 128, 255]]
+def transparent(mode):
+    """Return a drawing that is black where it is opaque, with black or other colors hidden where it is not."""
+    if mode == "P":
+        image = Image.fromarray(np.array([[0, 1], [1, 1]], dtype=np.uint8), mode="P")
+        image.putpalette([0, 0, 0, 9, 9, 9])
+        image.info["transparency"] = 1
+        return image
+    pixels = np.zeros((2, 2, 4), dtype=np.uint8)
+    pixels[0, 0, 3] = 255
+    return Image.fromarray(pixels).convert(mode)
+
+
+@pytest.mark.parametrize(
+    ("mode", "extension"),
+    [("RGBA", "png"), ("LA", "png"), ("P", "png"), ("RGBA", "webp"), ("RGBA", "tif"), ("P", "gif")],
+)
+def test_transparency_is_laid_over_white(tmp_path, mode, extension):
+    path = tmp_path / f"drawing.{extension}"
+    transparent(mode).save(path, **({"lossless": True} if extension == "webp" else {}))
+    assert decode(str(path)).tolist() == [[[0, 255], [255, 255]]] * 3
+
+
+def test_half_transparent_pixels_are_half_white(tmp_path):
+    Image.fromarray(np.full((1, 1, 4), (200, 100, 0, 51), dtype=np.uint8)).save(tmp_path / "x.png")
+    assert decode(str(tmp_path / "x.png")).flatten().tolist() == [244, 224, 204]  # 255 + (c - 255) / 5
+
+
+RAMP = np.array([[0, 257, 32768, 65535]], dtype=np.uint16)
+
+
+@pytest.mark.parametrize(
+    ("name", "pixels", "tags"),
+    [
+        ("png", RAMP, {}),
+        ("tif", RAMP, {}),
+        ("pgm", RAMP, {}),
+        ("tif", (RAMP / 65535).astype(np.float32), {}),
+        ("tif", (RAMP.astype(np.uint32) * 65537).view(np.int32), {339: 1}),
+        ("tif", 65535 - RAMP, {262: 0}),
+    ],
+    ids=["png", "tif", "pgm", "float", "32 bits", "white is zero"],
+)
+def test_images_of_more_than_eight_bits_give_the_same_picture(tmp_path, name, pixels, tags):
+    path = tmp_path / f"ramp.{name}"
+    Image.fromarray(pixels).save(path)
+    for tag, value in tags.items():  # Pillow writes its own
+        start = path.read_bytes().index(struct.pack("<HHI", tag, 3, 1)) + 8
+        path.write_bytes(path.read_bytes()[:start] + struct.pack("<H", value) + path.read_bytes()[start + 2 :])
+    assert decode(str(path)).tolist() == [[[0, 1, 128, 255]]] * 3
+
+
+def test_twelve_bit_pgms_are_scaled_by_their_largest_value(tmp_path):
+    (tmp_path / "x.pgm").write_bytes(b"P5 3 1 4095\n" + np.array([0, 2048, 4095], dtype=">u2").tobytes())
+    assert decode(str(tmp_path / "x.pgm"))[0].tolist() == [[0, 128, 255]]
+
+
+@pytest.mark.parametrize(
+    ("pixels", "reason"),
+    [
+        (
+            np.array([[-1.0, 0.5]], dtype=np.float32),
+            "its pixels are floats from -1 to 0.5; allowed: 0 .black. to 1 .white.",
+        ),
+        (np.array([[0.0, 255]], dtype=np.float32), "floats from 0 to 255"),
+        (np.array([[0.0, np.nan]], dtype=np.float32), "floats from nan to nan"),
+        (np.array([[-5, 900]], dtype=np.int32), "signed integers, of which none is defined as white"),
+    ],
+)
+def test_pixels_without_a_defined_range_are_refused_with_the_path(tmp_path, pixels, reason):
+    Image.fromarray(pixels).save(tmp_path / "x.tif")
+    with pytest.raises(UserError, match=f"^{tmp_path}/x.tif cannot be read as an image: .*{reason}"):
+        decode(str(tmp_path / "x.tif"))
+
+
+@pytest.mark.parametrize("extension", ["jpg", "png", "webp", "tif"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_images_are_turned_upright_or_taken_as_stored(tmp_path, extension, orientation):
+    stored = np.zeros((16, 32, 3), dtype=np.uint8)
+    stored[:8, :16] = 255  # white in one corner
+    exif, path = Image.Exif(), str(tmp_path / f"x.{extension}")
+    exif[0x112] = orientation
+    Image.fromarray(stored).save(path, exif=exif, **({"lossless": True} if extension == "webp" else {}))
+    turned = [stored, stored[:, ::-1], stored[::-1, ::-1], stored[::-1]]
+    turned += [pixels.swapaxes(0, 1) for pixels in (turned[0], turned[3], turned[2], turned[1])]
+    found, as_stored = decode(path, "apply"), decode(path, "ignore")
+    np.testing.assert_allclose(found.numpy(), turned[orientation - 1].transpose(2, 0, 1), atol=3)
+    if extension != "tif":  # Pillow itself turns those
+        np.testing.assert_allclose(as_stored.numpy(), stored.transpose(2, 0, 1), atol=3)
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_blocks": 1}], ids=str)
+def test_a_jpeg_without_its_end_marker_is_read_and_one_without_pixels_is_not(tmp_path, options):
+    path, noise = tmp_path / "x.jpg", np.random.default_rng(0).integers(0, 256, (80, 100, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(path, **options)
+    whole, content = decode(str(path)), path.read_bytes()
+    for ending in (content[:-2], content[:-1]):
+        path.write_bytes(ending)
+        warn_once.cache_clear()
+        with pytest.warns(UserWarning, match="a JPEG file has no end marker, but all of its pixels"):
+            assert torch.equal(decode(str(path)), whole)
+        assert torch.equal(decode(str(path)), whole)  # without another warning, which would be an error
+    for cut in (10, 100, len(content) // 2):
+        path.write_bytes(content[:-cut])
+        with pytest.raises(UserError, match=f"^{path} cannot be read as an image"):
+            decode(str(path))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_pass_warns_once_of_jpegs_without_end_markers(two_classes, train, num_workers):
+    for path in sorted((two_classes.root / "train" / "a").iterdir()):
+        Image.open(path).save(path.with_suffix(".jpg"))
+        path.with_suffix(".jpg").write_bytes(path.with_suffix(".jpg").read_bytes()[:-2])
+        path.unlink()
+    warn_once.cache_clear()
+    with pytest.warns(UserWarning) as caught:
+        images = train(num_workers)
+        for _ in range(2):
+            assert len(list(images.train_batches(train_indices(7, 1, 0, 0), 0, 32))) == 7
+    assert [str(one.message).startswith("a JPEG file has no end marker") for one in caught] == [True]
+
+
+def test_pillow_decodes_the_same_pixels_where_torchcodec_cannot_be_loaded(tmp_path, monkeypatch):
+    Image.fromarray(colors()).resize((90, 60)).save(tmp_path / "x.jpg")
+    found = decode(str(tmp_path / "x.jpg"))
+    monkeypatch.setattr("mrl.data.folder.torchcodec", None)
+    assert torch.equal(decode(str(tmp_path / "x.jpg")), found)
+
+
+def test_decoding_calls_nothing_that_is_deprecated(tmp_path):
+    Image.fromarray(colors()).save(tmp_path / "x.png")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        decode(str(tmp_path / "x.png"))
 
 
 def test_cmyk_jpegs_and_pngs_called_jpeg_are_read(tmp_path):
     # Both occur in ImageNet.
     Image.new("CMYK", (32, 32), (0, 255, 255, 0)).save(tmp_path / "cmyk.JPEG")
-    image = read_image(str(tmp_path / "cmyk.JPEG"))
+    image = decode(str(tmp_path / "cmyk.JPEG"))
     assert image.shape == (3, 32, 32) and image.dtype == torch.uint8
     red, green, blue = image.float().mean(dim=(1, 2)).tolist()
     assert red > 200 and green < 60 and blue < 60
     path = tmp_path / "n02105855_2933.JPEG"
-    path.write_bytes(encode_png(torch.from_numpy(colors()).permute(2, 0, 1)).numpy().tobytes())
-    assert np.array_equal(read_image(str(path)).numpy(), colors().transpose(2, 0, 1))
+    path.write_bytes(PngEncoder(torch.from_numpy(colors()).permute(2, 0, 1)).to_tensor().numpy().tobytes())
+    assert np.array_equal(decode(str(path)).numpy(), colors().transpose(2, 0, 1))
 
 
 def test_a_jpeg_is_decoded_as_pil_does_to_within_rounding(tmp_path):
     path = tmp_path / "é 1.jpg"
-    write_jpeg(torch.nn.functional.interpolate(torch.rand(1, 3, 5, 5) * 255, (40, 60))[0].to(torch.uint8), str(path))
+    smooth = torch.nn.functional.interpolate(torch.rand(1, 3, 5, 5) * 255, (40, 60))[0].to(torch.uint8)
+    JpegEncoder(smooth).to_file(path)
     expected = np.asarray(Image.open(path).convert("RGB")).transpose(2, 0, 1).astype(int)
-    assert abs(read_image(str(path)).numpy() - expected).max() <= 3
+    assert abs(decode(str(path)).numpy() - expected).max() <= 3
 
 
 def test_a_file_that_is_gone_is_named(tmp_path):
     with pytest.raises(UserError, match=f"^{tmp_path}/gone.png cannot be read as an image"):
-        read_image(str(tmp_path / "gone.png"))
+        decode(str(tmp_path / "gone.png"))
 
 
 @pytest.fixture
@@ -147,7 +341,7 @@ def test_a_corrupt_image_names_its_path_and_ends_the_workers(two_classes, train,
     path = two_classes.root / "train" / "b" / "1.jpg"
     (path.parent / "1.png").unlink()
     if content is None:
-        whole = encode_jpeg(torch.randint(0, 256, (3, 48, 48), dtype=torch.uint8)).numpy().tobytes()
+        whole = JpegEncoder(torch.randint(0, 256, (3, 48, 48), dtype=torch.uint8)).to_tensor().numpy().tobytes()
         content = whole[: len(whole) // 2]
     path.write_bytes(content)
     before = set(multiprocessing.active_children())

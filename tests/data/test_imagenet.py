@@ -116,7 +116,7 @@ def test_stray_files_are_counted_and_images_and_labels_must_match(flat):
     write_solution(flat)
     touch(flat / "val" / "readme.txt")
     touch(flat / "val" / ".DS_Store")
-    assert list_imagenet(flat, "val").num_ignored == 1
+    assert list_imagenet(flat, "val").left_out.total() == 1
     touch(flat / "val" / "holiday.jpg")
     assert "LOC_val_solution.csv does not label 1 images of " in refused(flat)
     (flat / "val" / "holiday.jpg").unlink()
@@ -163,7 +163,7 @@ def test_class_folders_must_be_complete_and_named_by_wnid(flat):
     assert message in refused(flat, "train")
     (flat / "val" / WNIDS[0]).mkdir()
     (flat / "val" / f"{name_of(1)}.JPEG").rename(flat / "val" / WNIDS[0] / f"{name_of(1)}.JPEG")
-    assert "class folders and 6 images beside them" in refused(flat)
+    assert "val has 6 images beside its class folders" in refused(flat)
 
 
 def test_commas_and_spaces_separate_alike(tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torchvision.io import encode_jpeg
+from torchcodec.encoders import JpegEncoder
 
 from mrl.config import DataConfig
 from mrl.data import build_data
@@ -21,7 +21,7 @@ COUNTS = (3, 10, 2)
 
 
 def jpeg(number):
-    return encode_jpeg(torch.full((3, 64, 64), number % 256, dtype=torch.uint8)).numpy().tobytes()
+    return JpegEncoder(torch.full((3, 64, 64), number % 256, dtype=torch.uint8)).to_tensor().numpy().tobytes()
 
 
 def add(tar, name, content, kind=tarfile.REGTYPE):

@@ -9,7 +9,8 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from torchvision.io import write_png
+from safetensors.torch import save_file
+from torchcodec.encoders import PngEncoder
 
 from mrl.config import Config, DataConfig, HeadConfig, ModelConfig, to_yaml
 from mrl.distributed import Process
@@ -45,7 +46,9 @@ def run(tmp_path):
 def reads(monkeypatch):
     """The splits that are read, in turn."""
     found, real = [], module.build_data
-    monkeypatch.setattr(module, "build_data", lambda *args, splits: found.extend(splits) or real(*args, splits=splits))
+    monkeypatch.setattr(
+        module, "build_data", lambda *a, splits, **k: found.extend(splits) or real(*a, splits=splits, **k)
+    )
     return found
 
 
@@ -56,7 +59,7 @@ def scans(tmp_path):
         (tmp_path / "scans" / name).mkdir(parents=True)
         for i in range(4):
             pixels = torch.from_numpy(generator.integers(256, size=(3, 20, 24), dtype=np.uint8))
-            write_png(pixels, str(tmp_path / "scans" / name / f"{i}.png"))
+            PngEncoder(pixels).to_file(str(tmp_path / "scans" / name / f"{i}.png"))
     return tmp_path / "scans"
 
 
@@ -207,3 +210,43 @@ def test_a_folder_of_images_has_its_own_name_and_only_the_whole_of_imagenet_is_c
 ):
     data = dataclasses.replace(DATA, name=name, root=root)
     assert dataset_name(Config(data=data), num_classes) == called
+
+
+def image_run(tmp_path, classes, **data):
+    """A run on an image folder of two classes in train and one in val, with model.json as ``data`` says."""
+    for split, names in (("train", ("cat", "dog")), ("val", ("dog",))):
+        for name in names:
+            (tmp_path / "pets" / split / name).mkdir(parents=True)
+            for i in range(3):
+                PngEncoder(torch.randint(256, (3, 20, 24), dtype=torch.uint8)).to_file(
+                    str(tmp_path / "pets" / split / name / f"{i}.png")
+                )
+    run = make_run(tmp_path / "run", (8, 32))
+    about = json.loads((run / "model.json").read_text()) | {"classes": classes} | data
+    (run / "model.json").write_text(json.dumps(about))
+    model = build_model(build_backbone("vit_tiny_patch16_224", "scratch", 4, False, VIT), len(classes), (8, 32))
+    save_file(model.state_dict(), run / "model.safetensors")
+    change(run, name="folder", root=str(tmp_path / "pets"), missing_classes="allow")
+    return run
+
+
+def test_validation_images_of_some_classes_keep_the_labels_of_the_model(tmp_path):
+    opened = embed(image_run(tmp_path, ["cat", "dog"]))
+    assert opened.val.labels.tolist() == [1, 1, 1] and opened.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    shutil.rmtree(opened.directory / "embeddings" / "val")  # val alone is read, and does not know the classes of train
+    assert embed(opened.directory).val.labels.tolist() == [1, 1, 1]
+
+
+def test_images_are_turned_as_the_model_was_trained_whatever_the_default_is(tmp_path):
+    run = image_run(tmp_path, ["cat", "dog"])
+    upright = torch.cat([torch.zeros(3, 10, 20, dtype=torch.uint8), torch.full((3, 10, 20), 255, dtype=torch.uint8)], 1)
+    exif = Image.Exif()
+    exif[0x112] = 3
+    for path in (tmp_path / "pets" / "val" / "dog").iterdir():
+        Image.fromarray(upright.permute(1, 2, 0).numpy()).save(path, exif=exif)
+    stored = embed(run)  # model.json of before has no rule
+    assert stored.config.data.exif_rotation == "ignore" and "exif_rotation: apply" in (run / "config.yaml").read_text()
+    assert stored.pictures("val", [0])[0, 0].mean() < 0.1
+    about = json.loads((run / "model.json").read_text())
+    (run / "model.json").write_text(json.dumps(about | {"exif_rotation": "apply"}))
+    assert embed(run, force=True).pictures("val", [0])[0, 0].mean() > 0.9

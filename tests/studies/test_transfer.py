@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from torchvision.io import write_png
+from torchcodec.encoders import PngEncoder
 
-from mrl.data.folder import ImageList
+from mrl.data.folder import ImageList, LeftOut
 from mrl.errors import UserError
 from mrl.matryoshka import NestedLinear
 from mrl.results import Source
@@ -30,7 +30,7 @@ IMAGENET = sorted(synsets("imagenet_v2"))
 
 
 def folder_of(name, classes, labels=(0, 0), kind="folder"):
-    listed = ImageList([], torch.tensor(labels, dtype=torch.int64), list(classes), 0)
+    listed = ImageList([], torch.tensor(labels, dtype=torch.int64), list(classes), LeftOut())
     return LabeledFolder(name, kind, Path("/data") / name, listed)
 
 
@@ -145,7 +145,7 @@ def test_one_name_for_two_folders_is_refused_and_one_folder_in_two_studies_is_no
 def fill(folder, classes):
     for name in classes:
         (folder / name).mkdir(parents=True)
-        write_png(torch.zeros(3, 8, 8, dtype=torch.uint8), str(folder / name / "1.png"))
+        PngEncoder(torch.zeros(3, 8, 8, dtype=torch.uint8)).to_file(str(folder / name / "1.png"))
     return folder
 
 
