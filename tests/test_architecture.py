@@ -20,7 +20,7 @@ FLOORS = [
 ]
 # Lines of Python in each folder (not its subfolders). Raise a number only for a new idea.
 BUDGETS = {
-    ".": 490,
+    ".": 500,
     "mrl": 2120,
     "mrl/data": 1790,
     "mrl/training": 640,
