@@ -216,16 +216,17 @@ def make_subset(data: Path, grid: Grid, out: Path) -> None:
         (out / split).mkdir(parents=True, exist_ok=True)
         source, every = data / ("train" if grid.hold_out_every_nth else split), grid.hold_out_every_nth
         for folder in sorted(path for path in source.iterdir() if path.is_dir())[:: grid.every_nth_class]:
-            link = out / split / folder.name
+            link, folder = out / split / folder.name, folder.resolve()
+            links = {link: folder}
             if every:
                 link.mkdir(exist_ok=True)
-                files = sorted(folder.iterdir())
-                links = {link / file.name: file for i, file in enumerate(files) if (i % every == 0) == (split == "val")}
-            else:
-                links = {link: folder}
+                names = [
+                    name for i, name in enumerate(sorted(os.listdir(folder))) if (i % every == 0) == (split == "val")
+                ]
+                links = {link / name: folder / name for name in names}
             for path, target in links.items():
                 if not path.is_symlink():
-                    path.symlink_to(target.resolve())
+                    path.symlink_to(target)
 
 
 def train_all(runs: Sequence[Run], jobs: int, command: Sequence[str] = TRAIN) -> tuple[dict[str, str], int]:
