@@ -275,8 +275,7 @@ def train_all(runs: Sequence[Run], jobs: int, command: Sequence[str] = TRAIN) ->
             if not run.is_finished():
                 futures[run.name] = pool.submit(train, run)
         while wait(futures.values(), REFRESH_SECONDS).not_done:
-            bar.n = sum(run.epochs_done() for run in runs)
-            bar.refresh()
+            bar.update(sum(run.epochs_done() for run in runs) - bar.n)
     failed = {str(name): reason for name, future in futures.items() if (reason := future.result())}
     return failed, received[0] if received else 0
 
