@@ -64,6 +64,7 @@ def train(config: Config, process: Process) -> int:
 
     crop_seed = seed if config.train.cache_seed is None else config.train.cache_seed
     images: dict[str, Any] = dict(build_data(config.data, crop_seed, device, process.is_main))
+    unreadable = [reason for part in images.values() for reason in part.unreadable]
     num_images, classes = len(images["train"]), images["train"].classes
     data_seen = {"num_images": num_images, "classes": classes, "backend": BACKENDS[type(images["train"])]}
     accumulation_steps, batch_size = config.train.accumulation_steps, config.data.batch_size
@@ -115,8 +116,8 @@ def train(config: Config, process: Process) -> int:
     parallel = distributed.data_parallel(model, process, config.train.gradient_precision)
     if process.is_main:
         open_run(directory, to_yaml(config))
-        if reasons := [reason for part in images.values() for reason in part.unreadable]:
-            atomic_write_text(directory / "unreadable.txt", "\n".join(reasons) + "\n")
+        if unreadable:
+            atomic_write_text(directory / "unreadable.txt", "\n".join(unreadable) + "\n")
 
     with (
         Tracker(directory, process.is_main, step, total_steps, batch_size) as tracker,

@@ -238,8 +238,9 @@ def test_the_defaults_are_the_papers(root, capsys):
         assert main(["--root", str(root), "--split", split]) == 0
     assert names(root) == ["train.beton", "train.beton.json", "val.beton", "val.beton.json"]
     file, val = FFCVFile(root / "train.beton"), FFCVFile(root / "val.beton")
-    assert file.description["settings"] == {"max_px": 500, "jpeg_share": 0.5, "quality": 90}
-    assert val.description["settings"] == {"max_px": 500, "jpeg_share": 0.0, "quality": 90}
+    rest = {"quality": 90, "exif_rotation": "apply"}
+    assert file.description["settings"] == {"max_px": 500, "jpeg_share": 0.5} | rest
+    assert val.description["settings"] == {"max_px": 500, "jpeg_share": 0.0} | rest
     assert (file.classes, file.description["counts"], val.description["counts"]) == (["cat", "dog"], [3, 4], [1, 2])
     assert capsys.readouterr().out.startswith(f"{root}/train.beton: 7 images of 2 classes, ")
     assert file.is_jpeg.tolist() == [False, True, False, True, False, True, False]
