@@ -2,9 +2,10 @@
 
     python -m mrl.search --vectors vectors.npy --image X.jpg
     python -m mrl.search --vectors vectors.npy --image X.jpg --dims 8 64 512 --k 5 --out neighbors
+    python -m mrl.search --vectors vectors.npy --image X.jpg --map map.safetensors
 
 Prints the neighbors and draws them, one row per size. The vectors are those of python -m mrl.embed, which can be
-searched at every size up to their own.
+searched at every size up to their own. With --map they are searched as a map of python -m mrl.adapt changes them.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from mrl import adapt
 from mrl.data.folder import decode, evaluated_images
 from mrl.errors import UserError, print_any_name
 from mrl.figures import save
@@ -31,15 +33,19 @@ def search(args: argparse.Namespace) -> None:
     """Search, print the neighbors, and draw them."""
     path = Path(args.vectors)
     database = open_vectors(path)
-    trained, width = database.metadata.trained_dims, database.vectors.shape[1]
+    mapping = adapt.load(args.map) if args.map else None
+    vectors = database.vectors if mapping is None else mapping(database.vectors)
+    trained = database.metadata.trained_dims if mapping is None else mapping.dims
+    width = vectors.shape[1]
     dims = args.dims or sorted({dim for dim in trained if dim <= width} | {width})
     for dim in dims:
         if not 1 <= dim <= width:
             raise UserError(f"--dims asks for {dim}, but the vectors in {path} have {width} dims")
         if dim not in trained:
-            warnings.warn(f"{dim} dims were not trained; trained are {trained}", stacklevel=2)
+            warnings.warn(f"{dim} dims were not trained; trained are {list(trained)}", stacklevel=2)
     query = encode_query(args.image, database, Path(args.run or database.metadata.run))
-    found = exact_search(query, database.vectors, min(args.k, len(database.ids)), dims, progress=True)
+    query = query if mapping is None else mapping(query)
+    found = exact_search(query, vectors, min(args.k, len(database.ids)), dims, progress=True)
     folder = Path(args.images or database.metadata.dataset)
     pictures = {}
     for dim, (indices, scores) in found.items():
@@ -77,6 +83,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--vectors", required=True, metavar="FILE.npy", help="file that python -m mrl.embed wrote")
     parser.add_argument("--image", required=True, help="the image to find similar ones to")
     parser.add_argument("--dims", type=int, nargs="+", help="prefix sizes; default: the trained ones")
+    parser.add_argument(
+        "--map", metavar="FILE.safetensors", help="a map that python -m mrl.adapt fitted to such vectors"
+    )
     parser.add_argument("--k", type=int, default=6, help="neighbors at each size; default: 6")
     parser.add_argument(
         "--out", metavar="STEM", help="the figure, without .png; default: neighbors, beside the vectors"

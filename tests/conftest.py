@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from mrl import adapt
 from mrl.config import Config, DataConfig, HeadConfig, ModelConfig, RunConfig, to_yaml
 from mrl.model import ModelInfo, build_backbone, build_model, save_model
 from mrl.rundir import atomic_write_text
@@ -32,6 +33,14 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _few_steps():
+    """Let maps of embeddings be fitted briefly."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adapt, "STEPS", 50)
+        yield
 
 
 TOP_1 = {8: 0.5, 16: 0.6, 32: 0.7, 96: 0.8}

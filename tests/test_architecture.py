@@ -14,6 +14,7 @@ FLOORS = [
     ("config", "rundir"),
     ("model",),
     ("data", "training", "retrieval", "results", "paper"),
+    ("adapt",),
     ("studies",),
     ("figures", "interop"),
     ("train", "eval", "export", "embed", "search"),
@@ -21,11 +22,11 @@ FLOORS = [
 # Lines of Python in each folder (not its subfolders). Raise a number only for a new idea.
 BUDGETS = {
     ".": 500,
-    "mrl": 2120,
+    "mrl": 2470,
     "mrl/data": 1790,
     "mrl/training": 640,
     "mrl/retrieval": 860,
-    "mrl/studies": 2400,
+    "mrl/studies": 2420,
     "mrl/figures": 1060,
     "mrl/interop": 1020,
     "experiments": 820,

@@ -9,6 +9,7 @@ from PIL import Image
 
 import mrl
 from mrl import embed, search
+from mrl.adapt import Map
 from mrl.data import check
 from mrl.data.folder import FolderImages
 from mrl.retrieval.embeddings import open_vectors
@@ -122,6 +123,21 @@ def test_a_shorter_file_is_searched_up_to_its_size(saved_run, pictures, tmp_path
     assert "at 8 dims" in printed and "at 16 dims" in printed and "at 32 dims" not in printed
     assert search.main(search_argv(path, pictures, "--dims", 8, 32)) == 2
     assert "--dims asks for 32, but the vectors" in capsys.readouterr().err
+
+
+def test_a_map_is_applied_to_the_vectors_and_to_the_query(saved_run, pictures, vectors, tmp_path, capsys):
+    mapping = Map(np.random.default_rng(0).normal(size=(24, 96)).astype(np.float32), (12, 24))
+    mapping.save(tmp_path / "map.safetensors")
+    assert search.main(search_argv(vectors, pictures, "--map", tmp_path / "map.safetensors")) == 0
+    printed, stored = capsys.readouterr().out, open_vectors(vectors)
+    query = mrl.load(saved_run).encode(mrl.load(saved_run).preprocess(pictures.images[2])[None])
+    for dim in (12, 24):
+        both = [mrl.unit_prefix(torch.from_numpy(mapping(given)), dim) for given in (stored.vectors, query)]
+        scores, order = (both[0] @ both[1][0]).topk(6)
+        lines = [f"{rank + 1:>4}  {scores[rank]:.4f}  {stored.ids[order[rank]]}" for rank in range(6)]
+        assert "\n".join([f"{pictures.paths[2]} at {dim} dims", *lines]) in printed
+    assert search.main(search_argv(vectors, pictures, "--map", pictures.paths[0])) == 2
+    assert "cannot be read as a map" in capsys.readouterr().err
 
 
 def test_search_refuses_vectors_that_do_not_fit(saved_run, make_saved_run, pictures, vectors, tmp_path, capsys):

@@ -84,7 +84,7 @@ def classes_sha256(names: Sequence[str]) -> str:
 
 def open_embeddings(directory: Path, metadata: EmbeddingMetadata) -> EmbeddingSet | None:
     """Return the finished embeddings in ``directory``, or None if there are none with exactly this ``metadata``."""
-    if _read_metadata(directory / "metadata.json") != metadata:
+    if read_metadata(directory / "metadata.json") != metadata:
         return None
     try:
         return _open(directory, metadata)
@@ -186,7 +186,7 @@ class _Parts:
     def prepare(self, metadata: EmbeddingMetadata) -> None:
         """Remove what does not belong to this pass, and check that the rest fits on the disk."""
         (self.directory / "metadata.json").unlink(missing_ok=True)
-        if _read_metadata(self.directory / "unfinished.json") != metadata:
+        if read_metadata(self.directory / "unfinished.json") != metadata:
             shutil.rmtree(self.directory, ignore_errors=True)
             self.directory.mkdir(parents=True)
             _write_metadata(self.directory / "unfinished.json", metadata)
@@ -259,7 +259,8 @@ def _embed_share(
             bar.update(len(indices))
 
 
-def _read_metadata(path: Path) -> EmbeddingMetadata | None:
+def read_metadata(path: Path) -> EmbeddingMetadata | None:
+    """Return the metadata in a JSON file, or None if it holds none."""
     try:
         return EmbeddingMetadata(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
@@ -295,7 +296,7 @@ def open_vectors(path: str | Path) -> VectorFile:
         UserError: One of the three files is missing or does not fit the others.
     """
     path = Path(path)
-    metadata = _read_metadata(path.with_suffix(".json"))
+    metadata = read_metadata(path.with_suffix(".json"))
     try:
         lines = path.with_suffix(".ids.txt").read_bytes().split(b"\n")[:-1]
         vectors = np.load(path, mmap_mode="r")

@@ -13,7 +13,7 @@ from mrl.results import Row, method_name
 from mrl.retrieval.quantization import faiss_installed
 from mrl.studies.adaptive_classification import cascade, fixed_feature, oracle
 from mrl.studies.adaptive_retrieval import adaptive_retrieval
-from mrl.studies.baselines import classification_baselines, retrieval_baselines
+from mrl.studies.baselines import classification_baselines, learned_baselines, retrieval_baselines
 from mrl.studies.classification import classification, predict, truncations
 from mrl.studies.geometry import similarity
 from mrl.studies.hierarchy import build_hierarchy, default_superclasses, hierarchy, per_class, within_superclasses
@@ -76,6 +76,7 @@ def run_studies(
     if len(by_method.get("FF truncated", ())) > 1:
         sizes = by_method["FF truncated"]
         rows += retrieval_baselines(*sets, sizes, source, max_queries=max_queries, device=device)
+        rows += learned_baselines(*sets, sizes, source, max_queries=max_queries, device=device)
         of_train = (run.train.vectors, run.train.labels)
         rows += classification_baselines(*of_train, vectors, labels, classifiers[0], sizes, source, device=device)
     return rows

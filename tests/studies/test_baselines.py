@@ -3,14 +3,17 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
+from mrl import adapt
+from mrl.adapt import principal_components
 from mrl.results import Source
 from mrl.studies import baselines
 from mrl.studies.baselines import (
     classification_baselines,
     fit_linear_probe,
+    learned_baselines,
     low_rank,
-    principal_components,
     retrieval_baselines,
 )
 from mrl.studies.retrieval import retrieval
@@ -50,7 +53,7 @@ def test_fault_28_every_baseline_stands_beside_plain_truncation(sets, rows):
 
 @pytest.mark.parametrize("centered", [True, False])
 def test_principal_components_are_numpys_singular_directions_in_whatever_blocks(monkeypatch, sets, centered):
-    monkeypatch.setattr(baselines, "BATCH_SIZE", 64)
+    monkeypatch.setattr(adapt, "BLOCK", 64)
     database = sets[2]
     center = database.mean(0) if centered else np.zeros(32, np.float32)
     right = np.linalg.svd(database - center, full_matrices=False)[2]
@@ -122,6 +125,22 @@ def test_the_projected_embeddings_are_quantized_too(sets, rows):
         for row in rows
         if row.study == "retrieval" and row.method == "FF PCA" and row.metric in ("top_1", "map@10")
     }
+
+
+def test_learned_maps_are_fit_on_the_database_with_the_seed_of_the_run(sets):
+    queries, query_labels, database, database_labels = sets
+    rows = learned_baselines(*sets, DIMS, SOURCE)
+    expected = {(f"FF {kind}supervised map", dim) for kind in ("", "un") for dim in DIMS}
+    assert set(values(rows)) == expected | {("FF LDA", dim) for dim in (2, 4, 8)}, "ten classes: nine dims of LDA"
+    maps = {
+        "FF LDA": LinearDiscriminantAnalysis(solver="eigen", shrinkage="auto").fit(database, database_labels).transform,
+        "FF supervised map": adapt.fit(database, database_labels, DIMS, seed=3),
+        "FF unsupervised map": adapt.fit(database, None, DIMS, seed=3),
+    }
+    for method, transform in maps.items():
+        arrays = (transform(queries), query_labels, transform(database), database_labels)
+        again = retrieval(*arrays, {method: [2, 8]}, SOURCE, ks=(10,))
+        assert [row for row in rows if row.method == method and row.dim in (2, 8)] == again
 
 
 def test_low_rank_is_the_best_approximation_and_at_full_rank_the_weight_itself():

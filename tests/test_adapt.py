@@ -1,0 +1,207 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import save_file
+from sklearn.datasets import load_digits
+
+import mrl
+from mrl import adapt
+from mrl.errors import UserError
+from mrl.retrieval.embeddings import EmbeddingMetadata
+
+DIMS = (2, 4, 8)
+
+
+@pytest.fixture(scope="module")
+def sets():
+    """Vectors of eight classes and labels; every coordinate mixes the classes with more noise in other directions."""
+    rng = np.random.default_rng(0)
+    turn = np.linalg.qr(rng.standard_normal((24, 24)))[0]
+    labels = rng.integers(8, size=600)
+    latent = rng.standard_normal((600, 24)) * np.repeat([0.3, 2.0, 0.1], 8)
+    latent[:, :8] += 1.2 * np.eye(8)[labels]
+    vectors = ((latent + 0.5) @ turn).astype(np.float32)
+    return vectors[:450], labels[:450], vectors[450:], labels[450:]
+
+
+@pytest.fixture(scope="module")
+def maps(sets):
+    train, labels, *_ = sets
+    return {"labels": adapt.fit(train, labels, DIMS), "none": adapt.fit(train, dims=DIMS)}
+
+
+def test_the_neighbor_loss_is_the_cross_entropy_of_softmax_cosines_over_the_other_vectors():
+    rng = np.random.default_rng(0)
+    whole, prefix = rng.standard_normal((5, 6)), rng.standard_normal((5, 3))
+
+    def shares(vectors, i):
+        cosines = [vectors[i] @ v / np.linalg.norm(vectors[i]) / np.linalg.norm(v) for v in vectors]
+        weights = [0 if j == i else np.exp(cosine / adapt.TEMPERATURE) for j, cosine in enumerate(cosines)]
+        return np.array(weights) / sum(weights)
+
+    total = 0
+    for i in range(5):
+        target, found = shares(whole, i), shares(prefix, i)
+        total -= sum(target[j] * np.log(found[j]) for j in range(5) if j != i) / 5
+    target = adapt.similarities(torch.from_numpy(whole)).softmax(dim=1)
+    assert adapt.neighbor_loss(torch.from_numpy(prefix), target=target).item() == pytest.approx(total)
+
+
+def test_prefixes_keep_neighbors_that_pca_and_truncation_lose():
+    pixels = load_digits().data[:600].astype(np.float32)
+    train, held_out = pixels[:450], pixels[450:]
+    mean = train.mean(axis=0)
+    components = adapt.principal_components(train, mean)
+    score = adapt.scorer(held_out, train)
+    dims = (8, 16, 32)
+    kept = np.array(score(adapt.fit(train, dims=dims), dims))
+    assert all(kept[1:] > np.array(score(lambda given: (given - mean) @ components, dims))[1:] + 0.02), kept
+    assert all(kept > np.array(score(lambda given: given, dims)) + 0.3)
+
+
+def test_the_score_without_labels_is_the_share_of_neighbors_kept(sets):
+    train, _, held_out, _ = sets
+    score = adapt.scorer(held_out[:5], train[:40])
+
+    def nearest(dim):
+        cosines = adapt.unit(held_out[:5, :dim]) @ adapt.unit(train[:40, :dim]).T
+        return [set(row) for row in np.argsort(-cosines)[:, :10]]
+
+    kept = [len(few & all) / 10 for few, all in zip(nearest(4), nearest(24), strict=True)]
+    assert score(lambda given: given, [4, 24]) == pytest.approx([np.mean(kept), 1.0])
+
+
+def test_labels_bring_classes_to_the_front_where_pca_brings_noise(sets, maps):
+    train, labels, held_out, truth = sets
+    mean = train.mean(axis=0)
+    components = adapt.principal_components(train, mean)
+    score = adapt.scorer(held_out, train, truth, labels)
+    by_map, by_pca = score(maps["labels"], DIMS), score(lambda given: (given - mean) @ components, DIMS)
+    assert all(np.array(by_map[1:]) > np.array(by_pca[1:]) + 0.2), (by_map, by_pca)
+    names = np.array([f"class {label}" for label in labels])
+    np.testing.assert_array_equal(adapt.fit(train, names, DIMS).weight, maps["labels"].weight)
+
+
+@pytest.mark.parametrize("kind", ["labels", "none"])
+def test_a_map_is_one_matrix_whatever_the_lengths_of_the_vectors(kind, sets, maps, tmp_path):
+    train, mapping = sets[0], maps[kind]
+    lengths = np.random.default_rng(0).uniform(0.1, 9, (450, 1)).astype(np.float32)
+    mapped = mapping(train)
+    np.testing.assert_allclose(mapping(torch.from_numpy(lengths * train)), mapped, atol=1e-5)
+    expected = train @ mapping.weight.T
+    np.testing.assert_allclose(mapped, expected / np.linalg.norm(expected, axis=1, keepdims=True), atol=1e-5)
+    mapping.save(tmp_path / "map.safetensors")
+    again = adapt.load(tmp_path / "map.safetensors")
+    np.testing.assert_array_equal(again(train), mapped)
+    assert again.dims == DIMS
+
+
+def test_the_seed_decides_and_the_random_state_does_not(sets, maps):
+    train, labels, *_ = sets
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    for kind, of_kind in (("labels", labels), ("none", None)):
+        np.testing.assert_array_equal(adapt.fit(train, of_kind, DIMS).weight, maps[kind].weight)
+        assert not np.array_equal(adapt.fit(train, of_kind, DIMS, seed=1).weight, maps[kind].weight)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def argv(folder, vectors, labels=None, *more):
+    np.save(folder / "v.npy", vectors)
+    given = ["--vectors", folder / "v.npy", "--out", folder / "map.safetensors", "--dims", 2, 4, 8, *more]
+    if labels is not None:
+        np.save(folder / "y.npy", labels)
+        given += ["--labels", folder / "y.npy"]
+    return [str(part) for part in given]
+
+
+@pytest.mark.parametrize("kind", ["labels", "none"])
+@pytest.mark.filterwarnings("error")
+def test_the_command_reports_on_vectors_that_it_held_out(kind, sets, tmp_path, capsys):
+    train, labels, *_ = sets
+    labels = labels if kind == "labels" else None
+    assert adapt.main(argv(tmp_path, train, labels)) == 0
+    printed = capsys.readouterr().out
+    order = np.random.default_rng(0).permutation(450)
+    held_out, rest = order[:45], np.sort(order[45:])
+    of_labels = () if labels is None else (labels[held_out], labels[rest])
+    mapping = adapt.fit(train[rest], None if labels is None else labels[rest], DIMS)
+    np.testing.assert_array_equal(adapt.load(tmp_path / "map.safetensors").weight, mapping.weight)
+    scores = adapt.scorer(train[held_out], train[rest], *of_labels)(mapping, DIMS)
+    table = [line.split() for line in printed.splitlines() if line.split()[0] in "248"]
+    assert [(row[0], row[-1]) for row in table] == [
+        (str(dim), f"{100 * score:.1f}") for dim, score in zip(DIMS, scores, strict=True)
+    ]
+    assert "45 vectors that were held out, in a database of 405" in printed
+
+
+def test_vectors_that_are_nested_already_are_told(tmp_path):
+    vectors = np.random.default_rng(0).standard_normal((450, 24)) * 0.7 ** np.arange(24)
+    for labels in (None, 2 * (vectors[:, 0] > 0) + (vectors[:, 1] > 0)):
+        with pytest.warns(UserWarning, match="look nested already: their first 2 numbers score"):
+            assert adapt.main(argv(tmp_path, vectors, labels)) == 0
+    metadata = EmbeddingMetadata("", "", "", 8, 8, "", False, "", trained_dims=[4, 24])
+    (tmp_path / "v.json").write_text(json.dumps(vars(metadata)))
+    with pytest.warns(UserWarning, match=r"nested already, at \[4, 24\] dims"):
+        assert adapt.main(argv(tmp_path, vectors[:, ::-1])) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "labels", "message"),
+    [
+        (lambda v: np.where(np.arange(len(v))[:, None] == 7, np.nan, v), None, "vector 7 holds NaN or infinity"),
+        (lambda v: v[:, :7], None, "dims [2, 4, 8] ask for 8, but the vectors have only 7"),
+        (lambda v: v[0], None, "needed is a matrix"),
+        (lambda v: v[:19], None, "N at least 20"),
+        (lambda v: v.astype(str), None, "needed is a matrix"),
+        (lambda v: v, np.zeros(449), "the labels are (449,); needed is one for each of the 450 vectors"),
+        (lambda v: v, np.zeros(450), "all labels are 0.0"),
+    ],
+)
+def test_vectors_and_labels_that_do_not_fit_are_refused(change, labels, message, sets, tmp_path, capsys):
+    assert adapt.main(argv(tmp_path, change(sets[0]), labels)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error
+    assert not (tmp_path / "map.safetensors").exists()
+    with pytest.raises(UserError):
+        adapt.fit(change(sets[0]), labels, DIMS)
+
+
+def test_files_that_are_something_else_are_refused_and_kept(sets, maps, tmp_path, capsys):
+    path = tmp_path / "map.safetensors"
+    save_file({"weight": np.zeros((2, 2), np.float32)}, path)
+    for wrong, message in (
+        (path, "is not a map"),
+        (tmp_path / "none", "cannot be read as a map"),
+        (tmp_path, "cannot"),
+    ):
+        with pytest.raises(UserError, match=message):
+            adapt.load(wrong)
+    path.write_text("Dear reader")
+    assert adapt.main(argv(tmp_path, sets[0])) == 2
+    assert path.read_text() == "Dear reader" and "cannot be read as a map" in capsys.readouterr().err
+    path.unlink()
+    for more, message in (
+        (("--vectors", tmp_path / "none.npy"), "none.npy cannot be read as a .npy file"),
+        (("--out", tmp_path / "map.npy"), "allowed: a .safetensors file"),
+        (("--dims", 4, 2), "strictly ascending"),
+        (("--seed", -1), "--seed is -1"),
+    ):
+        assert adapt.main(argv(tmp_path, sets[0], None, *more)) == 2
+        assert message in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"vectors \(N, 24\), but these are \(3, 8\)"):
+        maps["none"](np.zeros((3, 8)))
+
+
+def test_mapped_vectors_work_in_every_search(sets, maps):
+    pytest.importorskip("faiss")
+    from mrl.interop.faiss import prefix_index
+
+    queries, database = maps["none"](sets[2]), maps["none"](sets[0])
+    expected = mrl.exact_search(queries, database, 5, [8])[8]
+    scores, indices = prefix_index(database, 4, shortlist_factor=90).search(queries, 5)
+    np.testing.assert_array_equal(indices, expected[0])
+    np.testing.assert_allclose(scores, expected[1], atol=1e-5)
+    np.testing.assert_array_equal(mrl.funnel_search(queries, database, 4, [(8, 450)])[0][:, :5], expected[0])
