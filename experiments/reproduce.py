@@ -2,7 +2,7 @@
 
     python -m experiments.reproduce --grid b --list                 # the runs, their state, the time left
     python -m experiments.reproduce --grid b --jobs 2               # the small grid: 2 CPU cores, about two hours
-    python -m experiments.reproduce --grid c_sweep --jobs 2         # learning rates for a pretrained network's last layer
+    python -m experiments.reproduce --grid c_sweep --jobs 2         # learning rates for fine-tuning a last layer
     python -m experiments.reproduce --grid a --jobs 2               # the large grid: one GPU, two runs at a time
     python -m experiments.reproduce --grid b --epochs 1 --seeds 0   # a trial; its results stay beside the runs
 
@@ -403,7 +403,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("--grid", required=True, metavar="NAME|FILE", help="a, b, another file name in experiments/grids, or the path of a grid file")
+    add("--grid", required=True, metavar="NAME|FILE", help="a file name in experiments/grids, or a path")
     add("--list", action="store_true", help="show the runs, their state and the time left; start nothing")
     add("--only", nargs="+", default=["*"], metavar="PATTERN", help="only runs with these names, e.g. 'r50_ff*_seed0'")
     add("--jobs", type=int, default=1, help="runs at a time, spread over the visible GPUs; default: 1")
