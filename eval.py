@@ -4,6 +4,7 @@
     python eval.py --runs runs/resnet50_mrl --out results/resnet50 --batch_size 512
     torchrun --nproc_per_node=8 eval.py --runs runs/resnet50_mrl   # the embedding pass on all GPUs
     python eval.py --runs runs/resnet50_mrl --robustness imagenet_a=DIR --few_shot DIR --retrieval QUERIES DATABASE
+    python eval.py --runs runs/mine --data.root DIR                # the images are elsewhere than in training
     python eval.py --redraw runs/eval/results.jsonl                # figures again, from the rows alone
     python eval.py --checkpoint r50_mrl1_e0_ff2048.pt --data.root DIR      # a checkpoint of the authors
 
@@ -37,6 +38,8 @@ from mrl.studies.run import embed_runs
 from mrl.studies.suite import run_studies
 from mrl.studies.transfer import TransferImages, read_folder, transfer_studies
 
+# Settings of a run that may be given anew: where its images are, and how many processes read them.
+PLACE_SETTINGS = ("--data.root", "--data.num_workers")
 SHOWN = {
     "classification": ("top_1", "top_5"),
     "retrieval": ("top_1", "map@10"),
@@ -57,6 +60,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--checkpoint", metavar="FILE.pt", help="weights of the paper's authors; takes --data.root etc. too"
     )
     add = parser.add_argument
+    parser.add_argument_group(
+        "with --runs",
+        "--data.root DIR: the folder of the images, if they are elsewhere than in training. --data.num_workers N: "
+        "processes that read them.",
+    )
     add("--out", metavar="DIR", help="folder for results; default: eval/ beside the first run")
     add("--superclasses", metavar="TSV", help="a table with the columns class and superclass")
     add(
@@ -97,7 +105,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--wandb_artifacts", action="store_true", help="upload models and embeddings to W&B too")
     args, settings = parser.parse_known_args(argv)
     args.settings = settings
-    if settings and not args.checkpoint:
+    unknown = [word for word in settings if word.startswith("-") and not word.startswith(PLACE_SETTINGS)]
+    if settings and not args.checkpoint and (not args.runs or unknown or not settings[0].startswith("-")):
         parser.error(f"unrecognized arguments: {' '.join(settings)}")
     given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
     if args.redraw and (others := sorted(set(given) - {"redraw", "out", "settings"})):
@@ -125,7 +134,7 @@ def evaluate(args: argparse.Namespace, process: Process) -> None:
         renaming=read_class_table(args.renaming, "trained_class") if args.renaming else {},
     )
     superclasses = read_class_table(args.superclasses, "superclass") if args.superclasses else None
-    opened = embed_runs(runs, transfer, args.batch_size, args.force, process, args.precision)
+    opened = embed_runs(runs, transfer, args.batch_size, args.force, process, args.precision, args.settings)
     if not process.is_main:
         return
     out.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ Fills the run directory <run.dir>/<run.name>. Stop it with Ctrl-C; resume it wit
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import signal
 import sys
@@ -29,20 +30,22 @@ from mrl.data.transforms import eval_indices, train_indices
 from mrl.distributed import Process
 from mrl.errors import UserError
 from mrl.matryoshka import check_weights, nested_cross_entropy
-from mrl.model import MatryoshkaClassifier, ModelInfo, build_backbone, build_model, freeze, save_model
+from mrl.model import MatryoshkaClassifier, ModelInfo, build_backbone, build_model, freeze, keep_head, save_model
 from mrl.progress import progress
 from mrl.rundir import (
     atomic_write_text,
     check_data,
     check_run,
+    hold,
     load_checkpoint,
     open_run,
     record_start,
     save_checkpoint,
 )
 from mrl.training.augmentation import make_augmentation, seed_step
+from mrl.training.fit import check_fit, notes
 from mrl.training.frozen import TrunkCache
-from mrl.training.logging import MetricAccumulator, Tracker, advice, stop_signals
+from mrl.training.logging import MetricAccumulator, StopSignals, Tracker, advice
 from mrl.training.optim import build_optimizer, lr_at, set_lr, shorten_warmup
 from mrl.training.profiling import step_profiler
 
@@ -78,6 +81,8 @@ def train(config: Config, process: Process) -> int:
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
     model = make_model(config, len(classes)).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    head_kept = Path(config.model.init).is_dir() and keep_head(model, Path(config.model.init), classes)
+    check_fit(model, config, micro_batch_size)
     if config.train.sync_batchnorm:
         model = distributed.sync_batchnorm(model, process)
     frozen = {}
@@ -96,7 +101,7 @@ def train(config: Config, process: Process) -> int:
     dtype = torch.float16 if config.train.precision == "fp16" else torch.bfloat16
     autocast = torch.autocast(device.type, dtype, enabled=config.train.precision != "fp32")
     scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16")
-    ema = ModelEmaV3(model, config.train.ema_decay) if config.train.ema_decay > 0 else None
+    ema = ModelEmaV3(model, config.train.ema_decay, use_warmup=True) if config.train.ema_decay > 0 else None
     augment = make_augmentation(config.data, micro_batch_size, len(classes), device)
     sums = MetricAccumulator(dims, device)
     parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "scaler": scaler}
@@ -120,11 +125,14 @@ def train(config: Config, process: Process) -> int:
             atomic_write_text(directory / "unreadable.txt", "\n".join(unreadable) + "\n")
 
     with (
+        hold(directory) if process.is_main else contextlib.nullcontext(),
         Tracker(directory, process.is_main, step, total_steps, batch_size) as tracker,
         step_profiler(config.train.profile_steps, directory, process, tracker.log_line) as profile_step,
-        stop_signals() as signals,
+        StopSignals() as signals,
     ):
-        tracker.start_wandb(**dataclasses.asdict(config.wandb), name=config.run.name, config=dataclasses.asdict(config))
+        with signals.waiting():
+            about = {"name": config.run.name, "config": dataclasses.asdict(config)}
+            tracker.start_wandb(**dataclasses.asdict(config.wandb), **about)
         if process.is_main:
             record_start(directory, step, process.world_size, micro_batch_size)
         tracker.log_line(
@@ -134,12 +142,16 @@ def train(config: Config, process: Process) -> int:
         )
         if warmup_epochs < optim.warmup_epochs:
             tracker.log_line(f"warm-up shortened from {optim.warmup_epochs:g} to {warmup_epochs:g} epochs")
+        if head_kept:
+            tracker.log_line(f"the head is that of {config.model.init}, which has the same classes and sizes")
+        for note in notes(config, device):
+            tracker.log_line(note)
         saved_at = logged_at = time.monotonic()
         logged_step, waited = step, 0.0
 
         # A run that stopped at the end of an epoch, before its validation ended, resumes with that validation.
-        validated = step == 0 or not distributed.all_reduce_any(process.is_main and not tracker.validated(step))[0]
-        first_epoch = (step if validated else step - 1) // steps_per_epoch
+        was_validated = step == 0 or not distributed.all_reduce_any(process.is_main and not tracker.validated(step))[0]
+        first_epoch = (step if was_validated else step - 1) // steps_per_epoch
         for epoch in range(first_epoch, config.train.epochs):
             start_step, end_step = step - epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch
             indices = train_indices(num_images, batch_size, seed, epoch, *split, start_step=start_step)
@@ -152,7 +164,7 @@ def train(config: Config, process: Process) -> int:
                 set_lr(optimizer, lr)
                 for micro_step in range(accumulation_steps):
                     asked_at = time.monotonic()
-                    with record_function("data wait"):
+                    with record_function("data wait"), signals.waiting():
                         inputs, labels = next(batches)
                     waited += time.monotonic() - asked_at
                     inputs, targets = augment(inputs, labels)
@@ -171,7 +183,7 @@ def train(config: Config, process: Process) -> int:
                     scaler.update()
                     optimizer.zero_grad()
                     if ema is not None:
-                        ema.update(model)
+                        ema.update(model, step + 1)
                 step += 1
                 profile_step()
                 tracker.advance()
@@ -201,19 +213,26 @@ def train(config: Config, process: Process) -> int:
                         save_checkpoint(directory, {"step": step, "sums": all_sums[:3], "data": data_seen, **states})
                     saved_at = time.monotonic()
                 if stop:
-                    number = signal.Signals(signals[0] if signals else signal.SIGTERM)
+                    number = signal.Signals(signals.number or signal.SIGTERM)
                     tracker.log_line(f"stopped by {number.name}, saved after step {step}; resume: --run.resume auto")
                     return 128 + number
 
             if (epoch + 1) % config.train.eval_every_epochs == 0 or epoch + 1 == config.train.epochs:
                 final: MatryoshkaClassifier = model if ema is None else ema.module
-                distributed.broadcast_buffers(final)
-                scores = validate(final, images["val"], micro_batch_size, process, autocast)
+                validated = [("", "", final)]
+                if ema is not None:
+                    validated = [("", " of the moving average (saved)", final), ("no_ema_", " without it", model)]
+                scores: dict[str, float] = {}
+                for prefix, which, each in validated:
+                    distributed.broadcast_buffers(each)
+                    with signals.waiting():
+                        found = validate(each, images["val"], micro_batch_size, process, autocast)
+                    scores |= {prefix + key: value for key, value in found.items()}
+                    shown = ", ".join(f"{found[f'top_1/{d}']:.4f} @{d}" for d in dims)
+                    tracker.log_line(f"epoch {epoch + 1}: top-1{which} {shown}")
                 if process.is_main:
                     save_model(final, describe(config, final, classes), directory, frozen)
                 tracker.log({"step": step, "epoch": epoch + 1} | scores)
-                shown = ", ".join(f"{scores[f'top_1/{d}']:.4f} @{d}" for d in dims)
-                tracker.log_line(f"epoch {epoch + 1}: top-1 {shown}")
                 logged_at = time.monotonic()
         tracker.log_line(f"done: {directory}. Next: python eval.py --runs {directory}")
     return 0

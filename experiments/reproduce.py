@@ -45,7 +45,7 @@ from mrl.errors import UserError
 from mrl.progress import progress
 from mrl.results import CLASS_STUDY, read_rows, write_rows
 from mrl.rundir import atomic_write_text, check_settings
-from mrl.training.logging import stop_signals
+from mrl.training.logging import StopSignals
 
 GRIDS = Path(__file__).resolve().parent / "grids"
 TRAIN = (sys.executable, str(REPOSITORY / "train.py"))
@@ -270,14 +270,14 @@ def train_all(runs: Sequence[Run], jobs: int, command: Sequence[str] = TRAIN) ->
         return f"train.py {ending}; last line of {log}: {lines[-1] if lines else ''}"
 
     total = sum(run.config.train.epochs for run in runs)
-    with stop_signals() as received, ThreadPoolExecutor(jobs) as pool, progress(total=total, unit="epoch") as bar:
+    with StopSignals() as received, ThreadPoolExecutor(jobs) as pool, progress(total=total, unit="epoch") as bar:
         for run in runs:
             if not run.is_finished():
                 futures[run.name] = pool.submit(train, run)
         while wait(futures.values(), REFRESH_SECONDS).not_done:
             bar.update(sum(run.epochs_done() for run in runs) - bar.n)
     failed = {str(name): reason for name, future in futures.items() if (reason := future.result())}
-    return failed, received[0] if received else 0
+    return failed, received.number
 
 
 def slot_environments(jobs: int) -> list[dict[str, str]]:

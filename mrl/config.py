@@ -9,7 +9,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import itertools
 import json
+import math
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -17,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import timm
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
@@ -37,6 +41,12 @@ def _require_utf_8(key: str, path: str | None) -> None:
     _require(path is None or path == path.encode(errors="replace").decode(), key, path, allowed)
 
 
+def _expand(section: Any, key: str) -> None:
+    """Expand ``~`` in a path of a section that is being made."""
+    if isinstance(path := getattr(section, key), str):
+        object.__setattr__(section, key, os.path.expanduser(path))
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """Where the run lives and how it starts."""
@@ -54,6 +64,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         _require_utf_8("run.name", self.name)
         _require_utf_8("run.dir", self.dir)
+        _expand(self, "dir")
         _require(bool(self.name) and "/" not in self.name, "run.name", self.name, "a folder name without '/'")
         _require(0 <= self.seed < 2**31, "run.seed", self.seed, "0 to 2147483647")
 
@@ -113,13 +124,16 @@ class DataConfig:
     eval_px: int = 224
     """Evaluation: side of the center crop, in pixels."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    """Per-channel mean for normalization, on the scale 0 to 1."""
+    """Per-channel mean for normalization, on the scale 0 to 1. Default: that of the weights in model.init (of a run, or
+    timm's of the backbone for pretrained and weights files), else ImageNet's."""
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    """Per-channel standard deviation for normalization, on the scale 0 to 1."""
+    """Per-channel standard deviation for normalization, on the scale 0 to 1. Default: as data.mean."""
 
     def __post_init__(self) -> None:
         _require_utf_8("data.root", self.root)
         _require(0 <= self.max_unreadable < 1, "data.max_unreadable", self.max_unreadable, "0 to below 1")
+        _expand(self, "root")
+        _require(self.root != "", "data.root", self.root, "the folder that holds train/ and val/")
         _require(self.batch_size >= 1, "data.batch_size", self.batch_size, "1 or more")
         _require(self.num_workers is None or self.num_workers >= 0, "data.num_workers", self.num_workers, "0 or more")
         steps = [(0, self.train_px)] if isinstance(self.train_px, int) else self.train_px
@@ -149,6 +163,12 @@ class DataConfig:
             "data.eval_px",
             self.eval_px,
             f"8 to data.eval_resize_px = {self.eval_resize_px}",
+        )
+        _require(
+            all(0 <= m <= 1 for m in self.mean), "data.mean", self.mean, "numbers from 0 to 1 (white is 1, not 255)"
+        )
+        _require(
+            all(0 < s <= 1 for s in self.std), "data.std", self.std, "numbers above 0, up to 1 (white is 1, not 255)"
         )
 
     def px_at(self, epoch: int) -> int:
@@ -182,6 +202,9 @@ class ModelConfig:
     BatchNorm in eval mode."""
     kwargs: dict[str, Any] = field(default_factory=dict)
     """Further arguments of timm.create_model, e.g. {drop_path_rate: 0.1, img_size: 64, patch_size: 8}."""
+
+    def __post_init__(self) -> None:
+        _expand(self, "init")
 
 
 @dataclass(frozen=True)
@@ -259,7 +282,8 @@ class TrainConfig:
     compile: bool = False
     """Compile the model with torch.compile; if that fails, the run ends and says so."""
     ema_decay: float = 0.0
-    """Decay per step of an exponential moving average of the weights, which is then validated and saved; 0 is off."""
+    """Decay per step of an exponential moving average of the weights; 0 is off. The average is saved, and validated
+    beside the weights themselves. In the first steps the decay is lower: 1 - (1 + step)^(-2/3) (timm's warm-up)."""
     eval_every_epochs: int = 1
     """Epochs between two validations; the last epoch is always validated."""
     checkpoint_minutes: float = 15.0
@@ -308,6 +332,10 @@ class Config:
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
     def __post_init__(self) -> None:
+        for section in dataclasses.fields(self):
+            for key, value in vars(getattr(self, section.name)).items():
+                numbers = [x for x in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(x, float)]
+                _require(all(map(math.isfinite, numbers)), f"{section.name}.{key}", value, "finite numbers")
         data, views = self.data, self.train.cache_views
         if views:
             allowed = "head, or the last modules of the backbone, with train.cache_views"
@@ -337,15 +365,15 @@ def parse_command_line(argv: Sequence[str] | None, description: str) -> Config:
     return _parse(description, found)
 
 
-def read_config(path: str | Path) -> Config:
-    """Return the `Config` in a YAML file such as a run directory's config.yaml.
+def read_config(path: str | Path, settings: Sequence[str] = ()) -> Config:
+    """Return the `Config` in a YAML file such as a run directory's config.yaml, with changes as on a command line.
 
     Raises:
         UserError: There is no such file, or as `parse_command_line`.
     """
     if not Path(path).is_file():
         raise UserError(f"{path} does not exist, so there is no run configuration to read")
-    return _parse("", ["--config", str(path)])
+    return _parse("", ["--config", str(path), *settings])
 
 
 def to_yaml(config: Config) -> str:
@@ -360,7 +388,7 @@ def find_recipe(name: str) -> str:
     Raises:
         UserError: There is no such file; the message lists the recipes.
     """
-    for path in (Path(name), RECIPES / name, RECIPES / f"{name}.yaml"):
+    for path in (Path(name).expanduser(), RECIPES / name, RECIPES / f"{name}.yaml"):
         if path.is_file():
             return str(path)
     known = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml"))) or "none"
@@ -387,12 +415,59 @@ def _parse(description: str, argv: Sequence[str]) -> Config:
     for name, section in sections.items():
         parser.add_class_arguments(section, name)
     try:
-        namespace = parser.instantiate(parser.parse_args(argv))
+        namespace = parser.parse_args(argv)
+        if own := normalization_of(namespace.model.backbone, namespace.model.init):
+            parser.set_defaults({"data.mean": own[0], "data.std": own[1]})
+            namespace = parser.parse_args(argv)
+        namespace = parser.instantiate(namespace)
     except ArgumentError as error:
         message = str(error)
         unknown = re.search(r"(?:arguments: --|Key '|[Oo]ption ')([\w.]+).*", message)
         known = [f"{name}.{f.name}" for name, section in sections.items() for f in dataclasses.fields(section)]  # type: ignore[arg-type]
         close = difflib.get_close_matches(unknown[1], known, n=3, cutoff=0.5) if unknown else []
         hint = f"; did you mean {' or '.join(close)}?" if close else ""
+        hint += _as_yaml(argv, message)
         raise UserError(" ".join(message.split()) + hint) from error
     return Config(**{name: namespace[name] for name in sections})
+
+
+def _as_yaml(argv: Sequence[str], message: str) -> str:
+    """Return how a list or dict that jsonargparse refuses in ``message`` is written on the command line, or ""."""
+    sections = [(section.name, section.default_factory) for section in dataclasses.fields(Config)]
+    settings = {f"{name}.{f.name}": f for name, section in sections for f in dataclasses.fields(section)}  # type: ignore[arg-type]
+    words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    options = [(i, word[2:]) for i, word in enumerate(words) if word[:2] == "--"] + [(len(words), "")]
+    for (at, key), (end, _) in itertools.pairwise(options):
+        given, setting = " ".join(words[at + 1 : end]), settings.get(key)
+        kind = str(setting.type) if setting else ""
+        refused = f'"{key}"' in message or ("nrecognized" in message and end > at + 2)
+        if refused and any(name in kind for name in ("list", "tuple", "dict")):
+            items = re.findall(r"[^\s,()\[\]{}'\"]+", given)
+            example: Any = setting.default if setting and kind.startswith("tuple") else items
+            if len(items) != len(example):
+                items = [str(number) for number in example]
+            if "list[tuple" in kind:
+                form = "[[0, 160], [32, 192]]"
+            elif "dict" in kind:
+                form = "{" + ", ".join(": ".join(re.split("[=:]", item, maxsplit=1)) for item in items) + "}"
+            else:
+                form = f"[{', '.join(items)}]"
+            return f"; write it as one word in YAML: --{key} '{form}'" * (form != given)
+    return ""
+
+
+def normalization_of(backbone: str, init: str) -> tuple[Sequence[float], Sequence[float]] | None:
+    """Return mean and std of the images that the weights in ``model.init`` were trained on; None if that is not known.
+
+    Those of a run are in its model.json, those of timm's and other weights files in timm's description of the backbone.
+    """
+    if init == "scratch":
+        return None
+    try:
+        if Path(init).is_dir():
+            info = json.loads((Path(init) / "model.json").read_text())
+            return info["mean"], info["std"]
+        described = timm.get_pretrained_cfg(backbone)
+        return None if described is None else (described.mean, described.std)
+    except (OSError, ValueError, KeyError, RuntimeError):  # such a run or backbone is refused when the model is built
+        return None

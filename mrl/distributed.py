@@ -6,14 +6,17 @@ torchrun starts several processes. Plain python starts one, for which every func
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -25,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from mrl.errors import UserError, print_any_name
 
 SECONDS_TO_BE_ENDED = 10.0
+_cpu_group: Any = None
 
 
 @dataclass(frozen=True)
@@ -61,13 +65,18 @@ def start() -> Process:
         torch.cuda.set_device(device)
     if "WORLD_SIZE" not in os.environ:
         return Process(rank=0, world_size=1, device=device)
-    # CPU tensors use gloo on GPU machines too, so that a stop flag does not wait for the GPU.
-    dist.init_process_group(backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    global _cpu_group
+    dist.init_process_group(backend="nccl" if device.type == "cuda" else "gloo")
+    # CPU tensors use gloo on GPU machines too, so that a stop flag does not wait for the GPU. No limit, because one
+    # process may wait for another that lists millions of files; connections that are lost are noticed all the same.
+    _cpu_group = dist.new_group(backend="gloo", timeout=timedelta(days=365))
     return Process(rank=dist.get_rank(), world_size=dist.get_world_size(), device=device)
 
 
 def stop() -> None:
-    """Leave the process group."""
+    """Leave the process groups."""
+    global _cpu_group
+    _cpu_group = None
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -75,18 +84,22 @@ def stop() -> None:
 def run(main: Callable[[], int], interrupted: str) -> int:
     """Return the exit status of a script: that of ``main``, 2 after an error the user can fix, 130 after Ctrl-C.
 
+    A KeyboardInterrupt may name another signal as its argument, as `mrl.training.logging.StopSignals` does.
+
     The error, or ``interrupted``, is shown as one sentence. When one process exits, torchrun ends the others. A process
     that only lost its connection waits for that, so that the one that failed is the first to exit.
     """
     print_any_name()
     try:
         return main()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
         _report(interrupted)
-        return 130
-    except (UserError, OSError, RuntimeError) as error:
+        return 128 + (stopped.args[0] if stopped.args else signal.SIGINT)
+    except (UserError, OSError, RuntimeError, MemoryError) as error:
         message = str(error)
-        if isinstance(error, dist.DistError) or "gloo" in message:
+        if not isinstance(error, UserError) and (advice := _advice(error, message)):
+            error = UserError(f"{message.splitlines()[0].strip(' .') or 'out of memory'}; {advice}")
+        elif isinstance(error, dist.DistError) or "gloo" in message:
             error = ElsewhereError(f"lost the connection to another process ({message.splitlines()[0]}); see its error")
         elif not isinstance(error, (UserError, OSError)):
             raise
@@ -96,6 +109,24 @@ def run(main: Callable[[], int], interrupted: str) -> int:
         return 2
     finally:
         stop()
+
+
+def _advice(error: Exception, message: str) -> str:
+    """Return what to change if a process, memory or a disk was not large enough for the run, else ""."""
+    fewer = "give fewer worker processes (data.num_workers or --num_workers; 0 starts none)"
+    if "shared memory" in message or "Bus error" in message:
+        return f"/dev/shm is too small: make it larger (docker run --shm-size 8g, or --ipc host), or {fewer}"
+    if "DataLoader worker" in message and "Traceback" not in message:
+        return f"a worker process that reads images was killed, most often because the memory was full: {fewer}"
+    if "Too many open files" in message or getattr(error, "errno", None) == errno.EMFILE:
+        return f"raise the limit (ulimit -n 65536), or {fewer}"
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return "a GPU ran out of memory: lower --batch_size"
+    if isinstance(error, MemoryError) or "can't allocate memory" in message:
+        return f"lower --batch_size, or {fewer}"
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+        return "free some disk space and start again; files that were finished are kept"
+    return ""
 
 
 def _report(message: str) -> None:
@@ -115,16 +146,27 @@ def own_share(number: int) -> range:
 
 
 def barrier() -> None:
-    """Wait for all processes."""
+    """Wait for all processes, as long as it takes."""
     if dist.is_initialized():
-        dist.barrier()
+        _wait(dist.barrier(group=_cpu_group, async_op=True))
+
+
+def _wait(work: dist.Work | None) -> None:
+    """Wait for an operation of the CPU group, here instead of in gloo, where no signal is handled."""
+    while work is not None and not work.is_completed():
+        time.sleep(0.001)
+    if work is not None:
+        work.wait()
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
     """Return the sum of ``tensor`` over all processes, as a new tensor."""
     total = tensor.clone()
     if dist.is_initialized():
-        dist.all_reduce(total)
+        if total.is_cuda:
+            dist.all_reduce(total)
+        else:
+            _wait(dist.all_reduce(total, group=_cpu_group, async_op=True))
     return total
 
 
@@ -137,7 +179,7 @@ def agree(number: int) -> bool:
     """Return whether all processes give the same ``number`` (-2^63 < number < 2^63)."""
     ends = torch.tensor([number, -number])
     if dist.is_initialized():
-        dist.all_reduce(ends, op=dist.ReduceOp.MAX)
+        _wait(dist.all_reduce(ends, op=dist.ReduceOp.MAX, group=_cpu_group, async_op=True))
     return bool(ends[0] == -ends[1])
 
 
@@ -160,6 +202,7 @@ def data_parallel(model: nn.Module, process: Process, precision: Literal["fp32",
     """Return ``model`` wrapped to average gradients over processes, in ``precision``; itself if there is only one."""
     if process.world_size == 1:
         return model
+    barrier()  # the first operation of NCCL has a limit, and some processes may have to decode more images before it
     parallel = DistributedDataParallel(model, [process.device.index] if process.device.type == "cuda" else None)
     if precision == "bf16":
         parallel.register_comm_hook(dist.group.WORLD, bf16_compress_hook)

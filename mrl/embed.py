@@ -5,7 +5,8 @@
     torchrun --nproc_per_node=8 -m mrl.embed --run runs/resnet50_mrl --images DIR --out vectors.npy
 
 Writes vectors.npy (float32, one row of length 1 per image), vectors.ids.txt (the image of each row) and vectors.json
-(model and images). After Ctrl-C the same command continues.
+(model and images). After Ctrl-C the same command continues. Vectors of these images by this model are kept, unless an
+image was replaced since then.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from mrl.retrieval.embeddings import (
     classes_sha256,
     embed_split,
     file_sha256,
+    files_sha256,
     open_vectors,
     write_vectors,
 )
@@ -60,6 +62,9 @@ def embed_folder(args: argparse.Namespace, process: Process) -> None:
         ids, left_out = [path[len(str(folder)) + 1 :] for path in listed.paths], listed.left_out
         if process.is_main:
             print(*reasons, sep="\n", file=sys.stderr)
+    files = files_sha256([folder / name for name in ids])
+    if not distributed.agree(int(files[:14], 16)):
+        raise UserError(f"--images {folder} does not hold the same files, of the same times, on all machines; share it")
     metadata = EmbeddingMetadata(
         checkpoint_sha256=file_sha256(run / "model.safetensors"),
         dataset=str(folder.resolve()),
@@ -69,15 +74,18 @@ def embed_folder(args: argparse.Namespace, process: Process) -> None:
         normalization=f"mean {info.mean}, std {info.std}",
         flip=False,
         classes_sha256=classes_sha256(ids),
+        files_sha256=files,
         run=str(run.resolve()),
         trained_dims=list(info.nesting_list),
     )
-    if already_there(out, metadata, dim):
+    if already_there(out, metadata, dim) and not args.force:
         print(f"{out} already holds the vectors of these {len(ids):,} images by this model")
         return
     model.to(process.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     images = evaluated_images([str(folder / name) for name in ids], info, process.device, workers)
     unfinished = out.with_name(f"{out.name}.unfinished")
+    if args.force and process.is_main:
+        shutil.rmtree(unfinished, ignore_errors=True)
     embed_split(unfinished, metadata, images, lambda batch: model.encode(batch, dim), dim, process, args.batch_size)
     if process.is_main:
         write_vectors(unfinished / "vectors.npy", out, ids, metadata)
@@ -129,6 +137,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         default=0.0,
         help="share of the images that may be unreadable and are left out; above 0, each is decoded twice; default: 0",
     )
+    parser.add_argument("--force", action="store_true", help="compute vectors anew that are there already")
     args = parser.parse_args(argv)
     if args.batch_size < 1:
         raise UserError(f"--batch_size is {args.batch_size}; allowed: 1 or more")

@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,8 @@ from mrl.rgb import to_rgb
 from mrl.rundir import atomic_write, atomic_write_text
 
 FORMAT_VERSION = 1
+# Arguments of timm.create_model that are no model.kwargs.
+SET_ELSEWHERE = {"pretrained": "model.init", "checkpoint_path": "model.init", "num_classes": "the classes of the data"}
 
 
 @dataclass(frozen=True)
@@ -167,13 +169,47 @@ def _create_timm(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Modu
         close = difflib.get_close_matches(name, timm.list_models(), n=3)
         raise UserError(f"model.backbone {name!r} is not a timm model; similar names: {', '.join(close) or 'none'}")
     try:
-        return timm.create_model(name, pretrained=pretrained, num_classes=0, **kwargs)
-    except TypeError as error:
-        raise UserError(f"model.kwargs {kwargs} do not fit {name}: {error}") from error
+        timm.get_pretrained_cfg(name)
+    except RuntimeError as error:
+        tags = [weights.partition(".")[2] for weights in timm.list_pretrained(f"{name.partition('.')[0]}.*")]
+        raise UserError(
+            f"model.backbone {name!r}: timm has no such weights; tags: {', '.join(tags) or 'none'}"
+        ) from error
+    for key, setting in SET_ELSEWHERE.items():
+        if key in kwargs:
+            raise UserError(f"model.kwargs {key} is not allowed; it is set by {setting}")
+
+    def create(kwargs: dict[str, Any], pretrained: bool = False) -> nn.Module:
+        backbone = timm.create_model(name, pretrained=pretrained, num_classes=0, **kwargs)
+        if not hasattr(backbone, "forward_head"):
+            raise UserError("it gives no pooled vector per image")
+        return backbone
+
+    try:
+        return create(kwargs, pretrained)
     except Exception as error:
+        if kwargs and (not pretrained or not _works(create, kwargs)):
+            culprit = find_culprit(create, kwargs) or kwargs
+            raise UserError(f"model.kwargs {culprit} does not fit {name}: {error}") from error
         if not pretrained:
             raise
         raise UserError(f"model.init pretrained: timm's weights of {name} could not be downloaded: {error}") from error
+
+
+def find_culprit(attempt: Callable[[dict[str, Any]], Any], kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the one of ``kwargs`` without which ``attempt(kwargs)`` raises no error; None if there is none."""
+    for key, value in kwargs.items():
+        if _works(attempt, {other: kwargs[other] for other in kwargs if other != key}):
+            return {key: value}
+    return None
+
+
+def _works(attempt: Callable[[dict[str, Any]], Any], kwargs: dict[str, Any]) -> bool:
+    try:
+        attempt(kwargs)
+    except Exception:
+        return False
+    return True
 
 
 def _load_weights_file(backbone: nn.Module, path: Path) -> None:
@@ -200,6 +236,16 @@ def _load_run(backbone: nn.Module, run: Path, changes: dict[str, Any]) -> None:
     state = {key.removeprefix("backbone."): value for key, value in state.items() if key.startswith("backbone.")}
     check_fits(state, backbone.state_dict(), f"model.init: the run {run} holds another backbone")
     backbone.load_state_dict(state)
+
+
+def keep_head(model: MatryoshkaClassifier, run: Path, classes: Sequence[str]) -> bool:
+    """Load the head of a finished run if it has the same classes and sizes, and return whether."""
+    info, state = read_saved(run)
+    head = model.head
+    if (info.classes, info.nesting_list, info.tied) != (tuple(classes), head.nesting_list, head.tied):
+        return False
+    head.load_state_dict({k.removeprefix("head."): value for k, value in state.items() if k.startswith("head.")})
+    return True
 
 
 def check_fits(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], failure: str) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -20,6 +22,7 @@ import yaml
 from mrl.errors import UserError
 
 CHECKPOINT_FORMAT = "mrl-checkpoint-1"
+SECONDS_OF_ORPHANS = 6.0  # workers of a killed run end within five seconds
 
 # Settings that may change when a run is resumed: they say where and how, not what is computed.
 RESUME_OVERRIDABLE = {
@@ -70,24 +73,36 @@ def checkpoint_path(directory: Path) -> Path:
 def check_run(directory: Path, resume: str, config_yaml: str, default_yaml: str) -> None:
     """Check that a run may start or resume in ``directory``, without writing anything.
 
+    A run that ended before its first checkpoint is no obstacle.
+
     Raises:
-        UserError: The directory exists and ``resume`` is "never", or it holds a run with other settings.
+        UserError: The directory exists and ``resume`` is "never", or it holds a run with other settings, or another
+            process trains in it.
     """
-    resuming = checkpoint_path(directory).exists()
+    resuming, trained = checkpoint_path(directory).exists(), (directory / "model.safetensors").exists()
     if directory.exists() and not directory.is_dir():
         raise UserError(f"{directory} is a file, so it cannot be the run directory; choose another --run.name")
-    if resume == "never" and directory.exists() and any(directory.iterdir()):
+    if directory.exists():
+        with hold(directory):
+            pass
+    failed = (directory / "config.yaml").exists() and not resuming and not trained
+    if resume == "never" and directory.exists() and any(directory.iterdir()) and not failed:
         raise UserError(f"{directory} already holds a run; choose another --run.name, or resume it: --run.resume auto")
-    if resuming or (directory / "config.yaml").exists():
-        check_settings(directory, config_yaml, default_yaml, "give those, or another --run.name")
-    if not resuming and (directory / "model.safetensors").exists():
+    if resuming:
+        longer = (
+            "to train longer, start another run from its weights; the head is kept if classes and sizes are the same: "
+            f"--model.init {directory} --run.name {directory.name}_longer"
+        )
+        check_settings(directory, config_yaml, default_yaml, "give those, or another --run.name", longer * trained)
+    elif trained:
         raise UserError(f"{directory} holds a trained model but no checkpoint to resume; choose another --run.name")
 
 
-def check_settings(directory: Path, config_yaml: str, default_yaml: str, way_out: str) -> None:
+def check_settings(directory: Path, config_yaml: str, default_yaml: str, way_out: str, longer: str = "") -> None:
     """Check that the run in ``directory`` was started with the settings in ``config_yaml``, overridable ones aside.
 
-    A setting that is newer than the run had its default, or what `OLD_SETTINGS` has.
+    A setting that is newer than the run had its default, or what `OLD_SETTINGS` has. ``longer`` is the way out if
+    train.epochs differs.
 
     Raises:
         UserError: It was started with other settings, or its config.yaml is gone.
@@ -99,6 +114,7 @@ def check_settings(directory: Path, config_yaml: str, default_yaml: str, way_out
     changed = [key for key in new if key not in RESUME_OVERRIDABLE and old.get(key) != new[key]]
     if changed:
         changes = ", ".join(f"{key} was {old.get(key)!r}, now {new[key]!r}" for key in changed)
+        way_out = longer if longer and "train.epochs" in changed else way_out
         raise UserError(f"{directory} was started with other settings ({changes}); {way_out}")
 
 
@@ -110,9 +126,45 @@ def _flatten(config_yaml: str) -> dict[str, Any]:
 def open_run(directory: Path, config_yaml: str) -> None:
     """Prepare the run directory; called just before the first step, so that a run that cannot start leaves none."""
     checkpoint_path(directory).parent.mkdir(parents=True, exist_ok=True)
-    atomic_write_text(directory / "config.yaml", config_yaml)
-    if not checkpoint_path(directory).exists():  # drop the rows of a run that ended before its first checkpoint
-        (directory / "metrics.jsonl").write_text("")
+    with hold(directory):  # another process may have begun meanwhile
+        atomic_write_text(directory / "config.yaml", config_yaml)
+        if not checkpoint_path(directory).exists():  # drop what a run left that ended before its first checkpoint
+            (directory / "metrics.jsonl").write_text("")
+            for name in ("wandb_id", "unreadable.txt"):
+                (directory / name).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def hold(directory: Path) -> Iterator[None]:
+    """Keep other processes from training in ``directory``; the lock ends with this process.
+
+    Raises:
+        UserError: Another process holds it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    folder, deadline = os.open(directory, os.O_RDONLY), time.monotonic() + SECONDS_OF_ORPHANS
+    try:
+        while True:
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() > deadline:
+                    raise UserError(
+                        f"another process is training in {directory}; wait for its end, or choose another --run.name"
+                    ) from error
+                time.sleep(0.2)
+            except OSError:  # a disk without locks
+                break
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            fcntl.flock(folder, fcntl.LOCK_UN)  # worker processes may still have the folder open
+        os.close(folder)
 
 
 def save_checkpoint(directory: Path, state: dict[str, Any]) -> None:
@@ -162,7 +214,8 @@ def record_start(directory: Path, step: int, world_size: int, micro_batch_size: 
     """Add this start to provenance.json; a resumed run has several, perhaps on different machines."""
     path = directory / "provenance.json"
     starts = json.loads(path.read_text()) if step > 0 and path.exists() else []
-    start = {"start_step": step, "command": sys.argv, **provenance(world_size), "micro_batch_size": micro_batch_size}
+    start = {"start_step": step, "command": sys.argv, "folder": os.getcwd(), **provenance(world_size)}
+    start["micro_batch_size"] = micro_batch_size
     atomic_write_text(path, json.dumps([*starts, start], indent=2) + "\n")
 
 

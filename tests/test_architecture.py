@@ -21,14 +21,14 @@ FLOORS = [
 ]
 # Lines of Python in each folder (not its subfolders). Raise a number only for a new idea.
 BUDGETS = {
-    ".": 500,
-    "mrl": 2470,
-    "mrl/data": 1790,
-    "mrl/training": 640,
-    "mrl/retrieval": 860,
-    "mrl/studies": 2420,
+    ".": 530,
+    "mrl": 2730,
+    "mrl/data": 1810,
+    "mrl/training": 810,
+    "mrl/retrieval": 870,
+    "mrl/studies": 2460,
     "mrl/figures": 1060,
-    "mrl/interop": 1020,
+    "mrl/interop": 1030,
     "experiments": 820,
     "benchmarks": 1170,
 }

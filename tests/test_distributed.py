@@ -6,6 +6,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
+from datetime import timedelta
 
 import pytest
 import torch
@@ -85,6 +88,32 @@ def test_gradients_are_averaged_once_per_step():
                 torch.testing.assert_close(gradient, parameter.grad, rtol=2**-6, atol=1e-3)
     first, second = (gradients for precision, _, gradients in found if precision == "bf16")
     assert first == second
+
+
+def wait_long(rank, queue):
+    torch.distributed.distributed_c10d.default_pg_timeout = timedelta(seconds=1)
+    distributed.start()
+    if rank == 1:  # it lists files
+        time.sleep(2.5)
+    agreed = distributed.agree(7), distributed.all_reduce_any(rank == 1)
+    if rank == 0:
+        threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGINT]).start()
+        try:
+            distributed.barrier()
+        except KeyboardInterrupt:
+            agreed += ("interrupted",)
+    else:
+        time.sleep(2)
+    queue.put((rank, agreed))
+    queue.close()
+    queue.join_thread()
+    os._exit(0)
+
+
+def test_processes_wait_for_one_that_lists_files_without_a_limit_and_react_to_ctrl_c():
+    found, exit_codes = fork_two(wait_long)
+    assert exit_codes == [0, 0]
+    assert sorted(found) == [(0, (True, [True], "interrupted")), (1, (True, [True]))]
 
 
 def fail(rank, queue, failure, log):

@@ -70,6 +70,28 @@ def test_a_killed_pass_goes_on_where_it_stopped(saved_run, pictures, vectors, tm
     assert embed.main(argv) == 0 and len(seen) == 3  # nothing is left to do
 
 
+def test_a_replaced_image_is_embedded_again_and_force_embeds_all(saved_run, pictures, tmp_path, capsys):
+    folder = shutil.copytree(pictures.folder, tmp_path / "images")
+    argv = [*embed_argv(saved_run, pictures, tmp_path / "v.npy"), "--images", str(folder)]
+    assert embed.main(argv) == 0
+    before = np.load(tmp_path / "v.npy")
+    assert embed.main(argv) == 0
+    assert "already holds" in capsys.readouterr().out
+    # Two images change places under their names; then one is as large as before, but newer.
+    (folder / "0.png").rename(folder / "x")
+    (folder / "2.png").rename(folder / "0.png")
+    (folder / "x").rename(folder / "2.png")
+    assert embed.main(argv) == 0
+    after, ids = np.load(tmp_path / "v.npy"), open_vectors(tmp_path / "v.npy").ids
+    first, second = ids.index("0.png"), ids.index("2.png")
+    np.testing.assert_array_equal(after[[second, first]], before[[first, second]])
+    os.utime(folder / "0.png", ns=(0, 1))
+    capsys.readouterr()
+    for more in ([], ["--force"]):
+        assert embed.main([*argv, *more]) == 0
+        assert "7 images x 96 dims" in capsys.readouterr().out
+
+
 def test_vectors_of_another_size_are_replaced_but_a_foreign_file_is_not(saved_run, pictures, tmp_path, capsys):
     np.save(tmp_path / "mine.npy", np.zeros(3))
     assert embed.main(embed_argv(saved_run, pictures, tmp_path / "mine.npy")) == 2

@@ -43,9 +43,13 @@ def test_an_existing_run_is_not_overwritten(tmp_path):
     check_run(tmp_path / "a", "never", CONFIG, DEFAULTS)
     assert not (tmp_path / "a").exists(), "a check writes nothing"
     open_run(tmp_path / "a", CONFIG)
+    save_checkpoint(tmp_path / "a", {"step": 3})
     with pytest.raises(UserError, match=r"already holds a run.*--run\.resume auto"):
         check_run(tmp_path / "a", "never", CONFIG, DEFAULTS)
+    checkpoint_path(tmp_path / "a").unlink()
     (tmp_path / "a" / "model.safetensors").write_bytes(b"weeks of work")
+    with pytest.raises(UserError, match="already holds a run"):
+        check_run(tmp_path / "a", "never", CONFIG, DEFAULTS)
     with pytest.raises(UserError, match="holds a trained model but no checkpoint"):
         resume(tmp_path / "a", CONFIG)
     (tmp_path / "b").write_text("")
@@ -70,6 +74,51 @@ def test_resuming_refuses_other_settings_but_not_another_way_to_compute_the_same
     (tmp_path / "config.yaml").unlink()
     with pytest.raises(UserError, match=r"no config\.yaml"):
         resume(tmp_path, CONFIG)
+
+
+@pytest.mark.parametrize("how", ["never", "auto"])
+def test_a_first_try_that_failed_before_its_first_checkpoint_is_no_obstacle(tmp_path, how):
+    open_run(tmp_path / "a", CONFIG)
+    (tmp_path / "a" / "metrics.jsonl").write_text('{"step": 50}\n')
+    (tmp_path / "a" / "wandb_id").write_text("1234")
+    corrected = CONFIG.replace("0.1", "0.2")
+    check_run(tmp_path / "a", how, corrected, DEFAULTS)
+    open_run(tmp_path / "a", corrected)
+    assert (tmp_path / "a" / "config.yaml").read_text() == corrected
+    assert not (tmp_path / "a" / "metrics.jsonl").read_text() and not (tmp_path / "a" / "wandb_id").exists()
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "photo.jpg").write_text("")
+    with pytest.raises(UserError, match="already holds"):
+        check_run(tmp_path / "b", "never", CONFIG, DEFAULTS)
+
+
+def test_a_run_that_another_process_trains_is_refused_until_that_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(rundir, "SECONDS_OF_ORPHANS", 0.3)
+    open_run(tmp_path, CONFIG)
+    program = "import sys, time; from pathlib import Path; from mrl.rundir import hold\n"
+    program += "with hold(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    child = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert child.stdout.readline() == "held\n"
+    for how in ("never", "auto"):
+        with pytest.raises(UserError, match="another process is training in"):
+            check_run(tmp_path, how, CONFIG, DEFAULTS)
+    with pytest.raises(UserError, match="another process is training in"):
+        open_run(tmp_path, CONFIG)
+    child.kill()
+    child.communicate()
+    resume(tmp_path, CONFIG)
+
+
+def test_training_longer_is_refused_with_the_command_that_does_it(tmp_path):
+    config = CONFIG + "train: {epochs: 2}\n"
+    open_run(tmp_path / "x", config)
+    save_checkpoint(tmp_path / "x", {"step": 3})
+    longer = config.replace("epochs: 2", "epochs: 3")
+    with pytest.raises(UserError, match=r"now 3\); give those, or another --run\.name"):
+        resume(tmp_path / "x", longer)  # there is no model yet
+    (tmp_path / "x" / "model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match=r"was 2, now 3\); to train longer.*--model\.init \S+/x --run\.name x_longer"):
+        resume(tmp_path / "x", longer)
 
 
 def test_resuming_refuses_other_data(tmp_path):
@@ -165,6 +214,7 @@ def test_provenance_keeps_every_start(tmp_path):
         record_start(tmp_path, step, world_size, 8)
     starts = json.loads((tmp_path / "provenance.json").read_text())
     assert [(start["start_step"], start["world_size"]) for start in starts] == [(0, 1), (2, 4)]
+    assert all(start["folder"] == os.getcwd() for start in starts)
     assert all(start["micro_batch_size"] == 8 and start["numpy"] == np.__version__ for start in starts)
     assert all(starts[0][key] for key in ("python", "torch", "timm", "platform", "cpu"))
     assert starts[0]["time_utc"].endswith("+00:00")

@@ -359,22 +359,36 @@ class FolderImages(Images):
         )
         with _stop_signals_blocked():
             batches = iter(loader)
-        for images, warned in batches:
-            for message in warned:
-                warn_once(message)
-            if isinstance(images, str):
-                del batches  # the traceback keeps this frame, which would keep the workers
-                raise UserError(f"{images}; {CHECK}")
-            yield images
+        try:
+            for images, warned in batches:
+                for message in warned:
+                    warn_once(message)
+                if isinstance(images, str):
+                    del batches  # the traceback keeps this frame, which would keep the workers
+                    raise UserError(images)
+                yield images
+        except KeyboardInterrupt:
+            _end_workers()  # torch would wait for each of them
+            raise
 
 
 def _load_or_explain(load: LoadBatch, indices: np.ndarray) -> tuple[Tensor | str, list[str]]:
-    """Return a batch, or the message of a UserError, which would arrive in a traceback; and a worker's warnings."""
-    with warnings.catch_warnings(record=get_worker_info() is not None) as caught:
+    """Return a batch, or the message of an error, which would arrive in a traceback; and a worker's warnings."""
+    in_worker = get_worker_info() is not None
+    with warnings.catch_warnings(record=in_worker) as caught:
         try:
             found: Tensor | str = load(indices)
         except UserError as error:
-            found = str(error)
+            found = f"{error}; {CHECK}"
+    if in_worker and isinstance(found, Tensor):
+        try:
+            # Here, because where torch would do it, in the thread of a queue, an error is lost and the run waits.
+            found.share_memory_()
+        except (RuntimeError, OSError) as error:
+            found = (
+                f"shared memory is full ({str(error).splitlines()[0]}); make /dev/shm larger (docker run --shm-size 8g, "
+                "or --ipc host), or give fewer worker processes (data.num_workers or --num_workers; 0 starts none)"
+            )
     return found, [str(warning.message) for warning in caught or []]
 
 

@@ -94,7 +94,7 @@ def report_evaluation(
                 for dataset in dict.fromkeys(row.dataset for row in of_run)
                 for figure, picture in figures[dataset].items()
             }
-            run.log(tables | images)
+            run.log(tables | images, step=_next_step(directory))
             _log_by_dim(run, [row for row in of_run if row.dataset == of_run[0].dataset])
             if artifacts:
                 _log_artifacts(run, directory, name.replace("/", "-"))
@@ -126,6 +126,13 @@ def _start(directory: Path, name: str, settings: WandbConfig, mode: str) -> Any:
         return wandb.init(**about)
     except wandb.errors.Error as error:
         raise UserError(f"W&B could not start ({error}); --wandb offline needs no login") from error
+
+
+def _next_step(directory: Path) -> int:
+    """Return the step after the last one of training, so that the history of the W&B run goes on in an evaluation."""
+    path = directory / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return json.loads(lines[-1])["step"] + 1 if lines else 0
 
 
 def _table(rows: Sequence[Row], study: str) -> Any:

@@ -38,6 +38,7 @@ class EmbeddingMetadata:
         flip: Whether the images are mirrored.
         classes_sha256: Hash of the class names, or of the image files if the data has no other name.
         precision: "fp32" or "bf16", the arithmetic of the forward pass; vectors are stored as float32.
+        files_sha256: Hash of the images' sizes and times of change (python -m mrl.embed only).
         run, trained_dims: Directory and nesting list of the model (python -m mrl.embed only).
     """
 
@@ -50,6 +51,7 @@ class EmbeddingMetadata:
     flip: bool
     classes_sha256: str
     precision: str = "fp32"
+    files_sha256: str = ""
     run: str = ""
     trained_dims: list[int] = field(default_factory=list)
 
@@ -80,6 +82,12 @@ def file_sha256(path: Path) -> str:
 def classes_sha256(names: Sequence[str]) -> str:
     """Return the SHA-256 of class names or file names in their order."""
     return hashlib.sha256(json.dumps(list(names)).encode()).hexdigest()
+
+
+def files_sha256(paths: Sequence[Path]) -> str:
+    """Return the SHA-256 of the sizes of files and the times at which they changed, in their order."""
+    stats = [os.stat(path) for path in paths]
+    return classes_sha256([f"{stat.st_size} {stat.st_mtime_ns}" for stat in stats])
 
 
 def open_embeddings(directory: Path, metadata: EmbeddingMetadata) -> EmbeddingSet | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -114,14 +116,17 @@ class OpenedRun:
         )
 
 
-def open_run(path: str | Path) -> OpenedRun:
+def open_run(path: str | Path, data_root: str | None = os.environ.get("MRL_DATA_ROOT")) -> OpenedRun:
     """Return the run in directory ``path``, which train.py has finished and eval.py has embedded.
+
+    ``data_root`` is the folder of its images, if they have moved since the training.
 
     Raises:
         UserError: It is not a finished run, or has no embeddings of its current model.
     """
     directory = Path(path)
     config, model = read_run(directory)
+    placed = place_images(directory, config, data_root)
     classes: tuple[str, ...] = model.info.classes  # type: ignore[union-attr]
     source = _source(directory.resolve().name, config, classes)
     wanted = describe_embeddings(directory, config, source, classes, [])
@@ -132,7 +137,23 @@ def open_run(path: str | Path) -> OpenedRun:
             f"{directory} has no embeddings of its {' and '.join(missing)} images by its present model; "
             f"run: python eval.py --runs {directory}"
         )
-    return OpenedRun(directory, config, model, source, found["train"], found["val"], found.get("val_flip"))
+    return OpenedRun(directory, placed, model, source, found["train"], found["val"], found.get("val_flip"))
+
+
+def place_images(run: Path, config: Config, data_root: str | None = None) -> Config:
+    """Return ``config`` with the images at ``data_root``, if it is given, or else where the run had them.
+
+    A relative data.root counts from the folder in which the run was trained (its provenance.json), if it is there.
+    """
+    root = config.data.root
+    if data_root is None and root is not None and not Path(root).is_absolute():
+        try:
+            folder = json.loads((run / "provenance.json").read_text())[-1]["folder"]
+        except (OSError, ValueError, LookupError):  # made by an older version, or imported
+            return config
+        if (Path(folder) / root).is_dir():
+            data_root = str(Path(folder) / root)
+    return config if data_root is None else replace(config, data=replace(config.data, root=data_root))
 
 
 def read_run(directory: Path) -> tuple[Config, MatryoshkaClassifier]:
@@ -149,10 +170,12 @@ def embed_runs(
     force: bool,
     process: Process,
     precision: str = "fp32",
+    settings: Sequence[str] = (),
 ) -> list[OpenedRun]:
     """Return opened runs with embeddings of their own and of the ``transfer`` images, computing what is not on disk.
 
-    All processes share the work. With ``force``, everything is computed anew.
+    All processes share the work. With ``force``, everything is computed anew. ``settings`` such as ``--data.root DIR``
+    tell where the images are now; see `place_images`.
 
     Raises:
         UserError: A run cannot be read, its images or the other ones do not fit it, or an embedding is not finite.
@@ -164,20 +187,31 @@ def embed_runs(
     folders = transfer.folders()
     for name, run in runs.items():
         config, model = read_run(run)
-        data, classes = config.data, model.info.classes  # type: ignore[union-attr]
-        source = _source(name, config, classes)
+        classes = model.info.classes  # type: ignore[union-attr]
+        source = _source(name, config, classes)  # data keep their name when they move
         if classes_of.setdefault(source.dataset, classes) != classes:
             raise UserError(
                 f"run {name} and one before it name their data {source.dataset!r}, but their classes differ"
             )
-        transfer.check(source.dataset, classes, Path(data.root) / "train" if data.root else None)
         wanted = describe_embeddings(run, config, source, classes, list(folders.values()), precision)
+        given = read_config(run / "config.yaml", settings).data
+        config = place_images(run, config, given.root if any("data.root" in word for word in settings) else None)
+        config = replace(config, data=replace(config.data, num_workers=given.num_workers))
+        data = config.data
         sets = {} if force else _on_disk(run, wanted)
         missing = [place for place in wanted if place not in sets]
+        transfer.check(source.dataset, classes, Path(data.root) / "train" if data.root else None)
         if splits := tuple(dict.fromkeys(wanted[place].split for place in missing if place not in folders)):
             about_files = (data.name, data.root, data.backend, data.missing_classes, data.max_unreadable, classes)
             key = (*about_files, data.eval_resize_px, data.eval_px, data.mean, data.std, data.exif_rotation)
             if key != images_are_of or not set(splits) <= images.keys():
+                if data.root is not None and not Path(data.root).is_dir():
+                    raise UserError(
+                        f"the images of run {name} are not at {data.root!r} (seen from {os.getcwd()}); give the folder "
+                        "that holds them now: --data.root DIR"
+                    )
+                if data.root is not None and data.root != given.root and process.is_main:
+                    print(f"run {name}: data.root {given.root!r} counts from the folder of its training: {data.root}")
                 images = {}  # free the images of the last run before reading the next
                 where = config.run.seed, process.device, process.is_main
                 images = build_data(data, *where, splits=splits, classes=classes)

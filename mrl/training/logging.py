@@ -8,6 +8,7 @@ import math
 import secrets
 import signal
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
@@ -22,6 +23,8 @@ from mrl.distributed import all_reduce_sum
 from mrl.errors import UserError
 from mrl.progress import progress
 from mrl.rundir import atomic_write_text
+
+SECONDS_TO_WAIT = 10.0
 
 
 class MetricAccumulator:
@@ -93,7 +96,6 @@ class Tracker(contextlib.AbstractContextManager):
             self.wandb_run = wandb.init(**where, name=name, config=config, id=id_path.read_text(), resume="allow")
         except wandb.errors.Error as error:
             raise UserError(f"W&B could not start ({error}); --wandb.mode offline needs no login") from error
-        # Steps go backwards when a run resumes before its last logged row, which W&B's own step does not allow.
         self.wandb_run.define_metric("*", step_metric="step")
 
     def validated(self, step: int) -> bool:
@@ -108,7 +110,7 @@ class Tracker(contextlib.AbstractContextManager):
         self.file.write(json.dumps(row_of_json) + "\n")
         self.file.flush()
         if self.wandb_run is not None:
-            self.wandb_run.log(row)
+            self.wandb_run.log(row, step=int(row["step"]))  # W&B's own count would begin again in a resumed run
         if status is not None:
             self.bar.set_description_str(status, refresh=False)
 
@@ -141,37 +143,68 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-@contextlib.contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Yield a list to which SIGINT and SIGTERM add their number; a second SIGINT raises KeyboardInterrupt."""
-    received: list[int] = []
+class StopSignals(contextlib.AbstractContextManager):
+    """Receives SIGINT and SIGTERM; true after the first, whose number is ``number``.
 
-    def handle(number: int, frame: FrameType | None) -> None:
-        if received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        received.append(number)
+    The training loop ends when it sees that. A second SIGINT raises KeyboardInterrupt at once.
+    """
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
+    number = 0
+    _waiting_since = math.inf
+
+    def __enter__(self) -> StopSignals:
+        numbers = {signal.SIGINT: self._stop, signal.SIGTERM: self._stop}
+        if hasattr(signal, "SIGALRM"):  # not on Windows
+            numbers[signal.SIGALRM] = self._end_a_wait
+        self._before = {number: signal.signal(number, handler) for number, handler in numbers.items()}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if hasattr(signal, "SIGALRM"):
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def __bool__(self) -> bool:
+        return self.number > 0
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Let a signal end what runs inside if that takes longer than ten seconds: raise KeyboardInterrupt(number)."""
+        self._waiting_since = time.monotonic()
+        try:
+            yield
+        finally:
+            self._waiting_since = math.inf
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        if self.number and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.number = self.number or number
+        if hasattr(signal, "SIGALRM"):
+            signal.setitimer(signal.ITIMER_REAL, 0.01, 0.5)
+
+    def _end_a_wait(self, number: int, frame: FrameType | None) -> None:
+        if time.monotonic() - self._waiting_since > SECONDS_TO_WAIT:
+            self._waiting_since = math.inf
+            raise KeyboardInterrupt(self.number)
 
 
 @contextlib.contextmanager
 def advice(config: Config, world_size: int) -> Iterator[None]:
-    """Turn a full GPU memory, and a failure to compile, into a UserError that tells what to change."""
+    """Turn a full memory, and a failure to compile, into a UserError that tells what to change."""
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         reason, train = str(error).strip().split("\n")[0], config.train
-        if isinstance(error, torch.cuda.OutOfMemoryError):
+        full = "a GPU" * isinstance(error, torch.cuda.OutOfMemoryError)
+        if full or isinstance(error, MemoryError) or "can't allocate memory" in reason:
             images = config.data.batch_size // world_size // train.accumulation_steps
             raise UserError(
-                f"a GPU ran out of memory ({reason.split('. ')[0]}) on {images} images at a time; raise "
-                f"--train.accumulation_steps, now {train.accumulation_steps}, with which a run can also be resumed, or "
-                f"lower --data.batch_size, now {config.data.batch_size}, or --data.train_px, now {config.data.train_px}"
+                f"{full or 'the machine'} ran out of memory ({reason.split('. ')[0]}) on {images} images at a time; "
+                f"raise --train.accumulation_steps, now {train.accumulation_steps}, which may change on resume, "
+                f"or lower --data.batch_size, now {config.data.batch_size}, or "
+                f"--data.train_px, now {config.data.train_px}"
             ) from error
         if train.compile and isinstance(error, torch._dynamo.exc.TorchDynamoException):
             raise UserError(f"torch.compile failed ({reason}); train without it: --train.compile false") from error

@@ -2,18 +2,24 @@
 
 import dataclasses
 import json
+import os
+import signal
 import struct
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import torch
 
+import train
 from mrl.config import Config, DataConfig, RunConfig, WandbConfig, to_yaml
 from mrl.errors import UserError
 from mrl.interop.wandb import BY_DIM, CHARTS, report_evaluation
 from mrl.interop.wandb import main as workspace
 from mrl.results import Source
+from mrl.training.logging import Tracker
+from tests.test_train import TINY
 
 wandb = pytest.importorskip("wandb")
 LEVELDB_BLOCK = 32768
@@ -130,6 +136,27 @@ def test_tables_figures_headlines_config_and_artifacts_are_in_the_runs_of_traini
     picture = folder / "files" / logged["eval/figures/accuracy_by_dim/path"]
     assert picture.read_bytes()[:4] == b"\x89PNG"
     assert {"mrl-model", "mrl-embeddings"} <= {artifact.name for artifact in mrl["artifacts"]}
+
+
+def test_history_steps_go_on_over_sittings_of_training_and_an_evaluation(tmp_path, monkeypatch):
+    """The steps are those of training; the validation at the end of an epoch joins the last row of the epoch."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    argv = [*TINY, "--wandb.mode", "offline", "--run.dir", str(tmp_path), "--run.name", "a", "--run.resume", "auto"]
+    advance, done = Tracker.advance, []
+
+    def advance_and_stop(self):
+        advance(self)
+        done.append(1)
+        if len(done) == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Tracker, "advance", advance_and_stop)
+    assert train.main(argv) == 143 and train.main(argv) == 0
+    report_evaluation({"a": tmp_path / "a"}, rows_of("a", "MRL", (8, 16)), {}, "offline")
+    history = read_back(tmp_path / "a")["history"]
+    assert [row["_step"] for row in history] == [2, 4, 5, 6, 8, 10, 11, 12, 13]
+    assert [row["step"] for row in history[:6]] == [2, 4, 5, 6, 8, 10]
+    assert all(("top_1/8" in row) == (row["_step"] in (5, 10)) for row in history[:6])
 
 
 def test_models_are_uploaded_on_request_only_and_a_second_evaluation_continues_the_same_run(runs):

@@ -2,12 +2,14 @@ import builtins
 import json
 import os
 import signal
+import time
 
 import pytest
 import torch
 
 from mrl.errors import UserError
-from mrl.training.logging import MetricAccumulator, Tracker, stop_signals
+from mrl.training import logging
+from mrl.training.logging import MetricAccumulator, StopSignals, Tracker
 
 
 def test_means_are_over_images_not_over_batches_and_per_prefix():
@@ -61,8 +63,31 @@ def test_a_missing_wandb_says_what_to_install(tmp_path, monkeypatch):
 
 def test_stop_signals_are_kept_and_a_second_ctrl_c_interrupts():
     before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt), stop_signals() as received:
+    with pytest.raises(KeyboardInterrupt), StopSignals() as received:
+        assert not received
         for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
             os.kill(os.getpid(), number)
-    assert received == [signal.SIGTERM, signal.SIGTERM]
+    assert received and received.number == signal.SIGTERM
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_signal_ends_a_wait_that_takes_too_long_and_no_other_code(monkeypatch):
+    monkeypatch.setattr(logging, "SECONDS_TO_WAIT", 0.3)
+    with StopSignals() as received:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.6)  # a step
+        with received.waiting():
+            time.sleep(0.05)  # data that come in time
+        begun = time.monotonic()
+        with pytest.raises(KeyboardInterrupt) as raised, received.waiting():
+            time.sleep(20)
+        assert 0.3 < time.monotonic() - begun < 5
+        assert raised.value.args == (signal.SIGTERM,)
+        time.sleep(0.6)
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+
+def test_a_wait_without_a_signal_goes_on(monkeypatch):
+    monkeypatch.setattr(logging, "SECONDS_TO_WAIT", 0.05)
+    with StopSignals() as received, received.waiting():
+        time.sleep(0.2)

@@ -1,0 +1,123 @@
+"""Whether model, images and machine fit together: tried before a run writes anything."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from mrl.config import Config, normalization_of
+from mrl.errors import UserError
+from mrl.model import MatryoshkaClassifier, build_backbone, build_model, find_culprit
+
+
+def check_fit(model: MatryoshkaClassifier, config: Config, micro_batch_size: int) -> None:
+    """Try a dummy training step at each ``data.train_px`` of the run, and a dummy validation at ``data.eval_px``.
+
+    On a GPU with as many images as in training, so that a full memory shows now, on a CPU with two. The model does not
+    change.
+
+    Raises:
+        UserError: One of them failed; the message names the setting, and what makes it work if that was found.
+    """
+    on_gpu = next(model.parameters()).device.type == "cuda"
+    num_images = micro_batch_size if on_gpu else min(2, micro_batch_size)
+    precision = config.train.precision if on_gpu else "fp32"
+    for key, px in _sizes(config):
+        try:
+            _try(model, num_images, px, key == "data.train_px", precision)
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except Exception as error:
+            reason = (str(error) or type(error).__name__).split("\n")[0].strip(" .")
+            remedy = _remedy(config, micro_batch_size)
+            raise UserError(f"{config.model.backbone} does not work at {key} {px}: {reason}{remedy}") from error
+
+
+def _sizes(config: Config) -> list[tuple[str, int]]:
+    """Return the settings and values of all resolutions of a run."""
+    train_px = sorted({config.data.px_at(epoch) for epoch in range(config.train.epochs)})
+    return [*(("data.train_px", px) for px in train_px), ("data.eval_px", config.data.eval_px)]
+
+
+def _try(model: MatryoshkaClassifier, num_images: int, px: int, training: bool, precision: str = "fp32") -> None:
+    """Compute gradients or, if not ``training``, logits of ``num_images`` images of noise."""
+    device = next(model.parameters()).device
+    images = torch.randn(num_images, 3, px, px, device=device).contiguous(memory_format=torch.channels_last)
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    # BatchNorm statistics go to a copy.
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+
+    def check(head: nn.Module, inputs: tuple[Tensor]) -> None:
+        if (shape := tuple(inputs[0].shape)) != (num_images, model.width):
+            raise ValueError(f"{num_images} images give {shape}, not one pooled vector of {model.width} numbers each")
+
+    hook = model.head.register_forward_pre_hook(check)
+    try:
+        model.train(training)
+        with torch.autocast(device.type, dtype, enabled=precision != "fp32"), torch.set_grad_enabled(training):
+            logits = torch.func.functional_call(model, buffers, (images,))
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if training:
+            torch.autograd.grad(logits.float().square().mean(), trainable, allow_unused=True)
+    finally:
+        hook.remove()
+
+
+def _remedy(config: Config, micro_batch_size: int) -> str:
+    """Return the first change of settings that was found to work, as the end of a sentence, or ""."""
+    wanted, data = config.model, config.data
+    given = wanted.kwargs
+    sizes = _sizes(config)
+
+    def attempt(kwargs: dict[str, Any], sizes: list[tuple[str, int]] = sizes) -> None:
+        backbone = build_backbone(wanted.backbone, "scratch", wanted.stem_stride, wanted.blurpool, kwargs)
+        model = build_model(backbone, 2)
+        for key, px in sizes:
+            _try(model, 2, px, key == "data.train_px")
+
+    def works(*arguments: Any) -> bool:
+        try:
+            attempt(*arguments)
+        except Exception:
+            return False
+        return True
+
+    if micro_batch_size == 1 and works(given):
+        return (
+            f"; BatchNorm needs more than one image at a time: raise data.batch_size, now {data.batch_size}, or lower "
+            f"train.accumulation_steps, now {config.train.accumulation_steps}, or the number of processes"
+        )
+    if culprit := find_culprit(attempt, given):
+        return f"; take {_yaml(culprit)} out of model.kwargs"
+    largest = max(px for _, px in sizes)
+    for more in ({"img_size": largest}, {"dynamic_img_size": True}, {"strict_img_size": False}):
+        if works(kwargs := {**given, **more}):
+            return f"; give --model.kwargs '{_yaml(kwargs)}'"
+    cfg = build_backbone(wanted.backbone).pretrained_cfg
+    own = given.get("img_size", cfg["input_size"][-1])  # type: ignore[index]
+    if isinstance(own, int) and works(given, [("data.train_px", own), ("data.eval_px", own)]):
+        resize = max(own, round(own * data.eval_resize_px / data.eval_px))
+        return f"; give it its own size: --data.train_px {own} --data.eval_px {own} --data.eval_resize_px {resize}"
+    return ""
+
+
+def _yaml(kwargs: dict[str, Any]) -> str:
+    return yaml.safe_dump(kwargs, default_flow_style=True, width=math.inf, sort_keys=False).strip()
+
+
+def notes(config: Config, device: torch.device) -> list[str]:
+    """Return sentences on settings that work, but perhaps not as the user expects."""
+    found, data = [], config.data
+    own = normalization_of(config.model.backbone, config.model.init)
+    if own and any(abs(a - b) > 1e-3 for a, b in zip((*own[0], *own[1]), (*data.mean, *data.std), strict=True)):
+        found.append(
+            f"note: data.mean {list(data.mean)} and data.std {list(data.std)} are not those of the weights in "
+            f"model.init, {list(own[0])} and {list(own[1])}"
+        )
+    if config.train.precision == "bf16" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        found.append("note: this GPU has no bfloat16 arithmetic; --train.precision fp16 is faster")
+    return found
