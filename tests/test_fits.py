@@ -175,9 +175,8 @@ def test_another_normalization_than_that_of_the_weights_is_said():
     vit = ["--model.backbone", "vit_tiny_patch16_224", "--model.init", "pretrained"]
     assert notes(config_of(*vit), cpu) == [] == notes(config_of(), cpu)
     [note] = notes(config_of(*vit, "--data.mean", "[0.485, 0.456, 0.406]"), cpu)
-    assert (
-        "data.mean [0.485, 0.456, 0.406]" in note and "not those of the weights in model.init, [0.5, 0.5, 0.5]" in note
-    )
+    assert "data.mean [0.485, 0.456, 0.406]" in note
+    assert "not those of the weights in model.init, [0.5, 0.5, 0.5]" in note
 
 
 def test_bf16_on_a_gpu_without_it_is_said(monkeypatch):
@@ -265,18 +264,8 @@ def start(root, *argv, script="train.py", limit=None):
 
 def folder_argv(root, *argv):
     found = [*TINY, "--data.name", "folder", "--data.root", str(root), "--data.num_classes", "2", "--train.epochs", "1"]
-    return [
-        *found,
-        "--data.batch_size",
-        "4",
-        "--data.num_workers",
-        "1",
-        "--run.dir",
-        str(root),
-        "--run.name",
-        "a",
-        *argv,
-    ]
+    found += ["--data.batch_size", "4", "--data.num_workers", "1", "--run.dir", str(root), "--run.name", "a"]
+    return [*found, *argv]
 
 
 def test_full_shared_memory_ends_the_run_with_a_sentence(make_folder):  # noqa: F811
@@ -413,6 +402,6 @@ def test_an_exhausted_machine_is_told_what_to_change(capsys):
         assert advice_ in ended_by(error), error
     with pytest.raises(RuntimeError, match="a bug"):
         ended_by(RuntimeError("a bug"))
-    with pytest.raises(UserError, match=r"the machine ran out of memory .*--train\.accumulation_steps, now 1"):
-        with advice(config_of(), 1):
-            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+    message = r"the machine ran out of memory .*--train\.accumulation_steps, now 1"
+    with pytest.raises(UserError, match=message), advice(config_of(), 1):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
