@@ -452,7 +452,7 @@ def _as_yaml(argv: Sequence[str], message: str) -> str:
                 form = "{" + ", ".join(": ".join(re.split("[=:]", item, maxsplit=1)) for item in items) + "}"
             else:
                 form = f"[{', '.join(items)}]"
-            return f"; write it as one word in YAML: --{key} '{form}'" * (form != given)
+            return f"; write it as one word in YAML: --{key} '{form}'" * (form != given or end > at + 2)
     return ""
 
 

@@ -98,7 +98,7 @@ def run(main: Callable[[], int], interrupted: str) -> int:
     except (UserError, OSError, RuntimeError, MemoryError) as error:
         message = str(error)
         if not isinstance(error, UserError) and (advice := _advice(error, message)):
-            error = UserError(f"{message.splitlines()[0].strip(' .') or 'out of memory'}; {advice}")
+            error = UserError(f"{(message or 'out of memory').splitlines()[0].strip(' .')}; {advice}")
         elif isinstance(error, dist.DistError) or "gloo" in message:
             error = ElsewhereError(f"lost the connection to another process ({message.splitlines()[0]}); see its error")
         elif not isinstance(error, (UserError, OSError)):

@@ -77,8 +77,8 @@ def test_every_resolution_of_the_run_is_tried_and_no_other():
 
 def test_a_model_too_deep_for_small_images_is_given_its_own_size(monkeypatch):
     """The way out when no argument helps; the work of building big models is left out."""
-    monkeypatch.setattr(fit, "_try", lambda model, n, px, *rest: None if px == 224 else {}["too small"])
-    with pytest.raises(UserError, match="give it its own size: --data.train_px 224 --data.eval_px 224 --data.eval_r"):
+    monkeypatch.setattr(fit, "_try", lambda model, n, px, *rest: None if px == 176 else {}["too small"])
+    with pytest.raises(UserError, match="give it its own size: --data.train_px 176 --data.eval_px 176 --data.eval_r"):
         check()
 
 
@@ -250,8 +250,8 @@ def test_training_on_keeps_the_head_if_classes_and_sizes_agree(tmp_path, capsys)
     before, after = weights(tmp_path), weights(tmp_path, "a_longer")
     assert before.keys() == after.keys()
     assert all(torch.allclose(before[key], after[key], atol=1e-6) for key in before)
-    for other in (["--head.nesting_list", "[8, 32]"], ["--head.tied", "true"]):
-        assert run(tmp_path, *longer, *command[:2], *other, *nothing_learned, name=other[0]) == 0
+    for name, other in (("sizes", ["--head.nesting_list", "[8, 32]"]), ("tied", ["--head.tied", "true"])):
+        assert run(tmp_path, *longer, *command[:2], *other, *nothing_learned, name=name) == 0
         assert "the head is that of" not in capsys.readouterr().out
 
 
@@ -280,7 +280,7 @@ def test_full_shared_memory_ends_the_run_with_a_sentence(make_folder):  # noqa: 
 
 
 STALLED = """
-import os, sys, time
+import multiprocessing, os, sys, time
 sys.path.insert(0, os.getcwd())
 import train
 from mrl.data import folder
@@ -288,13 +288,15 @@ from mrl.training import logging
 
 logging.SECONDS_TO_WAIT = 0.5
 
-def read(path):
+def decode(path, exif_rotation, real=folder.decode):
+    if where == "worker" and multiprocessing.parent_process() is None:
+        return real(path, exif_rotation)
     (folder_of_pids / str(os.getpid())).touch()
     time.sleep(1000)
 
 from pathlib import Path
-folder_of_pids = Path(sys.argv.pop(1))
-folder.read_image = read
+folder_of_pids, where = Path(sys.argv.pop(1)), sys.argv.pop(1)
+folder.decode = decode
 sys.exit(train.main())
 """
 
@@ -305,7 +307,7 @@ def test_a_run_that_waits_for_data_in_vain_ends(make_folder, how):  # noqa: F811
     pids = root / "pids"
     pids.mkdir()
     (root / "stalled.py").write_text(STALLED)
-    child = start(root, str(pids), *folder_argv(root), script=str(root / "stalled.py"))
+    child = start(root, str(pids), "worker", *folder_argv(root), script=str(root / "stalled.py"))
     deadline = time.monotonic() + 60
     while not list(pids.iterdir()) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -325,6 +327,24 @@ def test_a_run_that_waits_for_data_in_vain_ends(make_folder, how):  # noqa: F811
     else:
         assert child.returncode == {"sigterm": 143, "ctrl_c": 130}[how]
         assert "interrupted; the last checkpoint, if there is one, is kept" in errors
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_process_whose_threads_wait_for_a_disk(make_folder, number):  # noqa: F811
+    """The memory backend decodes in threads before the training."""
+    root = make_folder(["cat", "dog"], 8, 2)
+    pids = root / "pids"
+    pids.mkdir()
+    stalled = STALLED.replace("folder.decode = decode", "from mrl.data import memory\nmemory.decode = decode")
+    (root / "stalled.py").write_text(stalled)
+    argv = folder_argv(root, "--data.backend", "memory")
+    child = start(root, str(pids), "main", *argv, script=str(root / "stalled.py"))
+    deadline = time.monotonic() + 60
+    while not list(pids.iterdir()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    child.send_signal(number)
+    _, errors = child.communicate(timeout=15)
+    assert "Traceback" not in errors and child.returncode == {signal.SIGTERM: -15, signal.SIGINT: 130}[number]
 
 
 def test_a_signal_ends_a_long_validation(tmp_path, monkeypatch, capsys):

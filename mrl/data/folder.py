@@ -386,8 +386,8 @@ def _load_or_explain(load: LoadBatch, indices: np.ndarray) -> tuple[Tensor | str
             found.share_memory_()
         except (RuntimeError, OSError) as error:
             found = (
-                f"shared memory is full ({str(error).splitlines()[0]}); make /dev/shm larger (docker run "
-                "--shm-size 8g or --ipc host), or give fewer worker processes (data.num_workers or --num_workers; 0 starts none)"
+                f"shared memory is full ({str(error).splitlines()[0]}); make /dev/shm larger (docker run --shm-size 8g "
+                "or --ipc host), or give fewer worker processes (data.num_workers or --num_workers; 0 starts none)"
             )
     return found, [str(warning.message) for warning in caught or []]
 

@@ -7,8 +7,8 @@ import json
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from multiprocessing.pool import AsyncResult, ThreadPool
 from typing import Any, Protocol
 
 import numpy as np
@@ -97,15 +97,18 @@ class Images(ABC):
 
 
 def map_ahead(function: Callable[[Any], Any], items: Iterable[Any], num_threads: int) -> Iterator[Any]:
-    """Yield ``function(item)`` in order, while threads work on the next ``2 * num_threads`` items."""
-    pool = ThreadPoolExecutor(num_threads)
-    started: deque[Future] = deque()
+    """Yield ``function(item)`` in order, while threads work on the next ``2 * num_threads`` items.
+
+    The threads are daemons, so that one that waits for a disk does not keep an interrupted process.
+    """
+    pool = ThreadPool(num_threads)
+    started: deque[AsyncResult] = deque()
     try:
         for item in items:
-            started.append(pool.submit(function, item))
+            started.append(pool.apply_async(function, (item,)))
             if len(started) > 2 * num_threads:
-                yield started.popleft().result()
+                yield started.popleft().get()
         while started:
-            yield started.popleft().result()
+            yield started.popleft().get()
     finally:
-        pool.shutdown(cancel_futures=True)
+        pool.terminate()
