@@ -94,7 +94,7 @@ def report_evaluation(
                 for dataset in dict.fromkeys(row.dataset for row in of_run)
                 for figure, picture in figures[dataset].items()
             }
-            run.log(tables | images, step=_next_step(directory))
+            run.log(tables | images, step=_next_step(directory), commit=True)
             _log_by_dim(run, [row for row in of_run if row.dataset == of_run[0].dataset])
             if artifacts:
                 _log_artifacts(run, directory, name.replace("/", "-"))
