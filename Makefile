@@ -30,7 +30,7 @@ $(VENV)/ready-extras: requirements-extras.txt $(VENV)/ready-dev
 	$(PIP) -r requirements-extras.txt
 	touch $@
 
-demo: $(VENV)/ready ## install, train 18 small models on handwritten digits, evaluate them, draw the paper's figure (CPU, minutes)
+demo: $(VENV)/ready ## install, train 15 small models on handwritten digits, evaluate, draw the paper's figure (CPU, minutes)
 	$(BIN)/python -m experiments.reproduce --grid experiments/grids/digits.yaml --runs runs/digits --jobs 2
 
 notebooks: $(VENV)/ready ## train two models on handwritten digits, and execute the notebooks on them, in place
