@@ -4,7 +4,6 @@ VENV ?= .venv
 CONSTRAINTS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
-DEMO := digits_mrl digits_mrl_e digits_ff
 
 .DEFAULT_GOAL := help
 .PHONY: help demo notebooks test check ffcv clean-demo
@@ -31,19 +30,17 @@ $(VENV)/ready-extras: requirements-extras.txt $(VENV)/ready-dev
 	$(PIP) -r requirements-extras.txt
 	touch $@
 
-demo: $(VENV)/ready ## install, train five models on handwritten digits, evaluate them, draw the paper's figure (CPU, minutes)
-	for name in $(DEMO); do $(BIN)/python train.py --config $$name.yaml --run.resume auto || exit; done
-	for dim in 8 32; do $(BIN)/python train.py --config digits_ff.yaml --head.nesting_list "[$$dim]" \
-		--run.name digits_ff$$dim --run.resume auto || exit; done
-	$(BIN)/python eval.py --runs runs/digits_mrl runs/digits_mrl_e runs/digits_ff runs/digits_ff8 runs/digits_ff32 \
-		--out runs/digits_eval
+demo: $(VENV)/ready ## install, train 15 small models on handwritten digits, evaluate, draw the paper's figure (CPU, minutes)
+	$(BIN)/python -m experiments.reproduce --grid experiments/grids/digits.yaml --runs runs/digits --jobs 2
 
-notebooks: demo ## the demo, then the notebooks executed on its runs, in place
+notebooks: $(VENV)/ready ## train two models on handwritten digits, and execute the notebooks on them, in place
 	$(PIP) -r requirements-notebooks.txt
+	for name in digits_mrl digits_ff; do $(BIN)/python train.py --config $$name.yaml --run.resume auto || exit; done
+	$(BIN)/python eval.py --runs runs/digits_mrl runs/digits_ff --out runs/digits_eval
 	$(BIN)/python notebooks/execute.py
 
 clean-demo: ## remove the demo's runs
-	rm -rf runs/digits_mrl runs/digits_mrl_e runs/digits_ff runs/digits_ff8 runs/digits_ff32 runs/digits_eval
+	rm -rf runs/digits
 
 test: $(VENV)/ready-dev ## install, then run the tests on the CPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2

@@ -105,7 +105,7 @@ def fit(
     device: torch.device | str = "cpu",
     show_progress: bool = False,
 ) -> Map:
-    """Fit a map to ``vectors`` ``(N, D)``: minutes on a CPU, whatever N is.
+    """Fit a map to ``vectors`` ``(N, D)`` in a number of steps that does not depend on N.
 
     With ``labels`` ``(N,)``, integers or names, the loss is the nested cross-entropy of one linear classifier per
     prefix; the classifiers are then dropped. Without, each prefix keeps the neighbors of the whole vector; see
@@ -271,10 +271,11 @@ def adapt(args: argparse.Namespace) -> None:
     )
     mapping.save(out)
     mean = vectors[database].mean(axis=0)
-    components = principal_components(vectors[database], mean)[:, : dims[-1]]
+    pca, svd = (principal_components(vectors[database], center)[:, : dims[-1]] for center in (mean, 0 * mean))
     columns = {
         "truncated": score(lambda given: given, dims),
-        "PCA": score(lambda given: (given - mean) @ components, dims),
+        "PCA": score(lambda given: (given - mean) @ pca, dims),
+        "SVD": score(lambda given: given @ svd, dims),
         "map": score(mapping, dims),
     }
     what = f"{NEIGHBORS} nearest neighbors kept (%)" if labels is None else "1-NN accuracy (%)"

@@ -8,6 +8,7 @@ import train
 from mrl.model import build_backbone, build_model, freeze
 
 SMALL = ["--model.kwargs", '{"channels": [8, 16, 32, 64], "stem_width": 8}', "--optim.warmup_epochs", "0.5"]
+SMALL += ["--optim.lr", "0.1"]
 DIMS = [8, 16, 32, 64]
 
 
@@ -28,7 +29,8 @@ def fixed_feature(tmp_path_factory):
 
 def finetune(folder, trainable, epochs=1):
     """The fine-tuned model of a run named after what it trains."""
-    words = ["--config", "digits_mrl.yaml", "--model.init", str(folder / "ff"), "--model.trainable", trainable]
+    words = ["--config", "digits_mrl.yaml", "--head.nesting_list", "auto", "--model.init", str(folder / "ff")]
+    words += ["--model.trainable", trainable]
     return run(folder, trainable, *words, "--train.epochs", str(epochs))
 
 

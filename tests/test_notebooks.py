@@ -19,7 +19,17 @@ LOGIC += (ast.With, ast.ListComp, ast.DictComp, ast.SetComp, ast.GeneratorExp, a
 MAX_STATEMENTS = 5
 TINY = [
     *("--config", "digits_mrl.yaml", "--model.backbone", "test_resnet", "--model.stem_stride", "2"),
-    *("--train.epochs", "2", "--optim.lr", "0.05", "--optim.warmup_epochs", "0.2", "--head.nesting_list"),
+    *(
+        "--model.kwargs",
+        "{}",
+        "--train.epochs",
+        "2",
+        "--optim.lr",
+        "0.05",
+        "--optim.warmup_epochs",
+        "0.2",
+        "--head.nesting_list",
+    ),
 ]
 
 

@@ -27,7 +27,7 @@ VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads"
 TINY = [
     *("--config", "digits_mrl.yaml", "--train.precision", "fp32", "--train.epochs", "2", "--data.batch_size", "256"),
     *("--train.log_every_steps", "2", "--optim.warmup_epochs", "0.5", "--optim.name", "adamw", "--optim.lr", "0.01"),
-    *("--model.backbone", "vit_tiny_patch16_224", "--model.kwargs", json.dumps(VIT), "--model.stem_stride", "4"),
+    *("--model.backbone", "vit_tiny_patch16_224", "--model.kwargs", json.dumps(VIT), "--head.nesting_list", "auto"),
 ]
 # BatchNorm, EMA, erasing, mixup, accumulation, clipping, drop path, a rate per layer: all a resumed run could forget.
 EVERYTHING = [
@@ -35,6 +35,7 @@ EVERYTHING = [
     *("--train.log_every_steps", "3", "--train.ema_decay", "0.8", "--train.accumulation_steps", "2"),
     *("--data.mixup", "0.4", "--data.cutmix", "1.0", "--optim.clip_norm", "1.0", "--data.train_px", "[[0,32],[1,40]]"),
     *("--data.random_erasing", "0.5", "--optim.layer_decay", "0.8", "--model.kwargs", '{"drop_path_rate": 0.2}'),
+    *("--head.nesting_list", "auto"),
 ]
 STEPS = 10  # 2 epochs of 5 steps
 # train.py, of which process 1 gets SIGTERM after its third step.

@@ -125,10 +125,10 @@ def paper_effects() -> dict[tuple[str, str], float]:
 
 
 class _Table:
-    """The values by seed of the rows of one dataset that are about all images."""
+    """The values by seed of the rows of one dataset that are about all images and vectors in full precision."""
 
     def __init__(self, rows: Sequence[Row], dataset: str):
-        self.rows = [row for row in rows if row.dataset == dataset and row.group is None]
+        self.rows = [row for row in rows if (row.dataset, row.group, row.code) == (dataset, None, None)]
         self.by_seed: dict[tuple[str, str, str, int | None, Plan], dict[int, float]] = {}
         for row in self.rows:
             plan = (row.shortlist_dim, row.shortlist_size, row.rerank_dim)

@@ -55,6 +55,7 @@ class OpenedRun:
         val: Embeddings of the validation images.
         val_flip: Embeddings of the mirrored validation images; None if the run was trained without flips.
         transfer: Embeddings of other images by place; see `mrl.studies.transfer`.
+        cut_at: Sizes of the nested runs that were opened together with this one.
     """
 
     directory: Path
@@ -65,6 +66,7 @@ class OpenedRun:
     val: EmbeddingSet
     val_flip: EmbeddingSet | None = None
     transfer: Mapping[str, EmbeddingSet] = field(default_factory=dict)
+    cut_at: tuple[int, ...] = ()
     _images: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
@@ -77,9 +79,10 @@ class OpenedRun:
 
     @property
     def dims(self) -> tuple[int, ...]:
-        """The nesting list, or for a fixed-feature run the sizes that halve down from its own."""
-        trained = self.head.nesting_list
-        return trained if len(trained) > 1 else default_nesting_list(trained[0])
+        """The nesting list, or for a fixed-feature run `cut_at` up to its own size, else the halvings of that."""
+        *smaller, own = self.head.nesting_list
+        smaller = smaller or [size for size in self.cut_at if size < own]
+        return (*smaller, own) if smaller else default_nesting_list(own)
 
     @property
     def method(self) -> str:
@@ -236,7 +239,8 @@ def embed_runs(
             sets[place] = embed_split(directory, wanted[place], inputs, embed, model.width, process, batch_size)
         own = (sets["train"], sets["val"], sets.get("val_flip"))
         opened.append(OpenedRun(run, config, model.cpu(), source, *own, {place: sets[place] for place in folders}))
-    return opened
+    nested = sorted({dim for run in opened if len(run.head.nesting_list) > 1 for dim in run.head.nesting_list})
+    return [replace(run, cut_at=tuple(nested)) for run in opened]
 
 
 def dataset_name(config: Config, num_classes: int) -> str:

@@ -14,7 +14,7 @@ from mrl.retrieval.quantization import faiss_installed
 from mrl.studies.adaptive_classification import cascade, fixed_feature, oracle
 from mrl.studies.adaptive_retrieval import adaptive_retrieval
 from mrl.studies.baselines import classification_baselines, learned_baselines, retrieval_baselines
-from mrl.studies.classification import classification, predict, truncations
+from mrl.studies.classification import classification, predict
 from mrl.studies.geometry import similarity
 from mrl.studies.hierarchy import build_hierarchy, default_superclasses, hierarchy, per_class, within_superclasses
 from mrl.studies.quantization import quantization
@@ -44,9 +44,8 @@ def run_studies(
     between = {*default_nesting_list(width), *interpolated_dims(dims)} if len(dims) > 1 else set()
     by_method: dict[str, Sequence[int]] = {method: sorted({*dims, *between})}
     if dims == (width,):
-        by_method["FF truncated"] = default_nesting_list(width)
-        cut = truncations(*classifiers[0], by_method["FF truncated"])
-        rows += classification(vectors, labels, cut, source, "FF truncated", device=device)
+        by_method["FF truncated"] = run.dims
+        rows += classification(vectors, labels, run.classifiers, source, "FF truncated", device=device)
     found = retrieval(*sets, by_method, source, max_queries=max_queries, device=device)
     rows += found
     if faiss_installed():

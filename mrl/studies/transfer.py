@@ -15,7 +15,7 @@ import torch
 
 from mrl.data.folder import ImageList, list_images, unicode_name
 from mrl.errors import UserError
-from mrl.matryoshka import default_nesting_list, unit_prefix
+from mrl.matryoshka import unit_prefix
 from mrl.progress import progress
 from mrl.results import Row, Source, method_name
 from mrl.studies.adaptive_retrieval import adaptive_retrieval
@@ -181,7 +181,7 @@ def transfer_studies(
     method = method_name(dims, run.head.tied)
     by_method: dict[str, Sequence[int]] = {method: dims}
     if dims == (width,):
-        by_method["FF truncated"] = default_nesting_list(width)
+        by_method["FF truncated"] = run.dims
     classifiers = [run.head.weight_and_bias(g) for g in range(len(dims))]
     rows: list[Row] = []
     for folder in images.robustness:

@@ -241,6 +241,7 @@ title: Digits
 set:
   model.backbone: vit_tiny_patch16_224
   model.kwargs: {img_size: 16, patch_size: 8, embed_dim: 32, depth: 1, num_heads: 2}
+  head.nesting_list: [8, 16, 32]
   data.train_px: 16
   data.eval_resize_px: 16
   data.eval_px: 16

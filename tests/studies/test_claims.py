@@ -132,14 +132,15 @@ def test_other_datasets_count_for_transfer_only():
     assert (comparison.what, comparison.mean) == ("woof: 5-shot at 8 dims", pytest.approx(0.1))
 
 
-def test_two_models_of_one_seed_are_refused_but_rows_of_groups_and_of_no_size_are_not_compared():
+def test_two_models_of_one_seed_are_refused_but_rows_of_groups_codes_and_no_size_are_not_compared():
     rows = by_size("classification", "top_1", {"MRL": {8: [0.6]}})
     with pytest.raises(UserError, match="two rows of MRL at 8 dims with seed 0"):
         effects(rows * 2, DATASET)
     effects([row("per_class", "FF", "share_of_classes", 1.0, group="monotone")] * 2, DATASET)  # of FF-8 and FF-16, say
     effects([row("oracle", "FF", "never_correct", 0.1)] * 2, DATASET)
     in_dogs = [row("classification", "MRL", "top_1", 0.1, dim=8, group="dogs")]
-    assert effects(rows + in_dogs, DATASET) == effects(rows, DATASET)
+    coded = [row("quantization", "MRL", "top_1", 0.1, dim=8, code=code) for code in ("int8", "sign bits")]
+    assert effects(rows + in_dogs + coded, DATASET) == effects(rows, DATASET)
 
 
 def test_the_papers_numbers_give_the_papers_effects():

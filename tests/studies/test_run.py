@@ -104,6 +104,13 @@ def test_a_fixed_feature_run_is_opened_truncated_to_its_halves(tmp_path):
         assert torch.equal(of_size, weight[:, :dim]) and torch.equal(of_bias, bias)
 
 
+def test_a_fixed_feature_run_is_cut_at_the_sizes_of_the_nested_runs_beside_it(run, tmp_path):
+    runs = {"run": run, "ff": make_run(tmp_path / "ff", (32,)), "ff8": make_run(tmp_path / "ff8", (8,))}
+    opened = embed_runs(runs, TransferImages(), 64, False, ALONE)
+    assert [one.dims for one in opened] == [(8, 32), (8, 32), (8,)]
+    assert len(opened[1].classifiers) == 2
+
+
 def test_a_run_without_embeddings_of_its_model_is_refused_with_the_command_to_run(run, tmp_path):
     with pytest.raises(UserError, match=r"config\.yaml does not exist"):
         open_run(tmp_path / "nowhere")

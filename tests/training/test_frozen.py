@@ -27,7 +27,7 @@ TAIL = [
     *("--config", "digits_mrl.yaml", "--train.precision", "fp32", "--train.epochs", "2", "--data.batch_size", "256"),
     *("--train.log_every_steps", "1", "--optim.warmup_epochs", "0.5", "--optim.lr", "0.05"),
     *("--model.backbone", "vit_tiny_patch16_224", "--model.kwargs", json.dumps(VIT), "--model.stem_stride", "4"),
-    *("--model.trainable", "[blocks.1, norm]"),
+    *("--model.trainable", "[blocks.1, norm]", "--head.nesting_list", "[8, 16, 32]"),
 ]
 
 
