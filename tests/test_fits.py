@@ -139,7 +139,7 @@ def test_the_moving_average_warms_up_and_both_models_are_validated(tmp_path, cap
     assert run(tmp_path, *argv) == 0
     last = rows(tmp_path)[-1]
     dims = [key.removeprefix("top_1/") for key in last if key.startswith("top_1/")]
-    assert all(last[f"top_1/{dim}"] > 0.4 for dim in dims)
+    assert all(last[f"top_1/{dim}"] > 0.3 for dim in dims)
     assert {f"no_ema_{kind}/{dim}" for kind in ("top_1", "val_loss") for dim in dims} <= last.keys()
     assert any(last[f"top_1/{dim}"] != last[f"no_ema_top_1/{dim}"] for dim in dims)
     printed = capsys.readouterr().out

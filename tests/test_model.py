@@ -242,7 +242,7 @@ def test_a_backbone_can_start_from_another_run(tmp_path):
 def test_unknown_names_and_arguments_are_refused():
     with pytest.raises(UserError, match=r"'resnet5O' is not a timm model; similar names: .*resnet50"):
         build_backbone("resnet5O")
-    with pytest.raises(UserError, match="do not fit resnet10t.*color"):
+    with pytest.raises(UserError, match="does not fit resnet10t.*color"):
         build_backbone("resnet10t", kwargs={"color": "red"})
 
 

@@ -214,7 +214,7 @@ def test_repeated_ctrl_c_loses_no_checkpoint_and_says_so(tmp_path):
         child.send_signal(signal.SIGINT)
         time.sleep(0.05)
     output, errors = child.communicate()
-    assert child.returncode == 130
+    assert child.returncode in (130, -signal.SIGINT)  # the latter if the second comes while Python exits
     assert "saved after step" in output or "interrupted; the last checkpoint, if there is one, is kept" in errors
     assert torch.load(tmp_path / "b" / "checkpoints" / "last.pt")["step"] >= 1
 

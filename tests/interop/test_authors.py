@@ -256,5 +256,5 @@ def test_mistakes_on_the_command_line_are_one_sentence(tmp_path, capsys, main):
     assert "did you mean data.root" in refused(capsys, main, path, "--data.rot", "x")
     assert not (tmp_path / "runs").exists()
     with pytest.raises(SystemExit):
-        script.main(["--runs", "runs/a", "--data.root", "x"])
-    assert "unrecognized arguments: --data.root x" in capsys.readouterr().err
+        script.main(["--runs", "runs/a", "--optim.lr", "1"])
+    assert "unrecognized arguments: --optim.lr 1" in capsys.readouterr().err
