@@ -35,10 +35,8 @@ BLUE, RED, GREEN, ORANGE, SKY, PINK = "#0072B2", "#D55E00", "#009E73", "#E69F00"
 METHOD_STYLES: dict[str, Style] = {
     "MRL": {"color": BLUE, "marker": "o", "linestyle": "-"},
     "MRL cascade": {"color": BLUE, "marker": "o", "linestyle": "-"},
-    "MRL cascade, joint": {"color": SKY, "marker": "^", "linestyle": "-."},
     "MRL-E": {"color": RED, "marker": "s", "linestyle": "--"},
     "MRL-E cascade": {"color": RED, "marker": "s", "linestyle": "--"},
-    "MRL-E cascade, joint": {"color": ORANGE, "marker": "P", "linestyle": (0, (5, 1, 1, 1, 1, 1))},
     "FF": {"color": "#000000", "marker": "D", "linestyle": ":", "markersize": 7},  # large: others may cover it
     "FF truncated": {"color": GREEN, "marker": "v", "linestyle": "-."},
     "FF PCA": {"color": PINK, "marker": "^", "linestyle": "-"},
@@ -52,8 +50,6 @@ METHOD_STYLES: dict[str, Style] = {
     "FF random projection": {"color": "#7F7F7F", "marker": "<", "linestyle": "-."},
 }
 METHOD_LABELS = {"FF": "FF (one model per size)", "FF truncated": "FF, plain truncation"}
-for _name in ("MRL cascade", "MRL-E cascade"):
-    METHOD_LABELS |= {_name: f"{_name}, thresholds pairwise", f"{_name}, joint": f"{_name}, thresholds joint"}
 _MORE = [to_hex(color) for color in colormaps["tab20b"](range(20))]
 OTHER_COLORS = [PINK, SKY, ORANGE, GREEN, "#7F7F7F", *_MORE[::-3], *_MORE[-2::-3], *_MORE[-3::-3]]
 PAPER = "{} (paper)"

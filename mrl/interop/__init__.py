@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mrl import model
 from mrl.errors import UserError
+from mrl.interop.authors import load_checkpoint
 
 
 def load(source: str | Path, format: str = "mrl", revision: str | None = None) -> model.MatryoshkaClassifier:
@@ -25,8 +26,6 @@ def load(source: str | Path, format: str = "mrl", revision: str | None = None) -
     if revision is not None and Path(source).exists():
         raise UserError(f"revision {revision!r} is for ids on the Hub, but {source} is on this machine")
     if format == "raivn":
-        from mrl.interop.authors import load_checkpoint  # at the top, `python -m mrl.interop.authors` would warn
-
         return load_checkpoint(source)
     if Path(source).is_dir():
         return model.load(source)

@@ -1,7 +1,6 @@
 """Checkpoints of the paper's authors (github.com/RAIVNLab/MRL), as models and as run directories.
 
-    python -m mrl.interop.authors r50_mrl1_e0_ff2048.pt --data.root DIR      # fills runs/r50_mrl1_e0_ff2048
-    python eval.py --runs runs/r50_mrl1_e0_ff2048
+    python eval.py --checkpoint r50_mrl1_e0_ff2048.pt --data.root DIR      # fills runs/r50_mrl1_e0_ff2048
 
 DIR holds ImageNet as train/<wnid>/ and val/<wnid>/. Settings of the sections run, data and head may follow, e.g.
 --run.name or --data.num_workers. If neither the file nor its name tells FF-2048 from MRL-E, add
@@ -22,7 +21,7 @@ from timm.data import ImageNetInfo
 from torch import Tensor
 
 from mrl.config import DataConfig, parse_command_line, to_yaml
-from mrl.errors import UserError, print_any_name
+from mrl.errors import UserError
 from mrl.matryoshka import default_nesting_list
 from mrl.model import BlurConv2d, MatryoshkaClassifier, ModelInfo, build_backbone, build_model, check_fits, save_model
 from mrl.retrieval.embeddings import file_sha256
@@ -143,7 +142,7 @@ def import_checkpoint(argv: Sequence[str], write: bool = True) -> Path:
     Importing the same file again replaces the directory's files but keeps its embeddings.
 
     Args:
-        argv: The file, then settings as on this module's command line.
+        argv: The file, then settings, as after ``eval.py --checkpoint``.
         write: False on all but one of several processes.
 
     Raises:
@@ -180,23 +179,3 @@ def import_checkpoint(argv: Sequence[str], write: bool = True) -> Path:
     atomic_write_text(directory / "config.yaml", note + to_yaml(config))
     save_model(model, info, directory)
     return directory
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Import a checkpoint from a command line; returns the exit status."""
-    print_any_name()
-    argv = sys.argv[1:] if argv is None else argv
-    if {"-h", "--help"} & set(argv):
-        print(__doc__)
-        return 0
-    try:
-        directory = import_checkpoint(argv)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{directory}: imported. Next: python eval.py --runs {directory}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

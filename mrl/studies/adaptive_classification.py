@@ -26,14 +26,9 @@ from mrl.results import Row, Source
 from mrl.studies.classification import Classifier, predict
 
 STUDY, ORACLE_STUDY = "cascade", "oracle"
-# Row methods of a cascade of "MRL": with the paper's thresholds, and with ours.
-GREEDY, JOINT = "{} cascade", "{} cascade, joint"
+CASCADE = "{} cascade"  # the method in rows, of "MRL"
 # The paper's: 100 steps from 0.1 to 1.
 THRESHOLD_GRID = np.linspace(0.1, 1, 100)
-# Ours: with 0, which always stops. A price is the accuracy (0 to 1) that one more dim must be worth.
-JOINT_GRID = np.concatenate([[0.0], THRESHOLD_GRID])
-PRICES = np.logspace(-1, -8, 36)
-MAX_SWEEPS = 20
 NUM_SPLITS = 30
 BYTES_PER_NUMBER = 4
 
@@ -56,7 +51,10 @@ def fit_thresholds(confidence: np.ndarray, correct: np.ndarray) -> np.ndarray:
         raise UserError(f"confidence {confidence.shape} and correct {correct.shape} must both be (G, N) with N >= 1")
     below = np.searchsorted(THRESHOLD_GRID, confidence[:-1])
     gains = correct[:-1].astype(np.int64) - correct[1:]
-    return np.array([_best_threshold(*of_pair, THRESHOLD_GRID) for of_pair in zip(below, gains, strict=True)])
+    # For each pair and threshold, the gain summed over the images whose confidence is above the threshold.
+    size = len(THRESHOLD_GRID) + 1
+    sums = [np.bincount(*pair, minlength=size)[:0:-1].cumsum()[::-1] for pair in zip(below, gains, strict=True)]
+    return np.array([THRESHOLD_GRID[np.argmax(of_pair)] for of_pair in sums])
 
 
 def route(confidence: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
@@ -84,36 +82,6 @@ def _check_confidence(confidence: np.ndarray) -> np.ndarray:
     return confidence
 
 
-def _best_threshold(below: np.ndarray, gain: np.ndarray, grid: np.ndarray) -> float:
-    """Return the smallest threshold of ``grid`` with the largest sum of ``gain`` over the images above it.
-
-    ``below`` is the number of thresholds below each image's confidence.
-    """
-    sums = np.bincount(below, weights=gain, minlength=len(grid) + 1)
-    return grid[np.argmax(sums[::-1].cumsum()[::-1][1:])]
-
-
-def fit_thresholds_jointly(
-    confidence: np.ndarray, correct: np.ndarray, dims: Sequence[int], targets: Sequence[float]
-) -> np.ndarray:
-    """Return thresholds ``(T, G-1)``: for each of T expected dims, the most accurate found that stay within it.
-
-    Not in the paper. All thresholds together maximize accuracy minus a price per dim, by coordinate ascent, for prices
-    over seven decades. The paper's thresholds at every cap are candidates too, so on the fitting images none of them
-    is more accurate at its own expected dim.
-    """
-    greedy = fit_thresholds(confidence, correct)
-    found = [np.where(np.arange(len(greedy)) < cap, greedy, 0.0) for cap in range(len(dims))]
-    scores = [_score(confidence, correct, dims, thresholds) for thresholds in found]
-    below = np.searchsorted(JOINT_GRID, confidence[:-1])
-    for price in PRICES:
-        start = found[int(np.argmax([accuracy - price * dim for accuracy, dim, _ in scores]))]
-        found.append(_ascend(confidence, below, correct - price * np.asarray(dims)[:, None], start))
-        scores.append(_score(confidence, correct, dims, found[-1]))
-    within = [[(-a, dim, i) for i, (a, dim, _) in enumerate(scores) if dim <= target + 1e-9] for target in targets]
-    return np.array([found[min(of_target)[2]] for of_target in within])
-
-
 def _score(
     confidence: np.ndarray, correct: np.ndarray, dims: Sequence[int], thresholds: np.ndarray
 ) -> tuple[float, float, float]:
@@ -122,23 +90,6 @@ def _score(
     chosen = route(confidence[: len(sizes)], thresholds)
     accuracy = correct[chosen, np.arange(len(chosen))].mean()
     return float(accuracy), float(sizes[chosen].mean()), float(sizes.cumsum()[chosen].mean())
-
-
-def _ascend(confidence: np.ndarray, below: np.ndarray, utility: np.ndarray, start: np.ndarray) -> np.ndarray:
-    """Return thresholds whose mean ``utility`` ``(G, N)`` of the routed images no change of a single one improves."""
-    thresholds, best = start.copy(), -np.inf
-    for _ in range(MAX_SWEEPS):
-        stops = confidence[:-1] > thresholds[:, None]
-        arrives = np.cumprod(np.concatenate([np.ones_like(stops[:1]), ~stops[:-1]]), axis=0, dtype=np.int64)
-        onward = utility[-1]
-        # From the last to the first: which images arrive depends on earlier thresholds only.
-        for g in reversed(range(len(thresholds))):
-            thresholds[g] = _best_threshold(below[g], np.where(arrives[g], utility[g] - onward, 0.0), JOINT_GRID)
-            onward = np.where(confidence[g] > thresholds[g], utility[g], onward)
-        if onward.mean() <= best + 1e-12:
-            break
-        best = onward.mean()
-    return thresholds
 
 
 def splits(num_images: int, num_splits: int = NUM_SPLITS) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -164,30 +115,23 @@ def cascade(
 ) -> list[Row]:
     """Return rows of accuracy and expected dim, one point per cap (``dim``, the largest size allowed).
 
-    Of method "<method> cascade", the paper's, and "<method> cascade, joint", whose thresholds are fitted jointly to
-    the same expected dims on the same images. Metrics, each with `expected_dim`:
+    Of method "<method> cascade"; metrics, each with `expected_dim`:
 
     - "top_1": mean accuracy over the splits; mean size of the deciding prefix.
     - "top_1_std": their standard deviations over the splits.
     - "top_1_cumulative": the same accuracy; the sizes of all prefixes tried, added up.
-    - "threshold", "threshold_std": the paper's thresholds of size ``dim``.
+    - "threshold", "threshold_std": of size ``dim``.
     """
-    names = (GREEDY.format(method), JOINT.format(method))
-    points: dict[tuple[str, int], list[tuple[float, float, float]]] = {}
-    fitted = []
+    name, fitted, scores = CASCADE.format(method), [], []
     bar = progress(splits(confidence.shape[1], num_splits), desc=f"{source.run}: {STUDY}", total=num_splits)
     for fit, test in bar:
         thresholds = fit_thresholds(confidence[:, fit], correct[:, fit])
         fitted.append(thresholds)
-        greedy = [thresholds[:c] for c in range(1, len(dims))]
-        targets = [_score(confidence[:, fit], correct[:, fit], dims, of_cap)[1] for of_cap in greedy]
-        joint = fit_thresholds_jointly(confidence[:, fit], correct[:, fit], dims, targets)
-        for name, of_caps in zip(names, (greedy, list(joint)), strict=True):
-            for cap, of_cap in zip(dims[1:], of_caps, strict=True):
-                points.setdefault((name, cap), []).append(_score(confidence[:, test], correct[:, test], dims, of_cap))
+        of_caps = [thresholds[:cap] for cap in range(1, len(dims))]
+        scores.append([_score(confidence[:, test], correct[:, test], dims, of_cap) for of_cap in of_caps])
     rows = []
-    for (name, cap), of_point in points.items():
-        accuracies, used, tried = zip(*of_point, strict=True)
+    for cap, of_cap in zip(dims[1:], zip(*scores, strict=True), strict=True):
+        accuracies, used, tried = zip(*of_cap, strict=True)
         for metric, value, expected in (
             ("top_1", statistics.mean(accuracies), statistics.mean(used)),
             ("top_1_std", std(accuracies), std(used)),
@@ -195,8 +139,8 @@ def cascade(
         ):
             rows.append(source.row(STUDY, name, metric, value, len(test), dim=cap, expected_dim=expected))
     for dim, of_dim in zip(dims[:-1], np.transpose(fitted).tolist(), strict=True):
-        rows.append(source.row(STUDY, names[0], "threshold", statistics.mean(of_dim), len(test), dim=dim))
-        rows.append(source.row(STUDY, names[0], "threshold_std", std(of_dim), len(test), dim=dim))
+        rows.append(source.row(STUDY, name, "threshold", statistics.mean(of_dim), len(test), dim=dim))
+        rows.append(source.row(STUDY, name, "threshold_std", std(of_dim), len(test), dim=dim))
     return rows
 
 

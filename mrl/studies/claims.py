@@ -18,7 +18,7 @@ from scipy.stats import t
 from mrl.errors import UserError
 from mrl.paper import paper_rows
 from mrl.results import Row
-from mrl.studies.adaptive_classification import GREEDY, dims_saved
+from mrl.studies.adaptive_classification import CASCADE, dims_saved
 
 MIN_SEEDS = 3
 CONFIDENCE = 0.95
@@ -194,7 +194,7 @@ def _sizes_between(table: _Table) -> list[Comparison]:
 
 def _cascade_saving(table: _Table) -> list[Comparison]:
     """How many times fewer dims a cascade uses for FF's accuracy; 0 if it never reaches it."""
-    method = GREEDY.format("MRL")
+    method = CASCADE.format("MRL")
     saved: dict[int, dict[int, float]] = {}
     for seed in sorted({row.seed for row in table.rows if row.method == method}):
         for dim, ratio in dims_saved([row for row in table.rows if row.seed == seed], method).items():

@@ -237,19 +237,17 @@ def test_an_import_replaces_nothing_but_itself(networks, tmp_path, capsys):
     state = hollow(published(networks, "ff2048"))
     torch.save(state, tmp_path / "first.pt")
     first = [str(tmp_path / "first.pt"), *argv]
-    assert authors.main([*first, "--head.nesting_list", "[2048]"]) == 0
-    assert "eval.py --runs" in capsys.readouterr().out
+    authors.import_checkpoint([*first, "--head.nesting_list", "[2048]"])
     (tmp_path / "runs" / "a" / "model.json").unlink()  # as if it had been killed before the end
-    assert authors.main([*first, "--head.tied", "true"]) == 0
+    authors.import_checkpoint([*first, "--head.tied", "true"])
     assert mrl.load(tmp_path / "runs" / "a").head.tied
     torch.save(state | {"module.bn1.bias": torch.ones(64)}, tmp_path / "second.pt")
-    line = refused(capsys, authors.main, str(tmp_path / "second.pt"), *argv, "--head.tied", "true")
+    line = refused(capsys, script.main, "--checkpoint", str(tmp_path / "second.pt"), *argv, "--head.tied", "true")
     assert "does not hold an import of" in line and "--run.name" in line
 
 
-@pytest.mark.parametrize("main", [authors.main, lambda argv: script.main(["--checkpoint", *argv])])
-def test_mistakes_on_the_command_line_are_one_sentence(tmp_path, capsys, main):
-    path = str(tmp_path / "none.pt")
+def test_mistakes_on_the_command_line_are_one_sentence(tmp_path, capsys):
+    main, path = lambda argv: script.main(["--checkpoint", *argv]), str(tmp_path / "none.pt")
     assert "data.root is not given" in refused(capsys, main, path)
     assert "no such file" in refused(capsys, main, path, "--data.root", "x")
     assert "--optim.lr cannot be set" in refused(capsys, main, path, "--data.root", "x", "--optim.lr", "1")

@@ -1,6 +1,5 @@
 """Thresholds and routing, the cascade over splits, the oracle, and the cascade in use."""
 
-import itertools
 import statistics
 from collections import Counter
 
@@ -18,7 +17,6 @@ from mrl.studies.adaptive_classification import (
     cascade_points,
     dims_saved,
     fit_thresholds,
-    fit_thresholds_jointly,
     fixed_feature,
     headlines,
     majority_vote,
@@ -111,30 +109,6 @@ def test_pairs_are_fitted_independently_and_the_order_of_images_changes_nothing(
     assert route(confidence[:, order], whole).tolist() == route(confidence, whole)[order].tolist()
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_joint_thresholds_keep_the_target_and_lose_to_no_cap_of_the_papers(seed):
-    confidence, correct = images(seed=seed)
-    greedy = fit_thresholds(confidence, correct)
-    capped = [np.where(np.arange(3) < cap, greedy, 0) for cap in range(4)]
-    points = [accuracy_and_dim(confidence, correct, DIMS, thresholds) for thresholds in capped]
-    joint = fit_thresholds_jointly(confidence, correct, DIMS, [dim for _, dim in points])
-    for (accuracy, dim), thresholds in zip(points, joint, strict=True):
-        found_accuracy, found_dim = accuracy_and_dim(confidence, correct, DIMS, thresholds)
-        assert found_dim <= dim + 1e-9
-        assert found_accuracy >= accuracy
-
-
-def test_joint_thresholds_come_close_to_the_best_of_all_on_a_coarse_grid():
-    confidence, correct = images(num_images=200, num_sizes=3)
-    dims, target = DIMS[:3], 16.0
-    best = 0.0
-    for thresholds in itertools.product([0.0, *THRESHOLD_GRID[::3]], repeat=2):
-        accuracy, dim = accuracy_and_dim(confidence, correct, dims, np.array(thresholds))
-        best = max(best, accuracy if dim <= target else 0.0)
-    [joint] = fit_thresholds_jointly(confidence, correct, dims, [target])
-    assert accuracy_and_dim(confidence, correct, dims, joint)[0] >= best - 0.02
-
-
 def test_thresholds_and_routes_refuse_arrays_that_cannot_be():
     confidence, correct = images()
     with pytest.raises(UserError, match=r"\(4, 300\).*\(3, 300\)"):
@@ -181,7 +155,7 @@ def test_the_cascade_equals_a_loop_over_splits_caps_and_images():
         assert found["top_1", cap] == pytest.approx((mean(accuracies[cap]), mean(used[cap])))
         assert found["top_1_std", cap] == pytest.approx((std(accuracies[cap]), std(used[cap])))
         assert found["top_1_cumulative", cap] == pytest.approx((mean(accuracies[cap]), mean(tried[cap])))
-    assert {row.method for row in rows} == {"MRL cascade", "MRL cascade, joint"}
+    assert {row.method for row in rows} == {"MRL cascade"}
     assert {(row.study, row.n, row.flip, row.run) for row in rows} == {("cascade", 160, True, "some_run")}
     assert {row.dim for row in rows if row.metric == "threshold"} == {8, 16}
     assert {row.dim for row in rows if row.metric == "top_1"} == {16, 32}
