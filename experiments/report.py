@@ -201,14 +201,28 @@ def amount(comparison: Comparison, value: float) -> str:
 
 
 def table_of_runs(provenance: dict[str, Any]) -> str:
-    """Return one line per run: its settings, speed, time, hardware and versions."""
-    table = [["run", "settings beside the recipe", "images/s", "data wait", "training", "hardware", "torch", "commit"]]
-    for name, run in provenance["runs"].items():
-        speed = [f"{run['images_per_second']:,.0f}", f"{run['data_wait']:.0%}", duration(run["seconds"])]
-        commit = (run["git_commit"] or "unknown")[:7] + " + changes" * bool(run["git_dirty"])
-        settings = f"{run['recipe']} {run['settings']}".strip()
-        table.append([name, settings, *speed, run["hardware"], run["torch"], commit])
-    return markdown(table)
+    """Return the settings that all runs share, and one line per recipe and further settings: seeds, speed, versions."""
+    runs = list(provenance["runs"].values())
+    settings = [re.split(r"\s(?=--)", run["settings"]) for run in runs]
+    shared = [one for one in settings[0] if all(one in other for other in settings)] if len(runs) > 1 else []
+    frame = pd.DataFrame(runs)
+    frame["name"] = [
+        " ".join([run["recipe"], *(one for one in of_run if one and one not in shared)])
+        for run, of_run in zip(runs, settings, strict=True)
+    ]
+    frame["commit"] = frame["git_commit"].fillna("unknown").str[:7] + frame["git_dirty"].map(" + changes".__mul__)
+    table = [["recipe", "seeds", "images/s", "training of one run", "hardware", "torch", "commit"]]
+    for name, some in frame.groupby("name", sort=False):
+        speed, time = some["images_per_second"], some["seconds"]
+        cells = [str(name), ", ".join(map(str, some["seed"])), span(f"{speed.min():,.0f}", f"{speed.max():,.0f}")]
+        rest = (", ".join(dict.fromkeys(some[key])) for key in ("hardware", "torch", "commit"))
+        table.append([*cells, span(duration(time.min()), duration(time.max())), *rest])
+    return f"All runs: `{' '.join(shared)}`\n\n" * bool(shared) + markdown(table)
+
+
+def span(low: str, high: str) -> str:
+    """Return "low to high", or one of them if they are equal."""
+    return low if low == high else f"{low} to {high}"
 
 
 def duration(seconds: float) -> str:

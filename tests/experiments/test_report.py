@@ -13,6 +13,7 @@ RUN = {
     **{"images_per_second": 1234.5, "data_wait": 0.01, "seconds": 3660.0, "torch": "2.14.1"},
     **{"git_commit": "0123456789abcdef", "git_dirty": False},
 }
+FF = RUN | {"recipe": "ff", "settings": "--train.epochs 2 --data.train_px [[0, 32], [3, 48]]", "seconds": 100.0}
 DOCUMENT = """# Title
 <!-- results: summary main of grid b -->
 typed by hand
@@ -37,7 +38,11 @@ def results(tmp_path):
     folder = tmp_path / "results" / "main"
     folder.mkdir(parents=True)
     write_rows(rows, folder / "results.jsonl")
-    record = {"title": "Tiny things", "evaluation": {}, "runs": {"mrl_seed0": RUN, "ff8_seed0": RUN}}
+    record = {
+        "title": "Tiny things",
+        "evaluation": {},
+        "runs": {"mrl_seed0": RUN, "ff8_seed0": FF, "ff8_seed1": FF | {"seed": 1}},
+    }
     (folder / "provenance.json").write_text(json.dumps(record))
     return tmp_path / "results"
 
@@ -60,8 +65,12 @@ def test_tables_hold_hand_worked_means_deviations_and_verdicts(results):
     gain = cells(text, "E2", "gain at 8 dims minus gain at 64 dims")
     assert (gain[3], gain[7]) == ("-0.48 to +4.48", "undecided")
     assert re.search(r"\| E1 \| MRL is .* \| holds \|\n", text) and re.search(r"\| E3 \| .* \| not measured", text)
-    assert "on a CPU, 2 h 02 min of training; 5,000 validation images of tiny." in text
-    assert cells(text, "mrl_seed0")[2:6] == ["1,234", "1%", "1 h 01 min", "a CPU"]
+    assert "on a CPU, 1 h 04 min of training; 5,000 validation images of tiny." in text
+    assert "All runs: `--train.epochs 2`" in text
+    assert cells(text, "tiny_imagenet_mrl") == [
+        "tiny_imagenet_mrl", "0", "1,234", "1 h 01 min", "a CPU", "2.14.1", "0123456",
+    ]  # fmt: skip
+    assert cells(text, "ff --data.train_px [[0, 32], [3, 48]]")[1:4] == ["0, 1", "1,234", "100 s"]
     assert (results / "main" / "accuracy_by_dim_tiny.png").stat().st_size > 1000
 
 
