@@ -28,7 +28,7 @@ BUDGETS = {
     "mrl/retrieval": 870,
     "mrl/studies": 2460,
     "mrl/figures": 1060,
-    "mrl/interop": 1030,
+    "mrl/interop": 1230,
     "experiments": 820,
     "benchmarks": 1170,
 }
@@ -42,6 +42,9 @@ AT_USE_ONLY = {
     "sentence_transformers",
     "qdrant_client",
     "pymilvus",
+    "vespa",
+    "mteb",
+    "sqlite_vec",
     "sklearn",
 }
 AT_USE_ONLY |= {"wandb_workspaces", "ipywidgets", "IPython", "nbformat", "nbclient"}

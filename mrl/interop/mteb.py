@@ -1,0 +1,57 @@
+"""A model as an encoder of images for mteb's benchmarks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mrl.errors import UserError
+from mrl.matryoshka import prefix
+from mrl.model import load
+from mrl.retrieval.embeddings import file_sha256
+
+try:
+    from mteb.models.abs_encoder import AbsEncoder
+    from mteb.models.model_meta import ModelMeta, ScoringFunction
+except ImportError as error:
+    raise UserError("this needs mteb 2 or newer: pip install 'mteb>=2'") from error
+
+
+class MatryoshkaEncoder(AbsEncoder):
+    """Encode images for ``mteb.evaluate``: unit vectors of ``dim`` numbers, compared by cosine.
+
+    mteb takes a SentenceTransformer object for a model of text, also if it takes images only. This class declares
+    images, so that mteb refuses tasks of text before it starts.
+    """
+
+    def __init__(self, run: str | Path, dim: int | None = None, device: torch.device | str = "cpu") -> None:
+        """Load a run directory or an exported folder.
+
+        Args:
+            dim: Prefix size; the largest trained one when None.
+
+        Raises:
+            UserError: The folder holds no model, or ``dim`` is not between 1 and its width.
+        """
+        self.model = load(run).to(device)
+        self.device = device
+        self.dim = self.model.head.nesting_list[-1] if dim is None else dim
+        prefix(torch.empty(self.model.width), self.dim)  # raises if there is no such prefix
+        about = {
+            "name": f"local/{Path(run).resolve().name}",
+            "revision": file_sha256(Path(run) / "model.safetensors")[:12],
+            "modalities": ["image"],
+            "embed_dim": self.dim,
+            "experiment_kwargs": {"embed_dim": self.dim},  # keeps the results of each dim apart in mteb's cache
+            "similarity_fn_name": ScoringFunction.COSINE,
+            "n_parameters": sum(parameter.numel() for parameter in self.model.backbone.parameters()),
+            "framework": ["PyTorch"],
+        }
+        self.mteb_model_meta = ModelMeta.create_empty(about)
+
+    def encode(self, inputs: Any, **kwargs: Any) -> torch.Tensor:
+        """Return the vectors ``(N, dim)`` of the images in mteb's batches, on the CPU."""
+        batches = (torch.stack([self.model.preprocess(image) for image in batch["image"]]) for batch in inputs)
+        return torch.cat([self.model.encode(batch.to(self.device), self.dim).cpu() for batch in batches])
