@@ -16,7 +16,7 @@ try:
     from mteb.models.abs_encoder import AbsEncoder
     from mteb.models.model_meta import ModelMeta, ScoringFunction
 except ImportError as error:
-    raise UserError("this needs mteb 2 or newer: pip install 'mteb>=2'") from error
+    raise UserError("this needs mteb 2.26 or newer: pip install 'mteb>=2.26'") from error
 
 
 class MatryoshkaEncoder(AbsEncoder):

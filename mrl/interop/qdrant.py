@@ -20,14 +20,21 @@ def upload(
     Args:
         client: A ``QdrantClient``.
         vectors: ``(N, D)`` of any length; Qdrant normalizes every prefix.
-        dims: Prefix dims that `funnel_search` will use.
+        dims: Prefix dims that `funnel_search` will use. The smallest has an HNSW index in memory. The others only
+            re-rank: they stay on disk and have no index, so a search by one of them alone compares all vectors.
         ids: N names, stored as the payload ``id``.
     """
     from qdrant_client import models
 
     if not dims or not 1 <= min(dims) <= max(dims) <= vectors.shape[1]:
         raise UserError(f"dims are {list(dims)}; allowed: one or more of 1 to the vectors' width {vectors.shape[1]}")
-    params = {str(dim): models.VectorParams(size=dim, distance=models.Distance.COSINE) for dim in dims}
+    cosine, no_index = models.Distance.COSINE, models.HnswConfigDiff(m=0)
+    params = {
+        str(dim): models.VectorParams(
+            size=dim, distance=cosine, on_disk=dim > min(dims), hnsw_config=no_index if dim > min(dims) else None
+        )
+        for dim in dims
+    }
     client.create_collection(collection, vectors_config=params)
     client.upload_collection(
         collection,

@@ -61,6 +61,17 @@ def test_names_are_stored_with_the_vectors(database):
         assert client.get("images", [7], output_fields=["name"])[0]["name"] == "7.jpg"
 
 
+def test_in_qdrant_only_the_smallest_dim_has_an_index_and_is_kept_in_memory(arrays):
+    client = pytest.importorskip("qdrant_client").QdrantClient(":memory:")
+    qdrant.upload(client, "images", arrays[1], (16, 8, 32))
+    params = client.get_collection("images").config.params.vectors
+    assert {name: (bool(one.on_disk), one.hnsw_config and one.hnsw_config.m) for name, one in params.items()} == {
+        "8": (False, None),
+        "16": (True, 0),
+        "32": (True, 0),
+    }
+
+
 def test_a_faiss_index_refines_as_our_funnel_does_also_from_a_file(arrays, tmp_path):
     faiss = pytest.importorskip("faiss")
     queries, database = arrays
@@ -99,10 +110,23 @@ def test_what_faiss_refuses_is_one_sentence(arrays):
         (database[:5], "PQ4", "Flat", r"for 5 vectors \(Number of training points \(5\) should be at least"),
         (database, "Flat", "Half", r"refine 'Half' at 32 .*\(could not parse index string Half\)"),
         (broken, "Flat", "Flat", r"vector 7 holds NaN or infinity"),
+        (database[:0], "Flat", "Flat", r"there are no vectors"),
+        (database, "IVF1024,Flat", "Flat", r"only 300 vectors for its 1024 lists"),
     ):
         with pytest.raises(UserError, match=message) as error:
             prefix_index(vectors, 8, factory=factory, refine=refine)
         assert "\n" not in str(error.value)
+
+
+def test_faiss_fills_up_with_minus_one_where_it_finds_too_few(arrays):
+    faiss = pytest.importorskip("faiss")
+    queries, database = arrays
+    scores, indices = prefix_index(database[:5], 8).search(queries, 7)
+    assert (indices[:, 5:] == -1).all() and (scores[:, 5:] < -3e38).all() and (indices[:, :5] >= 0).all()
+    index = prefix_index(database, 8, factory="IVF30,Flat")
+    assert (index.search(queries, 30)[1] == -1).any()
+    faiss.extract_index_ivf(faiss.downcast_index(index.base_index)).nprobe = 30
+    assert np.array_equal(index.search(queries, 30)[1], prefix_index(database, 8).search(queries, 30)[1])
 
 
 def test_a_wrong_size_or_a_missing_faiss_is_named(arrays, monkeypatch):
