@@ -141,6 +141,7 @@ def explore(args: argparse.Namespace) -> None:
         "title": images.title,
         "total": total,
         "names": [images.names[index] for index in chosen],
+        "group": "class" if args.run else "folder",
         "folders": folders,
         "folderOf": [folders.index(images.folders[index]) for index in chosen],
         "thumbnails": thumbnails,
