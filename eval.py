@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,6 +32,7 @@ from mrl.figures.quantization import bytes_table
 from mrl.interop.authors import import_checkpoint
 from mrl.interop.wandb import report_evaluation
 from mrl.results import Row, read_rows, text_table, write_rows
+from mrl.retrieval.search import describe_zero_prefixes
 from mrl.rundir import atomic_write_text, provenance
 from mrl.studies.adaptive_classification import headlines
 from mrl.studies.hierarchy import read_class_table
@@ -137,6 +139,11 @@ def evaluate(args: argparse.Namespace, process: Process) -> None:
     opened = embed_runs(runs, transfer, args.batch_size, args.force, process, args.precision, args.settings)
     if not process.is_main:
         return
+    for run in opened:
+        for images, of_split in (("validation images", run.val), ("training images", run.train)):
+            if zeros := describe_zero_prefixes(of_split.vectors, run.dims, images):
+                print(f"{run.source.run}: {zeros}")
+    warnings.filterwarnings("ignore", "prefixes are all zero")  # of each search again
     out.mkdir(parents=True, exist_ok=True)
     record = {"command": sys.argv, "runs": {name: str(run) for name, run in runs.items()}}
     record |= {"precision": args.precision, **provenance(process.world_size)}

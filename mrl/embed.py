@@ -42,6 +42,7 @@ from mrl.retrieval.embeddings import (
     open_vectors,
     write_vectors,
 )
+from mrl.retrieval.search import describe_zero_prefixes
 
 
 def embed_folder(args: argparse.Namespace, process: Process) -> None:
@@ -90,6 +91,9 @@ def embed_folder(args: argparse.Namespace, process: Process) -> None:
     if process.is_main:
         write_vectors(unfinished / "vectors.npy", out, ids, metadata)
         shutil.rmtree(unfinished)
+        trained = {size for size in info.nesting_list if size < dim}
+        if zeros := describe_zero_prefixes(open_vectors(out).vectors, [*trained, dim]):
+            print(zeros)
         print(f"{out}: {len(ids):,} images x {dim} dims, length 1; ids beside it{describe_left_out(left_out)}")
 
 

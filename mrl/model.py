@@ -15,6 +15,7 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
+from huggingface_hub import ModelHubMixin, snapshot_download
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
@@ -27,6 +28,17 @@ from mrl.rgb import to_rgb
 from mrl.rundir import atomic_write, atomic_write_text
 
 FORMAT_VERSION = 1
+HUB_FILES = ("model.safetensors", "model.json", "config.json", "README.md")
+PAPER = "https://arxiv.org/abs/2205.13147"
+# Of a model that is pushed without a card of its own.
+PLAIN_CARD = """---
+{{ card_data }}
+---
+
+Every prefix of this model's image embeddings is an embedding too
+([Matryoshka Representation Learning]({{ paper_url }})): cut it, then normalize it. `model.json` lists the trained
+sizes, the classes, and how images are prepared.
+"""
 # Arguments of timm.create_model that are no model.kwargs.
 SET_ELSEWHERE = {"pretrained": "model.init", "checkpoint_path": "model.init", "num_classes": "the classes of the data"}
 
@@ -50,10 +62,22 @@ class ModelInfo:
     format_version: int = FORMAT_VERSION
 
 
-class MatryoshkaClassifier(nn.Module):
-    """Map images ``(B, 3, H, W)`` to logits ``(G, B, C)``: a backbone's pooled output, read by a nested head."""
+class MatryoshkaClassifier(
+    nn.Module,
+    ModelHubMixin,
+    paper_url=PAPER,
+    model_card_template=PLAIN_CARD,
+    pipeline_tag="image-feature-extraction",
+    tags=["matryoshka", "image-feature-extraction"],
+):
+    """Map images ``(B, 3, H, W)`` to logits ``(G, B, C)``: a backbone's pooled output, read by a nested head.
+
+    A loaded model has the Hub's methods ``from_pretrained``, ``save_pretrained`` and ``push_to_hub``. If it was loaded
+    with a model card, such as the one of ``python -m mrl.export hub``, it keeps that.
+    """
 
     info: ModelInfo | None = None
+    card: str | None = None
 
     def __init__(self, backbone: nn.Module, head: NestedLinear):
         super().__init__()
@@ -109,6 +133,30 @@ class MatryoshkaClassifier(nn.Module):
                 v2.Normalize(self.info.mean, self.info.std),
             ]
         )
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        if self.info is None:
+            raise UserError("this model has no info (sizes, classes, image preparation); load it with mrl.load")
+        save_model(self, self.info, save_directory)
+        if self.card:
+            atomic_write_text(save_directory / "README.md", self.card)
+
+    @classmethod
+    def _from_pretrained(
+        cls,
+        *,
+        model_id: str,
+        revision: str | None,
+        cache_dir: str | Path | None,
+        force_download: bool,
+        local_files_only: bool,
+        token: str | bool | None,
+        **_: Any,  # entries of config.json; `load` reads model.json
+    ) -> MatryoshkaClassifier:
+        where: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "force_download": force_download}
+        where |= {"local_files_only": local_files_only, "token": token}
+        is_local = Path(model_id).is_dir()
+        return load(model_id if is_local else snapshot_download(model_id, allow_patterns=[*HUB_FILES], **where))
 
     def train(self, mode: bool = True) -> MatryoshkaClassifier:
         """Set training mode, except for frozen BatchNorms, whose statistics must not move."""
@@ -325,7 +373,9 @@ def load(run: str | Path) -> MatryoshkaClassifier:
     model = build_model(backbone, len(info.classes), info.nesting_list, info.tied)
     check_fits(state, model.state_dict(), f"{run}: model.safetensors does not fit model.json")
     model.load_state_dict(state)
-    model.info = info
+    model.info = model._hub_mixin_config = info  # pushed as config.json, which the Hub's client looks for first
+    card = Path(run) / "README.md"
+    model.card = card.read_text(encoding="utf-8") if card.is_file() else None
     return model.eval()
 
 

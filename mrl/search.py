@@ -4,8 +4,9 @@
     python -m mrl.search --vectors vectors.npy --image X.jpg --dims 8 64 512 --k 5 --out neighbors
     python -m mrl.search --vectors vectors.npy --image X.jpg --map map.safetensors
 
-Prints the neighbors and draws them, one row per size. The vectors are those of python -m mrl.embed, which can be
-searched at every size up to their own. With --map they are searched as a map of python -m mrl.adapt changes them.
+Prints the neighbors (rank, cosine, folder, image) and draws them, one row per size. The vectors are those of python -m
+mrl.embed, which can be searched at every size up to their own. With --map they are searched as a map of python -m
+mrl.adapt changes them. --exclude_query leaves out the image that is searched for, if it is among them.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from mrl.errors import UserError, print_any_name
 from mrl.figures import save
 from mrl.figures.neighbors import neighbor_grid
 from mrl.model import load
-from mrl.retrieval.embeddings import VectorFile, file_sha256, open_vectors
-from mrl.retrieval.search import exact_search
+from mrl.retrieval.embeddings import VectorFile, file_sha256, folder_of, open_vectors
+from mrl.retrieval.search import describe_zero_prefixes, exact_search
 
 
 def search(args: argparse.Namespace) -> None:
@@ -45,17 +46,34 @@ def search(args: argparse.Namespace) -> None:
             warnings.warn(f"{dim} dims were not trained; trained are {list(trained)}", stacklevel=2)
     query = encode_query(args.image, database, Path(args.run or database.metadata.run))
     query = query if mapping is None else mapping(query)
-    found = exact_search(query, vectors, min(args.k, len(database.ids)), dims, progress=True)
     folder = Path(args.images or database.metadata.dataset)
-    pictures = {}
+    left_out = position_of(Path(args.image), folder, database.ids) if args.exclude_query else None
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "prefixes are all zero")  # said below
+        found = exact_search(query, vectors, min(args.k + (left_out is not None), len(vectors)), dims, progress=True)
+    if zeros := describe_zero_prefixes(vectors, dims):
+        print(zeros)
+    pictures: dict[int, list[tuple[torch.Tensor, str]]] = {}
     for dim, (indices, scores) in found.items():
-        print(f"{args.image} at {dim} dims")
-        names = [database.ids[index] for index in indices[0]]
-        for rank, (name, score) in enumerate(zip(names, scores[0], strict=True), 1):
-            print(f"  {rank:>2}  {score:.4f}  {name}")
-        pictures[dim] = [(decode(str(folder / n)), f"{score:.3f}") for n, score in zip(names, scores[0], strict=True)]
+        is_zero = not np.any(query[0, :dim])
+        print(f"{args.image} at {dim} dims" + ": its prefix is all zero, so it has no neighbors" * is_zero)
+        kept = np.any(vectors[indices[0], :dim], axis=1) & (indices[0] != left_out) & (not is_zero)
+        names = [database.ids[index] for index in indices[0][kept][: args.k]]
+        longest = max((len(folder_of(name)) for name in names), default=0)
+        pictures[dim] = []
+        for rank, (name, score) in enumerate(zip(names, scores[0][kept], strict=False), 1):
+            print(f"  {rank:>2}  {score:.4f}  {folder_of(name):<{longest}}  {name}")
+            pictures[dim].append((decode(str(folder / name)), f"{folder_of(name)}\n{score:.3f}".strip()))
     for drawn in save(neighbor_grid(decode(args.image), pictures), args.out or path.with_name("neighbors")):
         print(f"figure: {drawn}")
+
+
+def position_of(image: Path, folder: Path, ids: Sequence[str]) -> int | None:
+    """Return the index of an image file among the ``ids``, which are paths below ``folder``; None if it is not one."""
+    try:
+        return ids.index(str(image.resolve().relative_to(folder.resolve())))
+    except ValueError:
+        return None
 
 
 def encode_query(image: str, database: VectorFile, run: Path) -> np.ndarray:
@@ -87,6 +105,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--map", metavar="FILE.safetensors", help="a map that python -m mrl.adapt fitted to such vectors"
     )
     parser.add_argument("--k", type=int, default=6, help="neighbors at each size; default: 6")
+    parser.add_argument("--exclude_query", action="store_true", help="do not find the image itself")
     parser.add_argument(
         "--out", metavar="STEM", help="the figure, without .png; default: neighbors, beside the vectors"
     )

@@ -1,6 +1,7 @@
 import importlib.util
 import json
 import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ from mrl.model import ModelInfo, build_backbone, build_model, save_model
 from mrl.rundir import atomic_write_text
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 def pytest_collection_modifyitems(items):
@@ -22,6 +24,7 @@ def pytest_collection_modifyitems(items):
     missing = {
         "gpu": None if torch.cuda.is_available() else "needs a CUDA device",
         "ffcv": None if importlib.util.find_spec("ffcv") else "needs FFCV: make ffcv",
+        "chromium": None if CHROMIUM else "needs Chromium: apt-get install chromium",
         "shared": None if shared.is_dir() else f"needs real images in {shared} (or $MRL_SHARED_DATA)",
     }
     for item in items:

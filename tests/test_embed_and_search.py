@@ -27,6 +27,16 @@ def vectors(saved_run, pictures, tmp_path_factory):
     return path
 
 
+def printed_lines(ids, order, scores):
+    """Rank, cosine, folder and image of each neighbor, as search prints them."""
+    folders = [os.path.basename(os.path.dirname(ids[index])) for index in order]
+    longest = max(map(len, folders))
+    return [
+        f"{rank:>4}  {score:.4f}  {name:<{longest}}  {ids[index]}"
+        for rank, (index, score, name) in enumerate(zip(order, scores, folders, strict=True), 1)
+    ]
+
+
 def search_argv(vectors, pictures, *more):
     argv = ["--vectors", vectors, "--image", pictures.paths[2], "--out", vectors.with_name("drawn"), *more]
     return [str(part) for part in argv]
@@ -130,11 +140,51 @@ def test_search_prints_and_draws_the_neighbors_of_every_size(saved_run, pictures
     for dim in (8, 16, 32, 96):
         cosines = mrl.unit_prefix(torch.tensor(np.array(stored.vectors)), dim) @ model.encode(query, dim)[0]
         scores, order = cosines.topk(3)
-        lines = [f"{rank + 1:>4}  {scores[rank]:.4f}  {stored.ids[order[rank]]}" for rank in range(3)]
+        lines = printed_lines(stored.ids, order, scores)
         assert "\n".join([f"{pictures.paths[2]} at {dim} dims", *lines]) in printed
         assert lines[0].split() == ["1", "1.0000", "2.png"]  # the query itself
     for suffix in (".png", ".pdf"):
         assert vectors.with_name(f"drawn{suffix}").stat().st_size > 1000
+
+
+def test_the_query_is_left_out_on_request_wherever_it_lies(pictures, vectors, capsys):
+    argv = search_argv(vectors, pictures, "--dims", 96, "--k", 7)
+    assert search.main(argv) == 0 and search.main([*argv, "--exclude_query"]) == 0
+    whole, without = (part.splitlines() for part in capsys.readouterr().out.split(f"{pictures.paths[2]} at ")[1:])
+    names = [[line.split()[-1] for line in lines if "  " in line] for lines in (whole, without)]
+    assert len(names[0]) == 7 and names[1] == [name for name in names[0] if name != "2.png"]
+    argv = ["--vectors", str(vectors), "--image", str(pictures.paths[2].with_name("copy.png")), "--exclude_query"]
+    shutil.copy(pictures.paths[2], argv[3])  # not among the vectors, so its twin is found
+    try:
+        assert search.main(argv) == 0
+    finally:
+        os.remove(argv[3])
+    assert "1  1.0000      2.png" in capsys.readouterr().out
+
+
+def test_all_zero_prefixes_are_counted_and_have_no_neighbors(saved_run, pictures, tmp_path, monkeypatch, capsys):
+    def encode(self, batch, dim=None):
+        vectors = mrl.unit_prefix(self.embed(batch), dim)
+        vectors[batch.std(dim=(1, 2, 3)) < batch.std(dim=(1, 2, 3)).mean(), :8] = 0
+        return vectors
+
+    monkeypatch.setattr(mrl.MatryoshkaClassifier, "encode", encode)
+    argv = embed_argv(saved_run, pictures, tmp_path / "v.npy", "--batch_size", 7)
+    assert embed.main(argv) == 0
+    stored = open_vectors(tmp_path / "v.npy")
+    zero = {name for name, vector in zip(stored.ids, stored.vectors, strict=True) if not vector[:8].any()}
+    counted = f"all-zero prefixes: {len(zero)} at 8 dims, of 7 images"
+    assert 0 < len(zero) < 7 and counted in capsys.readouterr().out
+    encode_query = search.encode_query
+    monkeypatch.setattr(search, "encode_query", lambda *args: encode_query(*args) * (np.arange(96) >= 8))
+    for k in (1, 7):
+        assert search.main(search_argv(tmp_path / "v.npy", pictures, "--dims", 8, 96, "--k", k)) == 0
+        printed = capsys.readouterr().out
+        assert counted in printed and "at 8 dims: its prefix is all zero, so it has no neighbors\n" in printed
+    monkeypatch.setattr(search, "encode_query", encode_query)
+    assert search.main(search_argv(tmp_path / "v.npy", pictures, "--dims", 8, "--k", 7)) == 0
+    found = [line.split()[-1] for line in capsys.readouterr().out.splitlines() if line.startswith("   ")]
+    assert set(found) == set(stored.ids) - zero
 
 
 def test_a_shorter_file_is_searched_up_to_its_size(saved_run, pictures, tmp_path, capsys):
@@ -156,7 +206,7 @@ def test_a_map_is_applied_to_the_vectors_and_to_the_query(saved_run, pictures, v
     for dim in (12, 24):
         both = [mrl.unit_prefix(torch.from_numpy(mapping(given)), dim) for given in (stored.vectors, query)]
         scores, order = (both[0] @ both[1][0]).topk(6)
-        lines = [f"{rank + 1:>4}  {scores[rank]:.4f}  {stored.ids[order[rank]]}" for rank in range(6)]
+        lines = printed_lines(stored.ids, order, scores)
         assert "\n".join([f"{pictures.paths[2]} at {dim} dims", *lines]) in printed
     assert search.main(search_argv(vectors, pictures, "--map", pictures.paths[0])) == 2
     assert "cannot be read as a map" in capsys.readouterr().err
@@ -204,7 +254,7 @@ def test_names_that_are_not_utf_8_are_embedded_found_and_printed(saved_run, pict
     assert embed.main(argv) == 0
     assert name in open_vectors(folder / "v.npy").ids
     assert search.main(["--vectors", str(folder / "v.npy"), "--image", str(folder / name)]) == 0
-    assert "1  1.0000  \\udcff.png" in capsys.readouterr().out
+    assert "1  1.0000      \\udcff.png" in capsys.readouterr().out
     (folder / name).write_bytes(b"")
     assert check.main([str(folder)]) == 1
     assert "caf\\udce9/\\udcff.png cannot be read" in capsys.readouterr().out

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import torch
 from torchcodec.encoders import PngEncoder
 
 import eval as script  # not `eval`, which is Python's own
+from mrl import explore
 from mrl.config import Config, DataConfig, HeadConfig, RunConfig, to_yaml
 from mrl.data import build_data
 from mrl.errors import UserError
@@ -130,6 +132,31 @@ def test_a_second_evaluation_reads_no_image_and_gives_the_same(runs, no_images, 
     record = json.loads((runs / "eval" / "provenance.json").read_text())
     assert record["runs"] == {"mrl": str(runs / "mrl"), "ff": str(runs / "ff")}
     assert record["world_size"] == 1
+
+
+def test_all_zero_prefixes_are_counted(runs, no_images, monkeypatch, capsys):
+    for path in runs.glob("*/embeddings/val/vectors.npy"):
+        vectors = np.load(path)
+        vectors[:3, :8] = 0
+        np.save(path, vectors)
+    monkeypatch.setattr(script, "run_studies", lambda *_, **__: [])
+    assert script.main(["--runs", str(runs / "mrl"), str(runs / "ff")]) == 0
+    counted = "all-zero prefixes: 3 at 8 dims, of 355 validation images; at these sizes they have no neighbors"
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if "all-zero" in line] == [f"mrl: {counted}", f"ff: {counted}"]
+
+
+def test_a_run_s_validation_images_can_be_explored(runs, capsys):
+    assert explore.main(["--run", str(runs / "mrl"), "--max_images", "30"]) == 0
+    printed = capsys.readouterr().out
+    assert f"{runs / 'mrl' / 'explore.html'}: 30 images" in printed and "30 of 355 images, chosen" in printed
+    [data] = re.findall(r'type="application/json" id="data">(.*)</script>', (runs / "mrl/explore.html").read_text())
+    content = json.loads(data)
+    assert content["trained"] == [8, 16, 32] and content["title"] == "digits, validation images, by mrl"
+    run = run_module.open_run(runs / "mrl")
+    for name, folder in zip(content["names"], content["folderOf"], strict=True):
+        digit, index = name.split(", validation image ")
+        assert digit == content["folders"][folder] == str(run.val.labels[int(index)])
 
 
 def test_a_study_that_fails_loses_no_rows_of_the_runs_before(runs, monkeypatch, capsys):

@@ -25,12 +25,14 @@ def neighbor_grid(query: Tensor, found: Mapping[int, Sequence[tuple[Tensor, str]
     """Draw the query and its neighbors ``{dim: [(image, caption), ...]}``, best first; a row per size.
 
     Images are ``(3, H, W)``, uint8 or 0 to 1. If captions are classes, and ``name`` that of the query, frames tell
-    right neighbors from wrong ones.
+    right neighbors from wrong ones. A size without neighbors is one at which the query's prefix is all zero.
     """
-    figure, grid = _panels(len(found), 1 + max(map(len, found.values())))
+    figure, grid = _panels(len(found), 1 + max(1, *map(len, found.values())))
     _show(grid[0, 0], query, f"query: {name}" if name else "query")
     for line, (dim, neighbors) in zip(grid, found.items(), strict=True):
         line[0].set_ylabel(f"{dim} dims", fontsize=8)
+        if not neighbors:
+            line[1].text(0, 0.5, "all-zero prefix: no neighbors", fontsize=7, va="center")
         for axes, (image, caption) in zip(line[1:], neighbors, strict=False):
             _show(axes, image, caption, right=None if name is None else caption == name)
     return figure
@@ -44,7 +46,11 @@ def neighbors_of(run: OpenedRun, found: Mapping[int, Neighbors], query: int, ima
         return [(picture, run.classes[label]) for picture, label in zip(pictures, labels[indices], strict=True)]
 
     [(picture, name)] = named("val", run.val.labels, images[[query]])
-    shown = {dim: named("train", run.train.labels, indices[query]) for dim, (indices, _) in found.items()}
+    z = run.val.vectors[images[query]]
+    shown = {
+        dim: named("train", run.train.labels, indices[query]) if z[:dim].any() else []
+        for dim, (indices, _) in found.items()
+    }
     return neighbor_grid(picture, shown, name)
 
 

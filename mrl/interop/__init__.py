@@ -31,10 +31,9 @@ def load(source: str | Path, format: str = "mrl", revision: str | None = None) -
         return model.load(source)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
         raise UserError(f"{str(source)!r} is neither an existing folder nor a Hub id such as owner/name")
-    from huggingface_hub import snapshot_download
-
     try:
-        folder = snapshot_download(str(source), revision=revision, allow_patterns=["model.safetensors", "model.json"])
+        return model.MatryoshkaClassifier.from_pretrained(str(source), revision=revision)
+    except UserError:
+        raise
     except Exception as error:  # the Hub's client raises errors of many kinds
         raise UserError(f"{source} is not a folder, and could not be downloaded from the Hub: {error}") from error
-    return model.load(folder)

@@ -10,18 +10,14 @@ from huggingface_hub import EvalResult, HfApi, ModelCardData
 
 from mrl.config import read_config
 from mrl.errors import UserError
-from mrl.model import load, save_model
+from mrl.model import HUB_FILES, PAPER, load
 from mrl.results import method_name, read_rows
-from mrl.rundir import atomic_write_text
 from mrl.studies import quantization
 from mrl.studies.run import dataset_name
 
 CARD_METRICS = {("classification", "top_1"): "top-1", ("retrieval", "top_1"): "1-NN", ("retrieval", "map@10"): "mAP@10"}
-# Of these, the last three are written by `mrl.interop.sentence_transformers`.
-UPLOADED = (
-    *("model.safetensors", "model.json", "README.md"),
-    *("modules.json", "matryoshka.json", "config_sentence_transformers.json"),
-)
+# The last three are written by `mrl.interop.sentence_transformers`.
+UPLOADED = (*HUB_FILES, "modules.json", "matryoshka.json", "config_sentence_transformers.json")
 
 
 def export_folder(run: str | Path, out: str | Path, license: str, results: str | Path | None = None) -> Path:
@@ -58,6 +54,9 @@ def export_folder(run: str | Path, out: str | Path, license: str, results: str |
     largest = info.nesting_list[-1]
     untrained = f" The backbone's last {model.width - largest} numbers were not trained." * (largest < model.width)
     example_dim = info.nesting_list[(len(info.nesting_list) - 1) // 2]
+    trainable, optim, schedule = config.model.trainable, config.optim, config.optim.schedule
+    names = {"all": "all", "head": "the classifiers"}
+    layers = names.get(trainable, "") if isinstance(trainable, str) else f"{', '.join(trainable)}, classifiers"
     init = config.model.init if config.model.init in ("scratch", "pretrained") else Path(config.model.init).name
     network = f"timm {info.backbone}{', BlurPool' * info.blurpool}{', small stem' * (info.stem_stride != 4)}"
     card = f"""---
@@ -68,7 +67,7 @@ def export_folder(run: str | Path, out: str | Path, license: str, results: str |
 
 This model ({info.backbone}, {method}, trained on {dataset}) embeds images. The first d numbers of an embedding are
 an embedding too, for d = {dims}: cut it to the size that you can afford, then normalize it. The method is
-[Matryoshka Representation Learning](https://arxiv.org/abs/2205.13147).
+[Matryoshka Representation Learning]({PAPER}).
 
 ## Size and accuracy
 
@@ -101,16 +100,17 @@ then minus {info.mean} and divided by {info.std}.
 - Data: {dataset}, {len(info.classes)} classes ({", ".join(info.classes[:3])}, ...)
 - Network: {network}, initial weights: {init}
 - Trained dims: {dims}; {"one shared classifier" if info.tied else "a classifier each"}
-- Recipe: {config.train.epochs} epochs of batch {config.data.batch_size}, learning rate {config.optim.lr}, \
-weight decay {config.optim.weight_decay}, seed {config.run.seed}
+- Trained layers: {layers}
+- Optimizer: {optim.name}, learning rate {optim.lr} ({schedule} schedule), weight decay {optim.weight_decay}
+- Length: {config.train.epochs} epochs of batch {config.data.batch_size}, seed {config.run.seed}
 
 ## License of the weights
 
 `{license}`. The terms of the training images may apply to the weights too.
 """
     new_folder(out)
-    save_model(model, info, out)
-    atomic_write_text(out / "README.md", card)
+    model.card = card
+    model.save_pretrained(out)
     return out
 
 

@@ -314,3 +314,12 @@ def open_vectors(path: str | Path) -> VectorFile:
     if metadata is None or len(vectors) != len(ids) or classes_sha256(ids) != metadata.classes_sha256:
         raise UserError(f"{path}, its .ids.txt and its .json do not belong together; run python -m mrl.embed again")
     return VectorFile(vectors, ids, metadata)
+
+
+def folder_of(name: str) -> str:
+    """Return the name of the folder that holds an image of a `VectorFile`, often its class; "" at the top.
+
+    >>> folder_of("train/cat/1.jpg")
+    'cat'
+    """
+    return Path(name).parent.name

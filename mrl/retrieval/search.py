@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Literal
 
@@ -57,6 +58,8 @@ def exact_search(
         database_rows, query_rows: Vectors in memory at a time.
         progress: Show a progress bar on stderr.
 
+    A prefix that is all zero has no cosine; its score is 0 with any other, and a warning counts such vectors.
+
     Raises:
         UserError: The arguments do not fit each other, or a vector holds NaN or infinity.
     """
@@ -68,6 +71,8 @@ def exact_search(
     queries, database = queries[:, : sizes[-1]], database[:, : sizes[-1]]
     query_parts = [slice(first, min(first + query_rows, num_queries)) for first in range(0, num_queries, query_rows)]
     query_scales = [inverse_norms(_read(queries, part, device), sizes, "query", part.start) for part in query_parts]
+    zero_database = torch.zeros(len(sizes), dtype=torch.int64, device=device)
+    zero_queries = sum(map(_count_zero, query_scales), zero_database)
     if metric == "inner product":
         query_scales = [torch.ones_like(scales) for scales in query_scales]
     best = {dim: Best(num_queries, k, device) for dim in sizes}
@@ -83,6 +88,7 @@ def exact_search(
             indices = _read_chunks(database, starts, gathered).to(device)
             block = gathered.to(device)
             row_scales = inverse_norms(block, sizes, "database", indices)
+            zero_database = zero_database + _count_zero(row_scales[:, : len(indices)])
             if metric == "inner product":
                 row_scales.fill_(1)
             for part, scales in zip(query_parts, query_scales, strict=True):
@@ -94,6 +100,13 @@ def exact_search(
                     best[dim].add(part, scores, scales[size, :, None], indices)
                     done = dim
                 bar.update(len(indices) * len(some))
+    counts = [
+        f"at {dim} dims {of_queries:,} of {num_queries:,} queries and {of_database:,} of {len(database):,} vectors"
+        for dim, of_queries, of_database in zip(sizes, zero_queries.tolist(), zero_database.tolist(), strict=True)
+        if of_queries or of_database
+    ]
+    if counts:
+        warnings.warn(f"prefixes are all zero, which score 0 with any other: {', '.join(counts)}", stacklevel=2)
     found = {dim: best[dim].ordered() for dim in dims}
     return {dim: (indices.cpu().numpy(), scores.cpu().numpy()) for dim, (indices, scores) in found.items()}
 
@@ -120,6 +133,32 @@ def inverse_norms(vectors: Tensor, dims: Sequence[int], name: str, indices: Tens
         position = int(indices[wrong]) if isinstance(indices, Tensor) else indices + wrong
         raise UserError(f"{name} vector {position} holds NaN or infinity, or is too long for float32")
     return squares.sqrt_().clamp_(min=_SMALLEST_NORM).reciprocal_()
+
+
+def _count_zero(scales: Tensor) -> Tensor:
+    return (scales >= 1 / _SMALLEST_NORM).sum(dim=1)
+
+
+def count_zero_prefixes(vectors: np.ndarray, dims: Sequence[int]) -> dict[int, int]:
+    """Return how many vectors ``(N, D)`` are zero in their first ``dim`` coordinates, as ``{dim: count}``, ascending.
+
+    Features after a ReLU are never negative and often zero, so that small prefixes may be all zero.
+    """
+    smallest, *larger = sorted(dims)
+    zero = np.flatnonzero(~np.any(vectors[:, :smallest], axis=1))
+    counts = {smallest: len(zero)}
+    for dim in larger:
+        zero = zero[~np.any(vectors[zero, :dim], axis=1)]
+        counts[dim] = len(zero)
+    return counts
+
+
+def describe_zero_prefixes(vectors: np.ndarray, dims: Sequence[int], what: str = "images") -> str:
+    """Return a sentence that counts the all-zero prefixes of ``what``; an empty one if there are none."""
+    counts = [f"{count:,} at {dim} dims" for dim, count in count_zero_prefixes(vectors, dims).items() if count]
+    if not counts:
+        return ""
+    return f"all-zero prefixes: {', '.join(counts)}, of {len(vectors):,} {what}; at these sizes they have no neighbors"
 
 
 def _blocks(num_rows: int, block_rows: int) -> list[np.ndarray]:

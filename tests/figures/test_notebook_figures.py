@@ -75,7 +75,7 @@ def test_neighbors_of_another_class_are_dashed():
     run = SimpleNamespace(
         classes=("cat", "dog"),
         train=SimpleNamespace(labels=np.array([0, 1, 0])),
-        val=SimpleNamespace(labels=np.array([1, 1, 0])),
+        val=SimpleNamespace(labels=np.array([1, 1, 0]), vectors=np.ones((3, 32))),
         pictures=lambda split, indices: (
             np.ones((len(indices), 4, 4, 3), dtype=np.float32) * indices[:, None, None, None] / 4
         ),
@@ -87,6 +87,10 @@ def test_neighbors_of_another_class_are_dashed():
     assert [axes.get_ylabel() for axes in grid[:, 0]] == ["8 dims", "32 dims"]
     shown = [float(axes.images[0].get_array().mean()) for axes in grid.flat if axes.images]
     assert shown == [0.5, 0.25, 0.5, 0.5, 0]
+    run.val.vectors[2, :8] = 0
+    grid = np.reshape(neighbors_of(run, found, query=1, images=np.array([0, 2])).axes, (2, 3))
+    assert [text.get_text() for text in grid[0, 1].texts] == ["all-zero prefix: no neighbors"]
+    assert [len(axes.images) for axes in grid[:, 1:].flat] == [0, 0, 1, 1]
 
 
 def test_photographs_are_shown_small_and_without_frames_if_captions_are_no_classes():

@@ -25,7 +25,12 @@ def test_an_exported_folder_gives_the_run_s_embeddings(saved_run, folder, images
     model, original = mrl.load(folder), mrl.load(saved_run)
     for dim in original.head.nesting_list:
         assert torch.equal(model.encode(images, dim), original.encode(images, dim))
-    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "model.json", "model.safetensors"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "README.md",
+        "config.json",
+        "model.json",
+        "model.safetensors",
+    ]
 
 
 def test_a_hub_id_gives_the_same_model_as_the_folder(folder, tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from mrl.errors import UserError
-from mrl.retrieval.search import Best, exact_search, pack, unpack
+from mrl.retrieval.search import Best, count_zero_prefixes, describe_zero_prefixes, exact_search, pack, unpack
 
 
 def cosines(queries, database, dim):
@@ -82,6 +82,25 @@ def test_a_database_of_equals_answers_in_order_also_where_all_are_zero(value):
     indices, scores = exact_search(np.ones((3, 4)), np.full((300, 4), value), 5, [4], database_rows=64)[4]
     np.testing.assert_array_equal(indices, np.tile(np.arange(5), (3, 1)))
     np.testing.assert_allclose(scores, value, atol=1e-6)
+
+
+@pytest.mark.parametrize("metric", ["cosine", "inner product"])
+def test_all_zero_prefixes_are_counted_in_a_warning(vectors, metric, recwarn):
+    queries, database = (each.copy() for each in vectors)
+    exact_search(queries, database, 5, [4, 8], metric=metric)
+    assert not recwarn
+    queries[[1, 2], :4], queries[1, :8], database[7, :4] = 0, 0, 0
+    num_queries, num_vectors = f"{len(queries):,}", f"{len(database):,}"
+    counts = f"at 4 dims 2 of {num_queries} queries and 1 of {num_vectors} vectors, "
+    counts += f"at 8 dims 1 of {num_queries} queries and 0 of {num_vectors} vectors"
+    with pytest.warns(UserWarning, match=f"all zero.*: {counts}$"):
+        found = exact_search(queries, database, 5, [4, 8], metric=metric, query_rows=2, database_rows=64)
+    assert not found[8][1][1].any() and found[8][1][2].any()
+    assert count_zero_prefixes(queries, [8, 4]) == {4: 2, 8: 1}
+    assert describe_zero_prefixes(database, [4, 8]) == (
+        f"all-zero prefixes: 1 at 4 dims, of {num_vectors} images; at these sizes they have no neighbors"
+    )
+    assert describe_zero_prefixes(database, [8]) == ""
 
 
 def test_fault_19_the_prefix_is_taken_first_and_normalized_after(vectors):

@@ -1,0 +1,208 @@
+"""Write one HTML page that shows the neighbors of every image at every prefix size.
+
+    python -m mrl.explore --vectors vectors.npy
+    python -m mrl.explore --vectors vectors.npy --map map.safetensors --out explore.html
+    python -m mrl.explore --run runs/digits_mrl
+
+The page is a single file with thumbnails and int8 vectors. It needs no server and requests nothing. The vectors are
+those of python -m mrl.embed, or those of the validation images of a run that eval.py has embedded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import io
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+from torchvision.transforms.v2.functional import to_pil_image
+
+from mrl import adapt
+from mrl.data import cores_per_process
+from mrl.data.folder import decode
+from mrl.data.images import map_ahead
+from mrl.errors import UserError, print_any_name
+from mrl.progress import progress
+from mrl.retrieval.embeddings import folder_of, open_vectors
+from mrl.retrieval.search import count_zero_prefixes, describe_zero_prefixes, exact_search
+from mrl.rundir import atomic_write_text
+from mrl.studies.run import open_run
+
+NEIGHBORS = 12
+THUMBNAIL_PX = 144
+TEMPLATE = Path(__file__).with_suffix(".html")
+
+
+class Collection(NamedTuple):
+    """Images to explore: names, folder or class names and vectors ``(N, D)``, and how to see image i."""
+
+    title: str
+    names: list[str]
+    folders: list[str]
+    vectors: np.ndarray
+    trained: Sequence[int]
+    picture: Callable[[int], Image.Image]
+
+
+def of_vectors(args: argparse.Namespace) -> Collection:
+    """Return the images of a vector file."""
+    file = open_vectors(args.vectors)
+    folder = Path(args.images or file.metadata.dataset)
+    names = [os.fsencode(name).decode(errors="backslashreplace") for name in file.ids]  # JSON takes no others
+
+    def picture(index: int) -> Image.Image:
+        return to_pil_image(decode(str(folder / file.ids[index])))
+
+    trained = [dim for dim in file.metadata.trained_dims if dim <= file.vectors.shape[1]]
+    title = f"{'/'.join(folder.resolve().parts[-2:])} by {Path(file.metadata.run).name}"
+    return Collection(title, names, [folder_of(name) for name in names], file.vectors, trained, picture)
+
+
+def of_run(args: argparse.Namespace) -> Collection:
+    """Return the validation images of a run."""
+    run = open_run(args.run, args.images)
+    folders = [run.classes[label] for label in run.val.labels]
+    names = [f"{folder}, validation image {index}" for index, folder in enumerate(folders)]
+    largest = run.head.nesting_list[-1]
+
+    def picture(index: int) -> Image.Image:
+        [pixels] = run.pictures("val", np.array([index]))
+        return Image.fromarray((255 * pixels).round().astype(np.uint8))
+
+    trained = run.head.nesting_list
+    title = f"{run.source.dataset}, validation images, by {run.source.run}"
+    return Collection(title, names, folders, run.val.vectors[:, :largest], trained, picture)
+
+
+def slider_stops(trained: Sequence[int], width: int) -> list[int]:
+    """Return the sizes of the slider: those trained, and of 2, 3, 4, 6, 8, 12, ... those from half the smallest.
+
+    >>> slider_stops([10, 20, 40], 40)
+    [6, 8, 10, 12, 16, 20, 24, 32, 40]
+    """
+    between = [size << power for size in (2, 3) for power in range(width.bit_length())]
+    return sorted({size for size in between if min(trained) <= 2 * size < 2 * width} | {*trained, width})
+
+
+def int8_codes(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return codes ``(N, D)`` int8 and the step ``(D,)`` float32 of each coordinate: vectors ≈ codes * steps."""
+    steps = np.abs(vectors).max(axis=0) / 127
+    steps = np.where(steps > 0, steps, 1).astype(np.float32)
+    return np.rint(vectors / steps).astype(np.int8), steps
+
+
+def agreement(vectors: np.ndarray, reference: np.ndarray, k: int, dims: Sequence[int]) -> dict[int, float]:
+    """Return the mean share of the ``k`` neighbors by whole ``reference`` vectors that each prefix of others finds."""
+    width = reference.shape[1]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "prefixes are all zero")  # they share nothing
+        true = exact_search(reference, reference, k + 1, [width])[width][0]
+        found = exact_search(vectors, vectors, k + 1, dims)
+    itself = np.arange(len(vectors))[:, None]
+
+    def shared(indices: np.ndarray, has_cosine: np.ndarray) -> float:
+        equal = (indices[:, :, None] == true[:, None, :]) & (indices != itself)[:, :, None]
+        return float((equal.any(axis=2) & has_cosine[:, None]).sum() / (k * len(indices)))
+
+    return {dim: shared(indices, np.any(vectors[:, :dim], axis=1)) for dim, (indices, _) in found.items()}
+
+
+def explore(args: argparse.Namespace) -> None:
+    """Write the page and print where it is."""
+    images = of_run(args) if args.run else of_vectors(args)
+    vectors, trained = images.vectors, list(images.trained)
+    if args.map:
+        mapping = adapt.load(args.map)
+        vectors, trained = mapping(vectors), list(mapping.dims)
+    total, width = vectors.shape
+    if total < 2:
+        raise UserError(f"there is {total} image; an explorer needs 2 or more")
+    chosen = np.arange(total)
+    if total > args.max_images:
+        chosen = np.sort(np.random.default_rng(0).choice(total, args.max_images, replace=False))
+        print(f"{args.max_images:,} of {total:,} images, chosen at random with seed 0; --max_images takes more")
+    vectors = np.asarray(vectors[chosen], dtype=np.float32)
+    if zeros := describe_zero_prefixes(vectors, trained):
+        print(zeros)
+    codes, steps = int8_codes(vectors)
+    stops, k = slider_stops(trained, width), min(NEIGHBORS, len(chosen) - 1)
+    seen = map_ahead(lambda index: thumbnail(images.picture(index)), chosen.tolist(), cores_per_process())
+    thumbnails = list(progress(seen, show=True, total=len(chosen), desc="thumbnails", unit="image"))
+    folders = sorted({images.folders[index] for index in chosen})
+    content = {
+        "title": images.title,
+        "total": total,
+        "names": [images.names[index] for index in chosen],
+        "group": "class" if args.run else "folder",
+        "folders": folders,
+        "folderOf": [folders.index(images.folders[index]) for index in chosen],
+        "thumbnails": thumbnails,
+        "codes": base64.b64encode(codes.tobytes()).decode(),
+        "steps": [float(step) for step in steps],
+        "width": width,
+        "k": k,
+        "stops": stops,
+        "trained": trained,
+        "zeros": [count_zero_prefixes(codes, [dim])[dim] for dim in stops],
+        "agreement": list(agreement(codes * steps, codes * steps, k, stops).values()),
+    }
+    out = Path(args.out or Path(args.run or Path(args.vectors).parent) / "explore.html")
+    data = json.dumps(content, separators=(",", ":")).replace("<", "\\u003c")
+    atomic_write_text(out, TEMPLATE.read_text(encoding="utf-8").replace("{{data}}", data))
+    print(f"{out}: {len(chosen):,} images, {out.stat().st_size / 2**20:.1f} MiB; open it in a browser")
+
+
+def thumbnail(image: Image.Image) -> str:
+    """Return the middle square of an RGB image as WebP in base64; small images are not enlarged."""
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    px = min(side, THUMBNAIL_PX)
+    square = image.resize((px, px), Image.Resampling.LANCZOS, (left, top, left + side, top + side))
+    content = io.BytesIO()
+    square.save(content, "WEBP", quality=75)
+    return base64.b64encode(content.getvalue()).decode()
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse and check the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mrl.explore",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--vectors", metavar="FILE.npy", help="file that python -m mrl.embed wrote")
+    source.add_argument("--run", metavar="DIR", help="a run directory that eval.py has embedded")
+    add("--map", metavar="FILE.safetensors", help="a map that python -m mrl.adapt fitted to such vectors")
+    add("--max_images", type=int, default=2000, help="more are cut to a random choice, always the same; default: 2000")
+    add("--images", metavar="DIR", help="the folder of images, if it was moved")
+    add("--out", metavar="FILE.html", help="the page; default: explore.html beside the vectors or in the run")
+    args = parser.parse_args(argv)
+    if args.max_images < 2:
+        raise UserError(f"--max_images is {args.max_images}; allowed: 2 or more")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write a page from the command line and return the exit status."""
+    print_any_name()
+    try:
+        explore(parse(argv))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

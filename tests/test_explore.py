@@ -1,0 +1,142 @@
+"""The page of mrl.explore, in headless Chromium where it is installed."""
+
+import html
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import mrl
+from mrl import explore
+from mrl.retrieval.embeddings import EmbeddingMetadata, classes_sha256, write_vectors
+from tests.conftest import CHROMIUM
+
+N, WIDTH, TRAINED = 40, 24, [6, 24]
+QUERY, ZERO = 7, 11
+
+
+def write_collection(folder):
+    """Forty images in three folders with random vectors, two of which begin with zeros."""
+    generator = np.random.default_rng(0)
+    ids = [f"{('a', 'é', '<b>')[i % 3]}/{i:02}.png" for i in range(N)]
+    for name in ids:
+        (folder / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(folder / "images" / name)
+    vectors = generator.normal(size=(N, WIDTH)).astype(np.float32)
+    vectors[[ZERO, ZERO + 1], :6] = 0
+    np.save(folder / "computed.npy", vectors)
+    about = EmbeddingMetadata("0", str(folder / "images"), "v", 20, 20, "", False, classes_sha256(ids))
+    about.trained_dims.extend(TRAINED)
+    write_vectors(folder / "computed.npy", folder / "v.npy", ids, about)
+    return ids, vectors
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("collection")
+    ids, vectors = write_collection(folder)
+    assert explore.main(["--vectors", str(folder / "v.npy")]) == 0
+    return folder / "explore.html", ids, vectors
+
+
+def content(path):
+    [data] = re.findall(r'<script type="application/json" id="data">(.*?)</script>', path.read_text())
+    return json.loads(data)
+
+
+def shown(path, address, script=""):
+    """Return the page as Chromium leaves it: {id of an element: its HTML}, and the neighbors [(name, cosine)]."""
+    changed = path.with_name("changed.html")
+    changed.write_text(path.read_text().replace("</body>", f"<script>{script}</script></body>"))
+    options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=2000", "--dump-dom"]
+    command = [CHROMIUM, *options, f"--user-data-dir={path.parent / 'profile'}", f"{changed.as_uri()}#{address}"]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    grid = re.search(r'<div id="neighbors">(.*?)</div>', dom, re.DOTALL)[1]
+    tiles = re.findall(r'data-name="([^"]*)".*?<span[^>]*>([-\d.]+)</span></button>', grid)
+    text = {name: html.unescape(inner) for name, inner in re.findall(r'<d[dt] id="(\w+)">(.*?)</d[dt]>', dom)}
+    return text, [(html.unescape(name), float(cosine)) for name, cosine in tiles], dom
+
+
+def nearest(page, query, dim):
+    """Search the page's own codes exactly, without the query."""
+    path, ids, _ = page
+    data = content(path)
+    codes = np.frombuffer(explore.base64.b64decode(data["codes"]), np.int8).reshape(N, WIDTH)
+    decoded = codes * np.array(data["steps"], np.float32)
+    indices, scores = mrl.exact_search(decoded[[query]], decoded, data["k"] + 1, [dim])[dim]
+    kept = indices[0] != query
+    return [(ids[i], round(float(score), 4)) for i, score in zip(indices[0][kept], scores[0][kept], strict=True)]
+
+
+@pytest.mark.chromium
+def test_the_neighbors_of_a_hash_are_those_of_exact_search_and_so_are_the_counts(page):
+    path, ids, _ = page
+    text, neighbors, dom = shown(path, f"dims=6&image={ids[QUERY]}")
+    expected = nearest(page, QUERY, 6)
+    assert [name for name, _ in neighbors] == [name for name, _ in expected] and len(neighbors) == 12
+    np.testing.assert_allclose([c for _, c in neighbors], [c for _, c in expected], atol=1e-4)
+    kept = {name for name, _ in expected} & {name for name, _ in nearest(page, QUERY, WIDTH)}
+    same_folder = [name for name, _ in expected if Path(name).parent == Path(ids[QUERY]).parent]
+    assert text["kept"] == f"{len(kept)} of 12" and text["right"] == f"{len(same_folder)} of 12"
+    assert (text["dims"], text["of"], text["bytes"], text["share"]) == ("6", "of 24 dims", "6", "bytes per vector, 25%")
+    assert dom.count('class="tile kept"') == 2 * len(kept)  # among the neighbors and in the strip below
+
+
+@pytest.mark.chromium
+def test_slider_search_and_click_change_the_neighbors_and_a_zero_prefix_is_said(page):
+    path, ids, _ = page
+    script = f"""
+        $("text").value = "{ids[QUERY][-6:]}"; $("text").oninput(); $("matches").querySelector("button").click();
+        $("size").value = {content(path)["stops"].index(24)}; $("size").dispatchEvent(new Event("input"));"""
+    text, neighbors, dom = shown(path, f"dims=6&image={ids[ZERO]}", script)
+    assert text["dims"] == "24" and text["kept"] == "12 of 12"
+    assert [name for name, _ in neighbors] == [name for name, _ in nearest(page, QUERY, 24)]
+    assert re.search(r'<p id="note" hidden', dom)
+    first = 'dispatchEvent(new KeyboardEvent("keydown", {key: "ArrowRight"}))'
+    text, neighbors, dom = shown(path, f"dims=6&image={ids[ZERO]}")
+    assert not neighbors and text["kept"] == "0 of 12" and "2 of 40 images are like this" in dom
+    text, neighbors, _ = shown(path, f"dims=6&image={ids[QUERY]}", f'{first}; $("neighbors").lastChild.click()')
+    last = nearest(page, QUERY, 8)[-1][0]
+    assert text["dims"] == "8" and neighbors[0] == pytest.approx(nearest(page, ids.index(last), 8)[0])
+
+
+def test_codes_are_within_half_a_step_of_the_vectors_and_agreement_reaches_one(page):
+    path, _, vectors = page
+    codes, steps = explore.int8_codes(vectors)
+    assert codes.dtype == np.int8 and (np.abs(codes * steps - vectors) <= steps * 0.5001).all()
+    agreement = dict(zip(content(path)["stops"], content(path)["agreement"], strict=True))
+    assert agreement[WIDTH] == 1 and agreement[3] < agreement[12] < 1
+
+
+def test_the_page_asks_for_nothing_and_holds_any_name(page):
+    path, ids, _ = page
+    text = path.read_text()
+    assert "default-src 'none'; img-src data:" in text
+    assert not re.search(
+        r"https?:|@import|url\(|fetch\(|<script[^>]* src=", text.replace(json.dumps(content(path)), "")
+    )
+    data = content(path)
+    assert data["names"] == ids and data["folders"] == ["<b>", "a", "é"]
+    assert text.count("</script>") == 2
+
+
+def test_a_page_is_kept_small_by_a_seeded_choice(tmp_path, capsys):
+    ids, _ = write_collection(tmp_path)
+    chosen = []
+    for out in ("1.html", "2.html"):
+        argv = ["--vectors", str(tmp_path / "v.npy"), "--max_images", "9", "--out", str(tmp_path / out)]
+        assert explore.main(argv) == 0
+        assert "9 of 40 images, chosen at random with seed 0" in capsys.readouterr().out
+        chosen.append(content(tmp_path / out)["names"])
+    assert chosen[0] == chosen[1] == sorted(chosen[0], key=ids.index) and len(set(chosen[0])) == 9
+    assert explore.main(["--vectors", str(tmp_path / "v.npy"), "--max_images", "1"]) == 2
+    assert "--max_images is 1; allowed: 2 or more" in capsys.readouterr().err
+
+
+def test_the_slider_offers_the_trained_sizes_and_others_from_half_the_smallest():
+    assert explore.slider_stops([10, 20, 40], 40) == [6, 8, 10, 12, 16, 20, 24, 32, 40]
+    assert explore.slider_stops([1], 1) == [1]
