@@ -17,17 +17,17 @@ FLOORS = [
     ("adapt",),
     ("studies",),
     ("figures", "interop"),
-    ("train", "eval", "export", "embed", "search"),
+    ("train", "eval", "export", "embed", "search", "explore"),
 ]
 # Lines of Python in each folder (not its subfolders). Raise a number only for a new idea.
 BUDGETS = {
     ".": 530,
-    "mrl": 2730,
+    "mrl": 2970,
     "mrl/data": 1810,
     "mrl/training": 810,
-    "mrl/retrieval": 870,
+    "mrl/retrieval": 910,
     "mrl/studies": 2460,
-    "mrl/figures": 1060,
+    "mrl/figures": 1070,
     "mrl/interop": 1230,
     "experiments": 820,
     "benchmarks": 1170,
