@@ -32,6 +32,7 @@ $(VENV)/ready-extras: requirements-extras.txt $(VENV)/ready-dev
 
 demo: $(VENV)/ready ## install, train 15 small models on handwritten digits, evaluate, draw the paper's figure (CPU, minutes)
 	$(BIN)/python -m experiments.reproduce --grid experiments/grids/digits.yaml --runs runs/digits --jobs 2
+	$(BIN)/python -m mrl.explore --run runs/digits/mrl_seed0
 
 notebooks: $(VENV)/ready ## train two models on handwritten digits, and execute the notebooks on them, in place
 	$(PIP) -r requirements-notebooks.txt
