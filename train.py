@@ -1,10 +1,11 @@
 """Train a backbone with a nested head: MRL, MRL-E, a fixed-feature model or a plain classifier.
 
-    python train.py --config digits_mrl.yaml                                # a minute on a laptop, no download
-    python train.py --config resnet50_ff.yaml --data.root DIR --head.nesting_list '[64]' --run.name resnet50_ff64
+    python train.py --config digits_mrl.yaml                              # a minute on a laptop, no download
+    python train.py --config finetune_mrl_cpu.yaml --data.root DIR        # your photographs; finetune_mrl for a GPU
     torchrun --nproc_per_node=8 train.py --config resnet50_mrl.yaml --data.root DIR
 
-Fills the run directory <run.dir>/<run.name>. Stop it with Ctrl-C; resume it with --run.resume auto.
+Fills the run directory <run.dir>/<run.name>. Stop it with Ctrl-C; resume it with --run.resume auto. Other recipes are in
+configs/; any setting below may follow, e.g. --run.name mine.
 """
 
 from __future__ import annotations

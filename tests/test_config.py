@@ -55,7 +55,12 @@ def test_help_keeps_the_lines_of_the_examples(capsys):
     with pytest.raises(SystemExit):
         parse_command_line(["--help"], str(train.__doc__))
     lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
-    assert "torchrun --nproc_per_node=8 train.py --config resnet50_mrl.yaml --data.root DIR" in lines
+    examples = [line.partition("#")[0].strip() for line in lines[:8] if "train.py --config" in line]
+    assert examples == [
+        "python train.py --config digits_mrl.yaml",
+        "python train.py --config finetune_mrl_cpu.yaml --data.root DIR",
+        "torchrun --nproc_per_node=8 train.py --config resnet50_mrl.yaml --data.root DIR",
+    ]
 
 
 def test_every_field_is_explained_in_help(capsys):
