@@ -4,8 +4,8 @@
     python train.py --config finetune_mrl_cpu.yaml --data.root DIR        # your photographs; finetune_mrl for a GPU
     torchrun --nproc_per_node=8 train.py --config resnet50_mrl.yaml --data.root DIR
 
-Fills the run directory <run.dir>/<run.name>. Stop it with Ctrl-C; resume it with --run.resume auto. Other recipes are in
-configs/; any setting below may follow, e.g. --run.name mine.
+Fills the run directory <run.dir>/<run.name>. Stop it with Ctrl-C; resume it with --run.resume auto. configs/ has the
+other recipes. Any setting below may follow, e.g. --run.name mine.
 """
 
 from __future__ import annotations

@@ -101,8 +101,8 @@ def embed_folder(args: argparse.Namespace, process: Process) -> None:
         trained = {size for size in info.nesting_list if size < dim}
         if zeros := describe_zero_prefixes(open_vectors(out).vectors, [*trained, dim]):
             print(zeros)
-        how = f", computed by {engines[0]}" if engines else ""  # a pass that was killed at its end computes nothing
-        print(f"{out}: {len(ids):,} images x {dim} dims, length 1{how}; ids beside it{describe_left_out(left_out)}")
+        by = f", computed by {engines[0]}" if engines else ""  # a pass that was killed at its end computes nothing
+        print(f"{out}: {len(ids):,} images x {dim} dims, length 1{by}; ids beside it{describe_left_out(left_out)}")
 
 
 def list_images(folder: Path) -> tuple[list[str], LeftOut]:

@@ -223,7 +223,8 @@ def test_embed_gives_the_vectors_of_encode_with_any_engine(
     out = tmp_path / "v.npy"
     argv = ["--run", saved_run, "--images", pictures.folder, "--out", out, "--num_workers", 0]
     assert embed.main([str(word) for word in argv]) == 0
-    assert f"computed by {'ONNX Runtime' if with_onnx_runtime else 'PyTorch'};" in capsys.readouterr().out
+    name = "ONNX Runtime" if with_onnx_runtime else "PyTorch"
+    assert f"computed by {name};" in capsys.readouterr().out
     model, found = mrl.load(saved_run), open_vectors(out)
     order = [[str(path.relative_to(pictures.folder)) for path in pictures.paths].index(name) for name in found.ids]
     images = torch.stack([model.preprocess(pictures.images[index]) for index in order])
