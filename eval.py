@@ -94,7 +94,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="N",
         help="use N evenly spread queries in all retrieval studies, which is faster; default: all queries",
     )
-    add("--batch_size", type=int, default=256, help="images at a time on each process; default: 256")
+    add("--batch_size", type=int, help="images at a time on each process; default: 256 on a GPU, 32 on a CPU")
     add(
         "--precision",
         choices=("fp32", "bf16"),

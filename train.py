@@ -1,16 +1,18 @@
 """Train a backbone with a nested head: MRL, MRL-E, a fixed-feature model or a plain classifier.
 
-    python train.py --config digits_mrl.yaml                                # a minute on a laptop, no download
-    python train.py --config resnet50_ff.yaml --data.root DIR --head.nesting_list '[64]' --run.name resnet50_ff64
+    python train.py --config digits_mrl.yaml                              # a minute on a laptop, no download
+    python train.py --config finetune_mrl_cpu.yaml --data.root DIR        # your photographs; finetune_mrl for a GPU
     torchrun --nproc_per_node=8 train.py --config resnet50_mrl.yaml --data.root DIR
 
-Fills the run directory <run.dir>/<run.name>. Stop it with Ctrl-C; resume it with --run.resume auto.
+Fills the run directory <run.dir>/<run.name>. Stop it with Ctrl-C; resume it with --run.resume auto. configs/ has the
+other recipes. Any setting below may follow, e.g. --run.name mine.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import signal
 import sys
 import time
@@ -26,7 +28,7 @@ from mrl import distributed
 from mrl.config import Config, parse_command_line, to_yaml
 from mrl.data import BACKENDS, build_data
 from mrl.data.images import EvalImages
-from mrl.data.transforms import eval_indices, train_indices
+from mrl.data.transforms import cut_batch, eval_indices, train_indices
 from mrl.distributed import Process
 from mrl.errors import UserError
 from mrl.matryoshka import check_weights, nested_cross_entropy
@@ -68,10 +70,12 @@ def train(config: Config, process: Process) -> int:
     crop_seed = seed if config.train.cache_seed is None else config.train.cache_seed
     images: dict[str, Any] = dict(build_data(config.data, crop_seed, device, process.is_main))
     unreadable = [reason for part in images.values() for reason in part.unreadable]
+    held_out = images["val"].held_out
     num_images, classes = len(images["train"]), images["train"].classes
     data_seen = {"num_images": num_images, "classes": classes, "backend": BACKENDS[type(images["train"])]}
-    accumulation_steps, batch_size = config.train.accumulation_steps, config.data.batch_size
+    accumulation_steps = config.train.accumulation_steps
     split = (process.rank, process.world_size, accumulation_steps)
+    batch_size = cut_batch(config.data.batch_size, num_images, config.data.min_steps_per_epoch, *split[1:])
     micro_batch_size = len(train_indices(num_images, batch_size, seed, 0, *split)[0])
     steps_per_epoch = num_images // batch_size
     total_steps = config.train.epochs * steps_per_epoch
@@ -123,6 +127,8 @@ def train(config: Config, process: Process) -> int:
         open_run(directory, to_yaml(config))
         if unreadable:
             atomic_write_text(directory / "unreadable.txt", "\n".join(unreadable) + "\n")
+        if held_out is not None:
+            atomic_write_text(directory / "held_out.json", json.dumps(held_out, indent=0) + "\n")
 
     with (
         hold(directory) if process.is_main else contextlib.nullcontext(),
@@ -140,6 +146,11 @@ def train(config: Config, process: Process) -> int:
             f"steps {step} to {total_steps}, {steps_per_epoch} an epoch; {batch_size} images a step = "
             f"{process.world_size} processes x {accumulation_steps} micro-batches x {micro_batch_size}"
         )
+        if batch_size < config.data.batch_size:
+            tracker.log_line(
+                f"batch cut from {config.data.batch_size} to {batch_size} images, so that an epoch of {num_images:,} "
+                f"images has {config.data.min_steps_per_epoch} steps or more"
+            )
         if warmup_epochs < optim.warmup_epochs:
             tracker.log_line(f"warm-up shortened from {optim.warmup_epochs:g} to {warmup_epochs:g} epochs")
         if head_kept:
@@ -263,6 +274,7 @@ def describe(config: Config, model: MatryoshkaClassifier, classes: list[str]) ->
         mean=config.data.mean,
         std=config.data.std,
         exif_rotation=config.data.exif_rotation,
+        interpolation=config.data.interpolation,
     )
 
 

@@ -28,11 +28,11 @@ from mrl.config import parse_command_line
 from mrl.data.memory import MemoryImages
 from mrl.data.transforms import Transform, train_indices
 from mrl.distributed import Process
-from mrl.engine import fast_forward
+from mrl.engine import fast_forward, good_batch_size
 from mrl.matryoshka import nested_cross_entropy
 from mrl.model import MatryoshkaClassifier, build_backbone, build_model, freeze
 from mrl.rundir import provenance
-from mrl.training.frozen import TRUNK_BATCH_SIZE, Trunk, TrunkCache, split_frozen
+from mrl.training.frozen import Trunk, TrunkCache, split_frozen
 
 CASES = [
     ("resnet50", "head"),
@@ -75,7 +75,7 @@ def engines(trunk: Trunk, images: Tensor, repeats: int) -> tuple[dict[str, float
     forwards: dict[str, Callable[[Tensor], Tensor]] = {"PyTorch": trunk}
     fast, name = fast_forward(trunk, images[:2])
     forwards |= {name: fast, "torch.compile, frozen weights": torch.compile(copy.deepcopy(trunk))}
-    batches = images.to(memory_format=torch.channels_last).split(TRUNK_BATCH_SIZE)
+    batches = images.to(memory_format=torch.channels_last).split(good_batch_size(images.device))
     with torch.inference_mode():
         expected = trunk(batches[0])
         differences = {

@@ -79,6 +79,10 @@ class DataConfig:
     needed."""
     root: str | None = None
     """Folder that holds train/ and val/, or train.beton and val.beton. Not used by digits."""
+    val_share: float = 0.0
+    """If data.root has no val/, hold out this share of the images of each class for validation; the classes may then
+    also lie in data.root itself, without train/. Which images these are depends on their names alone, and held_out.json
+    in the run directory lists them. Above 0 for data.name folder only. 0: val/ must be there."""
     backend: Literal["auto", "memory", "folder", "ffcv"] = "auto"
     """memory: decode every image once and keep it on the device at data.eval_resize_px square. folder: decode in worker
     processes as needed. ffcv: read train.beton and val.beton (python -m mrl.data.write_ffcv) in threads. auto: memory
@@ -98,12 +102,16 @@ class DataConfig:
     batch_size: int = 1024
     """Images per optimizer step, over all processes together (global). Divisible by processes x
     train.accumulation_steps."""
+    min_steps_per_epoch: int = 1
+    """A data.batch_size with which an epoch has fewer steps than this is cut, at the same learning rate; a line says
+    so."""
     num_workers: int | None = None
     """Decoding processes (folder backend) or threads (ffcv) per training process. Default: the CPU cores this
-    process may use."""
+    process may use, without a GPU a quarter of them, and the network computes with the others."""
     train_px: int | list[tuple[int, int]] = field(default_factory=lambda: [(0, 160), (32, 192)])
     """Side of training images in pixels: one number, or pairs of first epoch and pixels, e.g. [[0, 160], [32, 192]] for
-    160 px, then 192 px from epoch 32 on."""
+    160 px, then 192 px from epoch 32 on. Default: that of the weights in model.init (timm's of the backbone for
+    pretrained and weights files), else the paper's."""
     crop_scale: tuple[float, float] = (0.08, 1.0)
     """Random resized crop: smallest and largest share of the image's area."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
@@ -120,9 +128,11 @@ class DataConfig:
     cutmix: float = 0.0
     """Alpha of cutmix (timm); 0 is off. With both on, each batch uses one of the two with equal probability."""
     eval_resize_px: int = 256
-    """Evaluation: shorter side after resizing, in pixels."""
+    """Evaluation: shorter side after resizing, in pixels. Default: as data.mean, in proportion to data.eval_px."""
     eval_px: int = 224
-    """Evaluation: side of the center crop, in pixels."""
+    """Evaluation: side of the center crop, in pixels. Default: as data.mean."""
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    """How images are resized for evaluation, and by the folder backend for training. Default: as data.mean."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     """Per-channel mean for normalization, on the scale 0 to 1. Default: that of the weights in model.init (of a run, or
     timm's of the backbone for pretrained and weights files), else ImageNet's."""
@@ -132,6 +142,10 @@ class DataConfig:
     def __post_init__(self) -> None:
         _require_utf_8("data.root", self.root)
         _require(0 <= self.max_unreadable < 1, "data.max_unreadable", self.max_unreadable, "0 to below 1")
+        allowed = "0 to below 1" if self.name == "folder" else f"0 with data.name {self.name}"
+        possible = 0 <= self.val_share < 1 and (self.name == "folder" or self.val_share == 0)
+        _require(possible, "data.val_share", self.val_share, allowed)
+        _require(self.min_steps_per_epoch >= 1, "data.min_steps_per_epoch", self.min_steps_per_epoch, "1 or more")
         _expand(self, "root")
         _require(self.root != "", "data.root", self.root, "the folder that holds train/ and val/")
         _require(self.batch_size >= 1, "data.batch_size", self.batch_size, "1 or more")
@@ -416,8 +430,10 @@ def _parse(description: str, argv: Sequence[str]) -> Config:
         parser.add_class_arguments(section, name)
     try:
         namespace = parser.parse_args(argv)
-        if own := normalization_of(namespace.model.backbone, namespace.model.init):
-            parser.set_defaults({"data.mean": own[0], "data.std": own[1]})
+        if found := images_of_weights(namespace.model.backbone, namespace.model.init):
+            parser.set_defaults({f"data.{key}": value for key, value in found.items()})
+            shrink = parser.parse_args(argv).data.eval_px / found["eval_px"]
+            parser.set_defaults({"data.eval_resize_px": round(shrink * found["eval_resize_px"])})
             namespace = parser.parse_args(argv)
         namespace = parser.instantiate(namespace)
     except ArgumentError as error:
@@ -456,18 +472,25 @@ def _as_yaml(argv: Sequence[str], message: str) -> str:
     return ""
 
 
-def normalization_of(backbone: str, init: str) -> tuple[Sequence[float], Sequence[float]] | None:
-    """Return mean and std of the images that the weights in ``model.init`` were trained on; None if that is not known.
+def images_of_weights(backbone: str, init: str) -> dict[str, Any]:
+    """Return the settings of `DataConfig` with which the weights in ``model.init`` were trained; {} if not known.
 
     Those of a run are in its model.json, those of timm's and other weights files in timm's description of the backbone.
     """
     if init == "scratch":
-        return None
+        return {}
     try:
         if Path(init).is_dir():
             info = json.loads((Path(init) / "model.json").read_text())
-            return info["mean"], info["std"]
+            sizes = {"eval_px": info["crop_px"], "eval_resize_px": info["resize_px"]}
+            interpolation = info.get("interpolation", "bilinear")
+            return {"mean": info["mean"], "std": info["std"], "interpolation": interpolation, **sizes}
         described = timm.get_pretrained_cfg(backbone)
-        return None if described is None else (described.mean, described.std)
+        if described is None:
+            return {}
+        px, interpolation = described.input_size[-1], described.interpolation
+        sizes = {"train_px": px, "eval_px": px, "eval_resize_px": math.floor(px / described.crop_pct)}
+        interpolation = "bilinear" if interpolation == "bilinear" else "bicubic"
+        return {"mean": described.mean, "std": described.std, "interpolation": interpolation, **sizes}
     except (OSError, ValueError, KeyError, RuntimeError):  # such a run or backbone is refused when the model is built
-        return None
+        return {}

@@ -31,7 +31,9 @@ from mrl.data.folder import (
     leave_out_unreadable,
 )
 from mrl.distributed import Process
+from mrl.engine import FastForward, good_batch_size
 from mrl.errors import UserError
+from mrl.matryoshka import unit_prefix
 from mrl.model import load
 from mrl.retrieval.embeddings import (
     EmbeddingMetadata,
@@ -43,6 +45,7 @@ from mrl.retrieval.embeddings import (
     write_vectors,
 )
 from mrl.retrieval.search import describe_zero_prefixes
+from mrl.training.frozen import Trunk
 
 
 def embed_folder(args: argparse.Namespace, process: Process) -> None:
@@ -54,11 +57,10 @@ def embed_folder(args: argparse.Namespace, process: Process) -> None:
     dim = model.head.nesting_list[-1] if args.dim is None else args.dim
     if not 1 <= dim <= model.width:
         raise UserError(f"--dim is {dim}; allowed: 1 to {model.width}, preferably one of {list(info.nesting_list)}")
-    workers = cores_per_process() if args.num_workers is None else args.num_workers
     ids, left_out = list_images(folder)
     if args.max_unreadable > 0:
         listed = ImageList([str(folder / name) for name in ids], torch.zeros(len(ids)), [], left_out)
-        how = args.max_unreadable, info.exif_rotation, workers
+        how = args.max_unreadable, info.exif_rotation, cores_per_process()
         listed, reasons = leave_out_unreadable(listed, str(folder), *how, show_progress=process.is_main)
         ids, left_out = [path[len(str(folder)) + 1 :] for path in listed.paths], listed.left_out
         if process.is_main:
@@ -73,6 +75,7 @@ def embed_folder(args: argparse.Namespace, process: Process) -> None:
         resize_px=info.resize_px,
         crop_px=info.crop_px,
         normalization=f"mean {info.mean}, std {info.std}",
+        interpolation=info.interpolation,
         flip=False,
         classes_sha256=classes_sha256(ids),
         files_sha256=files,
@@ -83,18 +86,23 @@ def embed_folder(args: argparse.Namespace, process: Process) -> None:
         print(f"{out} already holds the vectors of these {len(ids):,} images by this model")
         return
     model.to(process.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    images = evaluated_images([str(folder / name) for name in ids], info, process.device, workers)
+    model.warn_if_untrained(dim)
+    images = evaluated_images([str(folder / name) for name in ids], info, process.device, args.num_workers)
     unfinished = out.with_name(f"{out.name}.unfinished")
     if args.force and process.is_main:
         shutil.rmtree(unfinished, ignore_errors=True)
-    embed_split(unfinished, metadata, images, lambda batch: model.encode(batch, dim), dim, process, args.batch_size)
+    engines: list[str] = []
+    forward = FastForward(Trunk(model.backbone, whole=True), len(ids), engines.append)
+    batch_size = args.batch_size or good_batch_size(process.device)
+    embed_split(unfinished, metadata, images, lambda batch: unit_prefix(forward(batch), dim), dim, process, batch_size)
     if process.is_main:
         write_vectors(unfinished / "vectors.npy", out, ids, metadata)
         shutil.rmtree(unfinished)
         trained = {size for size in info.nesting_list if size < dim}
         if zeros := describe_zero_prefixes(open_vectors(out).vectors, [*trained, dim]):
             print(zeros)
-        print(f"{out}: {len(ids):,} images x {dim} dims, length 1; ids beside it{describe_left_out(left_out)}")
+        by = f", computed by {engines[0]}" if engines else ""  # a pass that was killed at its end computes nothing
+        print(f"{out}: {len(ids):,} images x {dim} dims, length 1{by}; ids beside it{describe_left_out(left_out)}")
 
 
 def list_images(folder: Path) -> tuple[list[str], LeftOut]:
@@ -133,8 +141,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--images", required=True, metavar="DIR", help="a folder of images, at any depth")
     parser.add_argument("--dim", type=int, help="prefix size; default: the largest trained one")
     parser.add_argument("--out", required=True, metavar="FILE.npy", help="file for the vectors")
-    parser.add_argument("--batch_size", type=int, default=256, help="images at a time on each process; default: 256")
-    parser.add_argument("--num_workers", type=int, help="processes that decode images; default: number of cores")
+    parser.add_argument(
+        "--batch_size", type=int, help="images at a time on each process; default: 256 on a GPU, 32 on a CPU"
+    )
+    parser.add_argument(
+        "--num_workers",
+        type=int,
+        help="processes that decode images; default: the number of cores, without a GPU a quarter of it",
+    )
     parser.add_argument(
         "--max_unreadable",
         type=float,
@@ -143,7 +157,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--force", action="store_true", help="compute vectors anew that are there already")
     args = parser.parse_args(argv)
-    if args.batch_size < 1:
+    if args.batch_size is not None and args.batch_size < 1:
         raise UserError(f"--batch_size is {args.batch_size}; allowed: 1 or more")
     if args.num_workers is not None and args.num_workers < 0:
         raise UserError(f"--num_workers is {args.num_workers}; allowed: 0 or more")

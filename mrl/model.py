@@ -59,6 +59,7 @@ class ModelInfo:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     exif_rotation: str = "ignore"  # of models that were saved before this key
+    interpolation: str = "bilinear"
     format_version: int = FORMAT_VERSION
 
 
@@ -105,14 +106,18 @@ class MatryoshkaClassifier(
             UserError: ``dim`` is not between 1 and the width.
         """
         dim = self.head.nesting_list[-1] if dim is None else dim
-        if dim <= self.width and dim not in self.head.nesting_list:
-            warnings.warn(f"{dim} dims were not trained; trained are {list(self.head.nesting_list)}", stacklevel=3)
+        self.warn_if_untrained(dim)
         was_training = self.training
         self.eval()
         try:
             return unit_prefix(self.embed(images), dim)
         finally:
             self.train(was_training)
+
+    def warn_if_untrained(self, dim: int) -> None:
+        """Warn if ``dim`` is a prefix size that was not trained."""
+        if dim <= self.width and dim not in self.head.nesting_list:
+            warnings.warn(f"{dim} dims were not trained; trained are {list(self.head.nesting_list)}", stacklevel=4)
 
     @property
     def preprocess(self) -> v2.Compose:
@@ -127,7 +132,7 @@ class MatryoshkaClassifier(
                 partial(_upright_rgb, exif_rotation=self.info.exif_rotation),
                 v2.ToImage(),
                 v2.RGB(),
-                v2.Resize(self.info.resize_px, antialias=True),
+                v2.Resize(self.info.resize_px, v2.InterpolationMode(self.info.interpolation), antialias=True),
                 v2.CenterCrop(self.info.crop_px),
                 v2.ToDtype(torch.float32, scale=True),
                 v2.Normalize(self.info.mean, self.info.std),

@@ -35,7 +35,7 @@ RESUME_OVERRIDABLE = {
 
 
 # Settings that a run of before them was trained with, where that is not the default.
-OLD_SETTINGS = {"data.exif_rotation": "ignore"}
+OLD_SETTINGS = {"data.exif_rotation": "ignore", "data.interpolation": "bilinear"}
 
 
 def atomic_write(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
@@ -130,7 +130,7 @@ def open_run(directory: Path, config_yaml: str) -> None:
         atomic_write_text(directory / "config.yaml", config_yaml)
         if not checkpoint_path(directory).exists():  # drop what a run left that ended before its first checkpoint
             (directory / "metrics.jsonl").write_text("")
-            for name in ("wandb_id", "unreadable.txt"):
+            for name in ("wandb_id", "unreadable.txt", "held_out.json"):
                 (directory / name).unlink(missing_ok=True)
 
 

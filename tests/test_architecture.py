@@ -21,16 +21,16 @@ FLOORS = [
 ]
 # Lines of Python in each folder (not its subfolders). Raise a number only for a new idea.
 BUDGETS = {
-    ".": 530,
-    "mrl": 2970,
-    "mrl/data": 1810,
+    ".": 545,
+    "mrl": 3045,
+    "mrl/data": 1920,
     "mrl/training": 810,
     "mrl/retrieval": 910,
     "mrl/studies": 2460,
     "mrl/figures": 1070,
     "mrl/interop": 1230,
     "experiments": 820,
-    "benchmarks": 1170,
+    "benchmarks": 1285,
 }
 FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names}
 AT_USE_ONLY = {

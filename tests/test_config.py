@@ -23,9 +23,9 @@ from train import describe, make_model
 
 FIELDS = """
 run: name dir seed resume
-data: name root backend num_classes missing_classes max_unreadable exif_rotation batch_size num_workers
-      train_px crop_scale crop_ratio flip
-      rand_augment random_erasing mixup cutmix eval_resize_px eval_px mean std
+data: name root val_share backend num_classes missing_classes max_unreadable exif_rotation batch_size
+      min_steps_per_epoch num_workers train_px crop_scale crop_ratio flip
+      rand_augment random_erasing mixup cutmix eval_resize_px eval_px interpolation mean std
 model: backbone init blurpool stem_stride trainable kwargs
 head: nesting_list tied weights
 optim: name lr momentum weight_decay layer_decay warmup_epochs schedule clip_norm
@@ -55,7 +55,12 @@ def test_help_keeps_the_lines_of_the_examples(capsys):
     with pytest.raises(SystemExit):
         parse_command_line(["--help"], str(train.__doc__))
     lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
-    assert "torchrun --nproc_per_node=8 train.py --config resnet50_mrl.yaml --data.root DIR" in lines
+    examples = [line.partition("#")[0].strip() for line in lines[:8] if "train.py --config" in line]
+    assert examples == [
+        "python train.py --config digits_mrl.yaml",
+        "python train.py --config finetune_mrl_cpu.yaml --data.root DIR",
+        "torchrun --nproc_per_node=8 train.py --config resnet50_mrl.yaml --data.root DIR",
+    ]
 
 
 def test_every_field_is_explained_in_help(capsys):

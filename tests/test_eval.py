@@ -18,8 +18,9 @@ import eval as script  # not `eval`, which is Python's own
 from mrl import explore
 from mrl.config import Config, DataConfig, HeadConfig, RunConfig, to_yaml
 from mrl.data import build_data
+from mrl.data.memory import MemoryImages
 from mrl.errors import UserError
-from mrl.model import MatryoshkaClassifier, ModelInfo, build_backbone, build_model, load, save_model
+from mrl.model import ModelInfo, build_backbone, build_model, load, save_model
 from mrl.results import read_rows, write_rows
 from mrl.studies import run as run_module
 
@@ -177,16 +178,16 @@ def test_a_study_that_fails_loses_no_rows_of_the_runs_before(runs, monkeypatch, 
 def test_ctrl_c_is_one_line_and_the_same_command_resumes(tmp_path, monkeypatch, capsys):
     run = make_run(tmp_path / "mrl", (8, 16, 32))
     monkeypatch.setattr(script, "run_studies", lambda *arguments: [])
-    whole, batches = MatryoshkaClassifier.embed, []
+    whole, batches = MemoryImages._center_crops, []
 
-    def embed(self, images):
+    def read(self, indices):
         if len(batches) == 2:
             batches.append(0)
             raise KeyboardInterrupt
-        batches.append(len(images))
-        return whole(self, images)
+        batches.append(len(indices))
+        return whole(self, indices)
 
-    monkeypatch.setattr(MatryoshkaClassifier, "embed", embed)
+    monkeypatch.setattr(MemoryImages, "_center_crops", read)
     assert script.main(["--runs", run]) == 130
     assert "the same command" in capsys.readouterr().err.splitlines()[-1]
     assert script.main(["--runs", run]) == 0

@@ -20,12 +20,13 @@ from mrl.data.folder import (
     LeftOut,
     describe_left_out,
     leave_out_unreadable,
+    list_and_hold_out,
     list_images,
     shown,
     unicode_name,
 )
 from mrl.data.imagenet import list_imagenet
-from mrl.data.images import Images
+from mrl.data.images import Images, cores_per_process, default_workers
 from mrl.data.memory import DIGIT_CLASSES, MemoryImages, check_memory, decode_images, load_digits
 from mrl.data.transforms import Transform
 from mrl.errors import UserError
@@ -40,10 +41,12 @@ def build_data(
     is_main: bool = True,
     splits: Sequence[str] = ("train", "val"),
     classes: Sequence[str] | None = None,
+    held_out: Sequence[str] | None = None,
 ) -> dict[str, Images]:
     """Return the ``splits`` that ``data`` describes; the main process prints one line about them.
 
     Labels are positions in ``classes``, those of a trained model; by default in the classes of the first split.
+    ``held_out`` are the images that a trained model was validated on; see `mrl.data.folder.list_and_hold_out`.
 
     Raises:
         UserError: Files are missing, an image cannot be read, the classes are not as expected, or the backend cannot
@@ -62,7 +65,7 @@ def build_data(
         )
     shared = {field.name for field in dataclasses.fields(Transform)} - {"seed"}
     transform = Transform(seed, **{name: getattr(data, name) for name in shared})
-    num_workers = cores_per_process() if data.num_workers is None else data.num_workers
+    num_workers = default_workers(device) if data.num_workers is None else data.num_workers
     images: dict[str, Images] = {}
     left_out = LeftOut()
     if data.name == "digits":
@@ -76,7 +79,9 @@ def build_data(
         images |= {split: FFCVImages(file, transform, device, num_threads) for split, file in files.items()}
         reason += f", {num_threads} threads"
     else:
-        lists = list_splits(data, splits, is_main)
+        lists = list_splits(data, splits, is_main, held_out)
+        start = len(str(Path(str(data.root)))) + 1
+        held_out = [path[start:] for path in lists["val"].paths] if holds_out(data) and "val" in lists else None
         left_out = align_classes(lists, data, classes)
         unreadable: dict[str, list[str]] = {}
         for split in splits:
@@ -89,13 +94,16 @@ def build_data(
         left_out += sum((found.left_out for found in lists.values()), LeftOut())
         if backend == "memory":
             check_memory(sum(len(found.paths) for found in lists.values()), data.eval_resize_px, device)
-            how = data.eval_resize_px, data.exif_rotation, cores_per_process()
+            how = data.eval_resize_px, data.interpolation, data.exif_rotation, cores_per_process()
             for split, (paths, labels, names, _) in lists.items():
                 decoded = decode_images(paths, *how, f"decode {split}", is_main)
                 images[split] = MemoryImages(decoded, labels, names, transform, device)
         else:
             reason += f", {num_workers} worker processes"
             images |= {split: FolderImages(found, transform, device, num_workers) for split, found in lists.items()}
+        if held_out is not None:
+            images["val"].held_out = held_out
+            reason += f"; val is held out of train, because {data.root} has no val/"
         for split, reasons in unreadable.items():
             images[split].unreadable = reasons
     if is_main:
@@ -147,7 +155,14 @@ def _open_ffcv_files(data: DataConfig, splits: Sequence[str]) -> dict[str, FFCVF
     return files
 
 
-def list_splits(data: DataConfig, splits: Sequence[str], show_progress: bool = False) -> dict[str, ImageList]:
+def holds_out(data: DataConfig) -> bool:
+    """Return whether the validation images are a share of the training images."""
+    return data.val_share > 0 and data.root is not None and not (Path(data.root) / "val").is_dir()
+
+
+def list_splits(
+    data: DataConfig, splits: Sequence[str], show_progress: bool = False, held_out: Sequence[str] | None = None
+) -> dict[str, ImageList]:
     """List the image files of each split; all processes must call this, and find the same.
 
     Raises:
@@ -155,8 +170,13 @@ def list_splits(data: DataConfig, splits: Sequence[str], show_progress: bool = F
     """
     if data.root is None:
         raise UserError(f"data.root is not given; data.name {data.name} needs the folder that holds train/ and val/")
-    list_split = list_imagenet if data.name == "imagenet" else list_images
-    lists = {split: list_split(data.root, split, show_progress, data.missing_classes) for split in splits}
+    how = show_progress, data.missing_classes
+    if holds_out(data):
+        both = list_and_hold_out(data.root, data.val_share, held_out, *how)
+        lists = {split: both[split] for split in splits}
+    else:
+        list_split = list_imagenet if data.name == "imagenet" else list_images
+        lists = {split: list_split(data.root, split, *how) for split in splits}
     start = len(str(Path(data.root)))
     parts = [os.fsencode("\0".join(path[start:] for path in found.paths)) for found in lists.values()]
     if not distributed.agree(_digest(*parts, *(found.labels.numpy().tobytes() for found in lists.values()))):
@@ -205,12 +225,6 @@ def align_classes(
             found[split] = images._replace(labels=labels, classes=expected)  # type: ignore[assignment]
         left_out.update((f"classes without {split} images", name) for name in absent)
     return left_out
-
-
-def cores_per_process() -> int:
-    """Return this process's share of the machine's CPU cores."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def _describe(name: str, images: dict[str, Images], how: str) -> str:

@@ -166,6 +166,7 @@ class FFCVImages(Images):
         for index, out in zip(indices, crops, strict=True):
             pixels = np.require(self._file.decode(index, scratch), requirements="W")  # as torch wants it
             image = torch.from_numpy(pixels).permute(2, 0, 1)
-            center = resize_and_center_crop(image, self.transform.eval_resize_px, self.transform.eval_px)
+            px = self.transform.eval_resize_px, self.transform.eval_px
+            center = resize_and_center_crop(image, *px, self.transform.interpolation)
             out.copy_(center.permute(1, 2, 0))
         return crops.permute(0, 3, 1, 2)

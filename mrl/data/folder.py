@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import hashlib
 import io
 import multiprocessing
 import os
@@ -13,7 +14,7 @@ import signal
 import unicodedata
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,10 +23,10 @@ import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
-from torchvision.transforms.v2 import functional
+from torchvision.transforms.v2 import InterpolationMode, functional
 
 from mrl import distributed
-from mrl.data.images import Images, LoadBatch, map_ahead
+from mrl.data.images import Images, LoadBatch, default_workers, map_ahead, threads_beside
 from mrl.data.transforms import Transform, resize_and_center_crop
 from mrl.errors import UserError
 from mrl.model import ModelInfo
@@ -51,6 +52,7 @@ TOOL_FOLDERS = re.compile(
     r"|lost\.dir|found\.\d{3}|\$recycle\.bin|recycler|recycled|system volume information|temporary items"
     r"|network trash folder|_?thumbs|_?thumbnails|__thumbs__|__pycache__|cvs|_svn|_vti_cnf|.*\.lrdata"
 )
+OTHER_SPLITS = ("training", "valid", "validation")  # names that a user may have given train/ and val/
 # What a listing leaves out, by kind and name.
 LeftOut = Counter[tuple[str, str]]
 OTHER_FILES, TOOLS, BESIDE = "files that are not images", "folders of tools", "images beside the class folders"
@@ -81,7 +83,12 @@ def list_images(
         UserError: The root, the split, its class folders or the images of a class are missing, or the tree is not one
             of classes.
     """
-    top, left_out = split_folder(root, split), LeftOut()
+    return list_classes(split_folder(root, split), split, show_progress, missing_classes)
+
+
+def list_classes(top: Path, split: str, show_progress: bool = False, missing_classes: str = "refuse") -> ImageList:
+    """List the images below ``top/<class>/``; see `list_images`."""
+    left_out = LeftOut()
     _, folders, files = next(walk(top, left_out))
     if not folders:
         raise UserError(f"{top} has no class folders, only {shown(files)}; put the images into {top}/<class>/")
@@ -117,6 +124,55 @@ def list_images(
             f"{top}/<class>/ are used, so move the others there"
         )
     return ImageList(paths, torch.tensor(labels, dtype=torch.int64), classes, left_out)
+
+
+def list_and_hold_out(
+    root: str | Path,
+    share: float,
+    held_out: Collection[str] | None = None,
+    show_progress: bool = False,
+    missing_classes: str = "refuse",
+) -> dict[str, ImageList]:
+    """List the images below ``root/train/<class>/``, or ``root/<class>/`` if there is no train/, as train and val.
+
+    Of a class of n images, the ``share * n`` whose names have the smallest hashes are val, at least 1 and at most
+    n - 1, so that images that come later move few others from one split to the other. If ``held_out`` is given, val are
+    those of the images instead. Both are paths relative to ``root``.
+
+    Raises:
+        UserError: As `list_images`, or ``root`` holds splits under other names.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise UserError(f"data.root is {str(root)!r}, which is not a folder; allowed: a folder of class folders")
+    top = root / "train" if (root / "train").is_dir() else root
+    others = sorted(path.name for path in root.iterdir() if path.is_dir() and path.name.lower() in OTHER_SPLITS)
+    if top == root and (root / "test").is_dir():
+        others += ["test"]
+    if others:
+        raise UserError(
+            f"{root} holds {' and '.join(others)}; allowed: class folders, or train/ and val/; rename the training "
+            f"images to {root}/train and those to validate on to {root}/val, or move other images away"
+        )
+    found = list_classes(top, "train", show_progress, missing_classes)
+    names = [path[len(str(root)) + 1 :] for path in found.paths]
+    if held_out is not None:
+        is_val = np.isin(names, list(held_out))
+    else:
+        is_val = np.zeros(len(names), dtype=bool)
+        hashes = np.array([hashlib.sha256(os.fsencode(name)).hexdigest() for name in names])
+        for label in range(len(found.classes)):
+            own = np.flatnonzero(found.labels.numpy() == label)
+            number = min(max(1, round(share * len(own))), len(own) - 1)
+            is_val[own[hashes[own].argsort()[:number]]] = True
+    lists = {}
+    for split, chosen in (("train", ~is_val), ("val", is_val)):
+        present, labels = np.unique(found.labels[chosen], return_inverse=True)
+        paths = [found.paths[index] for index in np.flatnonzero(chosen)]
+        classes = [found.classes[label] for label in present]
+        left_out = found.left_out if split == "train" else LeftOut()
+        lists[split] = ImageList(paths, torch.from_numpy(labels), classes, left_out)
+    return lists
 
 
 def _refuse_deeper_classes(top: Path, folders: list[str]) -> None:
@@ -337,15 +393,16 @@ class FolderImages(Images):
     def _train_crop(self, index: int, epoch: int, px: int) -> Tensor:
         image = self._decode(index)
         [box], [mirror] = self.transform.train_boxes(epoch, np.array([index]), np.array([image.shape[1:]]))
-        crop = functional.resized_crop(image, *box.tolist(), size=[px, px], antialias=True)
+        how = InterpolationMode(self.transform.interpolation)
+        crop = functional.resized_crop(image, *box.tolist(), [px, px], how, antialias=True)
         return self.transform.augment(crop.flip(2) if mirror else crop, epoch, index)
 
     def _train_crops(self, indices: np.ndarray, epoch: int, px: int) -> Tensor:
         return torch.stack([self._train_crop(index, epoch, px) for index in indices.tolist()])
 
     def _center_crops(self, indices: np.ndarray) -> Tensor:
-        px = self.transform.eval_resize_px, self.transform.eval_px
-        return torch.stack([resize_and_center_crop(self._decode(index), *px) for index in indices.tolist()])
+        how = self.transform.eval_resize_px, self.transform.eval_px, self.transform.interpolation
+        return torch.stack([resize_and_center_crop(self._decode(index), *how) for index in indices.tolist()])
 
     def _load_all(self, load: LoadBatch, indices: Sequence[np.ndarray]) -> Iterator[Tensor]:
         loader: DataLoader = DataLoader(
@@ -360,13 +417,14 @@ class FolderImages(Images):
         with _stop_signals_blocked():
             batches = iter(loader)
         try:
-            for images, warned in batches:
-                for message in warned:
-                    warn_once(message)
-                if isinstance(images, str):
-                    del batches  # the traceback keeps this frame, which would keep the workers
-                    raise UserError(images)
-                yield images
+            with threads_beside(loader.num_workers):
+                for images, warned in batches:
+                    for message in warned:
+                        warn_once(message)
+                    if isinstance(images, str):
+                        del batches  # the traceback keeps this frame, which would keep the workers
+                        raise UserError(images)
+                    yield images
         except KeyboardInterrupt:
             _end_workers()  # torch would wait for each of them
             raise
@@ -425,9 +483,12 @@ def _end_workers() -> None:
 atexit.register(_end_workers)  # after multiprocessing's own handler, so that it runs before
 
 
-def evaluated_images(paths: Sequence[str], info: ModelInfo, device: torch.device, num_workers: int) -> FolderImages:
+def evaluated_images(
+    paths: Sequence[str], info: ModelInfo, device: torch.device, num_workers: int | None = None
+) -> FolderImages:
     """Return image files without labels, resized, cropped and normalized as the model expects."""
+    num_workers = default_workers(device) if num_workers is None else num_workers
     sizes_and_scale = info.resize_px, info.crop_px, info.mean, info.std
-    transform = Transform(0, (1, 1), (1, 1), False, *sizes_and_scale, exif_rotation=info.exif_rotation)
+    transform = Transform(0, (1, 1), (1, 1), False, *sizes_and_scale, None, info.exif_rotation, info.interpolation)
     images = ImageList(list(paths), torch.zeros(len(paths), dtype=torch.int64), [], LeftOut())
     return FolderImages(images, transform, device, num_workers)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -45,6 +47,7 @@ class Images(ABC):
 
     Attributes:
         unreadable: Why images were left out, one sentence each.
+        held_out: Which images of the training set these are, as paths below data.root; None if they are not.
     """
 
     def __init__(self, labels: Tensor, classes: Sequence[str], transform: Transform, device: torch.device):
@@ -53,6 +56,7 @@ class Images(ABC):
         self.transform = transform
         self.device = device
         self.unreadable: list[str] = []
+        self.held_out: list[str] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -112,3 +116,26 @@ def map_ahead(function: Callable[[Any], Any], items: Iterable[Any], num_threads:
             yield started.popleft().get()
     finally:
         pool.terminate()
+
+
+def default_workers(device: torch.device) -> int:
+    """Return how many processes decode images: all cores feed a GPU; a CPU computes with three quarters of them."""
+    cores = cores_per_process()
+    return cores if device.type != "cpu" else max(cores // 4, int(cores > 1))
+
+
+def cores_per_process() -> int:
+    """Return this process's share of the machine's CPU cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+@contextlib.contextmanager
+def threads_beside(num_workers: int) -> Iterator[None]:
+    """Leave the cores of ``num_workers`` decoding processes to them: torch has fewer threads meanwhile."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(before, max(1, cores_per_process() - num_workers)))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

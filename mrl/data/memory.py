@@ -46,7 +46,13 @@ class MemoryImages(Images):
 
 
 def decode_images(
-    paths: Sequence[str], px: int, exif_rotation: str, num_threads: int, title: str, show_progress: bool
+    paths: Sequence[str],
+    px: int,
+    interpolation: str,
+    exif_rotation: str,
+    num_threads: int,
+    title: str,
+    show_progress: bool,
 ) -> Tensor:
     """Read images as ``(N, 3, px, px)`` uint8: shorter side resized to ``px``, center cut out.
 
@@ -58,7 +64,7 @@ def decode_images(
     def decode_some(start: int) -> int:
         some = paths[start : start + IMAGES_PER_TASK]
         for index, path in enumerate(some, start):
-            images[index] = resize_and_center_crop(decode(path, exif_rotation), px, px)
+            images[index] = resize_and_center_crop(decode(path, exif_rotation), px, px, interpolation)
         return len(some)
 
     try:

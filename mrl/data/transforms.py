@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from timm.data.auto_augment import RandAugment, rand_augment_transform
 from torch import Tensor
-from torchvision.transforms.v2 import functional
+from torchvision.transforms.v2 import InterpolationMode, functional
 
 from mrl.errors import UserError
 
@@ -55,6 +55,17 @@ def train_indices(
     return [batch for step in own for batch in step]
 
 
+def cut_batch(batch_size: int, num_images: int, min_steps: int, world_size: int, accumulation_steps: int) -> int:
+    """Return the largest batch size up to ``batch_size`` with ``min_steps`` steps an epoch that splits evenly.
+
+    >>> [cut_batch(64, num_images, 10, world_size=2, accumulation_steps=1) for num_images in (1000, 333, 5)]
+    [64, 32, 2]
+    """
+    shares = world_size * accumulation_steps
+    most = max(shares, num_images // min_steps // shares * shares)
+    return min(batch_size, most)
+
+
 def eval_indices(num_images: int, batch_size: int, rank: int = 0, world_size: int = 1) -> list[np.ndarray]:
     """Return the int64 indices of each batch that process ``rank`` evaluates, in dataset order.
 
@@ -78,6 +89,7 @@ class Transform:
     std: tuple[float, float, float]
     rand_augment: str | None = None
     exif_rotation: str = "apply"
+    interpolation: str = "bilinear"
 
     def _uniforms(self, epoch: int, indices: np.ndarray) -> np.ndarray:
         """Return ``(B, DRAWS)`` numbers in [0, 1); sample i gets the i-th ``DRAWS`` of the stream of (seed, epoch)."""
@@ -176,9 +188,10 @@ def _resampling_matrices(starts: Tensor, lengths: Tensor, size: int, out_px: int
     return weights / weights.sum(dim=-1, keepdim=True)
 
 
-def resize_and_center_crop(image: Tensor, resize_px: int, crop_px: int) -> Tensor:
+def resize_and_center_crop(image: Tensor, resize_px: int, crop_px: int, interpolation: str = "bilinear") -> Tensor:
     """Resize the shorter side of an image ``(3, H, W)`` to ``resize_px`` and cut out the center ``crop_px`` square."""
-    return functional.center_crop(functional.resize(image, [resize_px], antialias=True), [crop_px, crop_px])
+    how = InterpolationMode(interpolation)
+    return functional.center_crop(functional.resize(image, [resize_px], how, antialias=True), [crop_px, crop_px])
 
 
 def normalize(images: Tensor, mean: tuple[float, float, float], std: tuple[float, float, float]) -> Tensor:

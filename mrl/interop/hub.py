@@ -92,8 +92,8 @@ vectors = model.encode(images, dim={example_dim})  # (B, {example_dim}), length 
 **Normalization.** Take the first `dim` numbers of the raw embedding, *then* scale them to length 1; compare by inner
 product. After every further cut, scale again.{untrained}
 
-**Images.** Shorter side resized to {info.resize_px} px, center {info.crop_px} x {info.crop_px} px, RGB from 0 to 1,
-then minus {info.mean} and divided by {info.std}.
+**Images.** Shorter side resized to {info.resize_px} px ({info.interpolation}), center {info.crop_px} x \
+{info.crop_px} px, RGB from 0 to 1, then minus {info.mean} and divided by {info.std}.
 
 ## Training
 

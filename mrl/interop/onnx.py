@@ -53,7 +53,7 @@ def export_onnx(run: str | Path, out: str | Path, dim: int | None = None) -> tup
     )
     assert program is not None  # it is None only with dynamo=False
     numbers = {"dim": dim, "trained_dims": info.nesting_list, "resize_px": info.resize_px, "crop_px": info.crop_px}
-    numbers |= {"mean": info.mean, "std": info.std}
+    numbers |= {"mean": info.mean, "std": info.std, "interpolation": info.interpolation}
     program.model.metadata_props["backbone"] = info.backbone
     program.model.metadata_props.update({key: json.dumps(value) for key, value in numbers.items()})
     program.save(out)

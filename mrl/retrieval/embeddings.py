@@ -35,6 +35,7 @@ class EmbeddingMetadata:
         split: train, val, or the name of other images.
         resize_px, crop_px: Shorter side after resizing, and side of the center crop.
         normalization: Mean and standard deviation, as text.
+        interpolation: How the images are resized.
         flip: Whether the images are mirrored.
         classes_sha256: Hash of the class names, or of the image files if the data has no other name.
         precision: "fp32" or "bf16", the arithmetic of the forward pass; vectors are stored as float32.
@@ -54,6 +55,7 @@ class EmbeddingMetadata:
     files_sha256: str = ""
     run: str = ""
     trained_dims: list[int] = field(default_factory=list)
+    interpolation: str = "bilinear"
 
 
 @dataclass(frozen=True)

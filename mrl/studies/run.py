@@ -7,17 +7,20 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from mrl.config import Config, read_config
 from mrl.data import build_data
 from mrl.data.folder import unicode_name
 from mrl.distributed import Process
+from mrl.engine import FastForward, good_batch_size
 from mrl.errors import UserError
 from mrl.matryoshka import NestedLinear, default_nesting_list
 from mrl.model import MatryoshkaClassifier, freeze, load
@@ -32,7 +35,7 @@ from mrl.retrieval.embeddings import (
     open_embeddings,
 )
 from mrl.studies.classification import Classifier, truncations
-from mrl.training.frozen import TrunkCache
+from mrl.training.frozen import Trunk, TrunkCache
 
 if TYPE_CHECKING:
     from mrl.studies.transfer import LabeledFolder, TransferImages
@@ -100,8 +103,9 @@ class OpenedRun:
     def images(self, split: str, indices: np.ndarray) -> Tensor:
         """Return images ``(B, 3, H, W)`` of "train" or "val" as the model reads them."""
         if split not in self._images:
-            of_split = {"splits": (split,), "classes": self.classes}
-            self._images.update(build_data(self.config.data, 0, torch.device("cpu"), False, **of_split))
+            held_out = read_held_out(self.directory)
+            how = torch.device("cpu"), False, (split,), self.classes, held_out
+            self._images.update(build_data(self.config.data, 0, *how))
         [(images, _)] = self._images[split].eval_batches([np.asarray(indices)])
         return images
 
@@ -160,16 +164,23 @@ def place_images(run: Path, config: Config, data_root: str | None = None) -> Con
 
 
 def read_run(directory: Path) -> tuple[Config, MatryoshkaClassifier]:
-    """Return the settings and the model of a finished run; images are turned as the model expects."""
+    """Return the settings and the model of a finished run; images are turned and resized as the model expects."""
     config, model = read_config(directory / "config.yaml"), load(directory)
-    data = replace(config.data, exif_rotation=model.info.exif_rotation)  # type: ignore[union-attr,arg-type]
+    info: Any = model.info
+    data = replace(config.data, exif_rotation=info.exif_rotation, interpolation=info.interpolation)
     return replace(config, data=data), model
+
+
+def read_held_out(run: Path) -> list[str] | None:
+    """Return the training images that a run was validated on, relative to data.root; None if it had others for that."""
+    path = run / "held_out.json"
+    return json.loads(path.read_text()) if path.is_file() else None
 
 
 def embed_runs(
     runs: Mapping[str, Path],
     transfer: TransferImages,
-    batch_size: int,
+    batch_size: int | None,
     force: bool,
     process: Process,
     precision: str = "fp32",
@@ -178,7 +189,7 @@ def embed_runs(
     """Return opened runs with embeddings of their own and of the ``transfer`` images, computing what is not on disk.
 
     All processes share the work. With ``force``, everything is computed anew. ``settings`` such as ``--data.root DIR``
-    tell where the images are now; see `place_images`.
+    tell where the images are now; see `place_images`. ``batch_size`` None is what suits the device.
 
     Raises:
         UserError: A run cannot be read, its images or the other ones do not fit it, or an embedding is not finite.
@@ -206,7 +217,9 @@ def embed_runs(
         transfer.check(source.dataset, classes, Path(data.root) / "train" if data.root else None)
         if splits := tuple(dict.fromkeys(wanted[place].split for place in missing if place not in folders)):
             about_files = (data.name, data.root, data.backend, data.missing_classes, data.max_unreadable, classes)
-            key = (*about_files, data.eval_resize_px, data.eval_px, data.mean, data.std, data.exif_rotation)
+            of_pixels = (data.eval_resize_px, data.eval_px, data.interpolation, data.mean, data.std, data.exif_rotation)
+            held_out = read_held_out(run)
+            key = (*about_files, *of_pixels, held_out)
             if key != images_are_of or not set(splits) <= images.keys():
                 if data.root is not None and not Path(data.root).is_dir():
                     raise UserError(
@@ -217,15 +230,20 @@ def embed_runs(
                     print(f"run {name}: data.root {given.root!r} counts from the folder of its training: {data.root}")
                 images = {}  # free the images of the last run before reading the next
                 where = config.run.seed, process.device, process.is_main
-                images = build_data(data, *where, splits=splits, classes=classes)
+                images = build_data(data, *where, splits=splits, classes=classes, held_out=held_out)
                 images_are_of = key
-        embed, cache = model.embed, None
+        cache = None
         if missing:
             model.to(process.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
             if config.train.cache_views:  # runs with the same frozen layers share their outputs
                 freeze(model, config.model.trainable)
                 cache = TrunkCache(model, config, run.parent / "trunk_cache", precision, process)
-                embed = cache.tail.embed
+        pool = Trunk((cache.tail if cache else model).backbone, whole=True).eval()
+        num_images = sum(
+            len(folders[place].listed.paths if place in folders else images[wanted[place].split]) for place in missing
+        )
+        embed = FastForward(pool, num_images, partial(_report, name, process)) if precision == "fp32" else pool
+        size = batch_size or good_batch_size(process.device)
         for place in missing:
             if place in folders:
                 of_place = _folder_images(folders[place], config, process)
@@ -236,11 +254,16 @@ def embed_runs(
             if force and process.is_main:
                 shutil.rmtree(directory, ignore_errors=True)
             inputs = cache.images(wanted[place].split, of_place) if cache else of_place
-            sets[place] = embed_split(directory, wanted[place], inputs, embed, model.width, process, batch_size)
+            sets[place] = embed_split(directory, wanted[place], inputs, embed, model.width, process, size)
         own = (sets["train"], sets["val"], sets.get("val_flip"))
         opened.append(OpenedRun(run, config, model.cpu(), source, *own, {place: sets[place] for place in folders}))
     nested = sorted({dim for run in opened if len(run.head.nesting_list) > 1 for dim in run.head.nesting_list})
     return [replace(run, cut_at=tuple(nested)) for run in opened]
+
+
+def _report(run: str, process: Process, engine: str) -> None:
+    if process.is_main and engine != "PyTorch":
+        tqdm.write(f"{run}: embedding with {engine}")
 
 
 def dataset_name(config: Config, num_classes: int) -> str:
@@ -273,6 +296,7 @@ def describe_embeddings(
         resize_px=source.resize_px,
         crop_px=source.crop_px,
         normalization=f"mean {config.data.mean}, std {config.data.std}",
+        interpolation=config.data.interpolation,
         flip=False,
         classes_sha256=classes_sha256(classes),
         precision=precision,
@@ -310,6 +334,6 @@ def _on_disk(run: Path, wanted: Mapping[str, EmbeddingMetadata]) -> dict[str, Em
 def _folder_images(folder: LabeledFolder, config: Config, process: Process) -> Any:
     """Return the images of ``folder``, prepared as those that the run is evaluated on."""
     data = replace(config.data, name="folder", root=str(folder.path.parent), backend="folder", num_classes=None)
-    data = replace(data, max_unreadable=0.0)  # the studies know these images from their own list
+    data = replace(data, max_unreadable=0.0, val_share=0.0)  # the studies know these images from their own list
     split = folder.path.name
     return build_data(data, config.run.seed, process.device, process.is_main, splits=(split,))[split]

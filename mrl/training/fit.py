@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from torch import Tensor, nn
 
-from mrl.config import Config, normalization_of
+from mrl.config import Config, images_of_weights
 from mrl.errors import UserError
 from mrl.model import MatryoshkaClassifier, build_backbone, build_model, find_culprit
 
@@ -112,11 +113,11 @@ def _yaml(kwargs: dict[str, Any]) -> str:
 def notes(config: Config, device: torch.device) -> list[str]:
     """Return sentences on settings that work, but perhaps not as the user expects."""
     found, data = [], config.data
-    own = normalization_of(config.model.backbone, config.model.init)
-    if own and any(abs(a - b) > 1e-3 for a, b in zip((*own[0], *own[1]), (*data.mean, *data.std), strict=True)):
+    own = images_of_weights(config.model.backbone, config.model.init)
+    if own and not np.allclose([own["mean"], own["std"]], [data.mean, data.std], atol=1e-3):
         found.append(
             f"note: data.mean {list(data.mean)} and data.std {list(data.std)} are not those of the weights in "
-            f"model.init, {list(own[0])} and {list(own[1])}"
+            f"model.init, {list(own['mean'])} and {list(own['std'])}"
         )
     if config.train.precision == "bf16" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         found.append("note: this GPU has no bfloat16 arithmetic; --train.precision fp16 is faster")

@@ -15,7 +15,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,11 @@ from tqdm import tqdm
 from mrl.config import Config
 from mrl.data.images import EvalImages, Images
 from mrl.distributed import Process
-from mrl.engine import fast_forward
+from mrl.engine import FastForward, good_batch_size
 from mrl.errors import UserError
 from mrl.model import MatryoshkaClassifier
 from mrl.retrieval.embeddings import EmbeddingMetadata, embed_split
 
-TRUNK_BATCH_SIZE = 64  # activations of more images leave the CPU's cache
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -155,6 +154,7 @@ class CachedImages:
         num_views: Epoch e reads the crops and flips of epoch ``e % num_views``.
         trunk: In eval mode, on the device of ``images``.
         metadata: Of the split, with the hash of the trunk's weights. The numbers are stored in its precision.
+        engines: Of the trunk, by the side of the images in pixels, shared by all splits.
     """
 
     def __init__(
@@ -165,10 +165,12 @@ class CachedImages:
         directory: Path,
         metadata: EmbeddingMetadata,
         process: Process,
+        engines: dict[int, FastForward],
     ):
         self.labels, self.classes = images.labels, images.classes
         self._images, self._num_views, self._trunk = images, num_views, trunk
         self._directory, self._metadata, self._process = directory, metadata, process
+        self._engines = engines
         self._outputs: dict[str, np.ndarray] = {}
         self._shapes: dict[int, tuple[int, ...]] = {}
 
@@ -201,19 +203,18 @@ class CachedImages:
         key = hashlib.sha256(json.dumps([dataclasses.asdict(metadata), px, crops]).encode()).hexdigest()
         directory = self._directory / f"{name}_{key[:12]}"
         width, dtype = math.prod(self._shape(px)), DTYPES[metadata.precision]
-        engine: list[Callable[[Tensor], Tensor]] = []
+        size = width * dtype.itemsize * len(self) / 2**30
 
-        def forward(batch: Tensor) -> Tensor:
-            if not engine:  # only if something is missing
-                run, how = fast_forward(self._trunk, batch[:2])
-                engine.append(run)
-                if process.is_main:
-                    size = width * dtype.itemsize * len(self) / 2**30
-                    tqdm.write(f"computing the frozen layers once, with {how}: {directory}, {size:.2f} GiB")
-            return engine[0](batch)
+        def report(engine: str) -> None:
+            if process.is_main:
+                tqdm.write(
+                    f"computing the frozen layers once, with {engine}: {directory}, {size:.2f} GiB for each view"
+                )
 
+        forward = self._engines.setdefault(px, FastForward(self._trunk, len(self) * self._num_views, report))
+        batch_size = good_batch_size(process.device)
         with _locked(directory, process):
-            found = embed_split(directory, metadata, images, forward, width, process, TRUNK_BATCH_SIZE, dtype)
+            found = embed_split(directory, metadata, images, forward, width, process, batch_size, dtype)
         self._outputs[name] = found.vectors
         return found.vectors
 
@@ -292,6 +293,7 @@ class TrunkCache:
     ):
         self._trunk, self.tail = split_frozen(model, config.data.eval_px)
         self._num_views, self._directory, self._process = config.train.cache_views, directory, process
+        self._engines: dict[int, FastForward] = {}
         digest = hashlib.sha256()
         for name, tensor in sorted(self._trunk.state_dict().items()):
             digest.update(name.encode() + tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
@@ -302,6 +304,7 @@ class TrunkCache:
             resize_px=config.data.eval_resize_px,
             crop_px=config.data.eval_px,
             normalization=f"mean {config.data.mean}, std {config.data.std}",
+            interpolation=config.data.interpolation,
             flip=False,
             classes_sha256="",
             precision=precision,
@@ -310,4 +313,5 @@ class TrunkCache:
     def images(self, split: str, images: Images) -> CachedImages:
         """Return the batches of a split that the tail reads."""
         metadata = dataclasses.replace(self._metadata, split=split, classes_sha256=images.sha256())
-        return CachedImages(images, self._num_views, self._trunk, self._directory, metadata, self._process)
+        where = self._directory, metadata, self._process
+        return CachedImages(images, self._num_views, self._trunk, *where, self._engines)

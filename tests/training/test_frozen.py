@@ -34,7 +34,7 @@ TAIL = [
 @pytest.fixture(autouse=True)
 def _on_the_cpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr("mrl.training.frozen.fast_forward", lambda module, images: (module, "PyTorch"))  # no export
+    monkeypatch.setattr("mrl.engine.fast_forward", lambda module, *_: (module, "PyTorch"))  # no export
 
 
 def run(directory, *argv, name):
@@ -56,7 +56,7 @@ def test_the_cache_changes_no_loss_and_the_saved_model_is_an_ordinary_one(tmp_pa
     pytest.importorskip("onnxruntime" if with_onnx_runtime else "torch")
     pytest.importorskip("onnxscript" if with_onnx_runtime else "torch")
     if with_onnx_runtime:
-        monkeypatch.setattr("mrl.training.frozen.fast_forward", fast_forward)
+        monkeypatch.setattr("mrl.engine.fast_forward", lambda module, images, _: fast_forward(module, images))
     assert run(tmp_path, name="plain") == run(tmp_path, "--train.cache_views", "2", name="cached") == 0
     np.testing.assert_allclose(losses(tmp_path, "cached"), losses(tmp_path, "plain"), atol=1e-5)
     plain, cached = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "cached"))
@@ -73,7 +73,7 @@ def test_runs_share_a_store_and_views_repeat(tmp_path, monkeypatch):
         "train_view0",
         "val",
     ]  # the second epoch reads the first view
-    monkeypatch.setattr("mrl.training.frozen.fast_forward", lambda *_: pytest.fail("computed again"))
+    monkeypatch.setattr("mrl.engine.fast_forward", lambda *_: pytest.fail("computed again"))
     argv = ["--train.cache_views", "1", "--train.cache_seed", "7", "--run.seed", "0", "--head.tied", "true"]
     assert run(tmp_path, *argv, name="b") == 0
     assert stored(tmp_path) == first
