@@ -20,6 +20,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -28,6 +29,7 @@ from mrl import distributed
 from mrl.distributed import Process
 from mrl.errors import UserError
 from mrl.figures import figures_of, save
+from mrl.figures.neighbors import pictures_of
 from mrl.figures.quantization import bytes_table
 from mrl.interop.authors import import_checkpoint
 from mrl.interop.wandb import report_evaluation
@@ -36,7 +38,7 @@ from mrl.retrieval.search import describe_zero_prefixes
 from mrl.rundir import atomic_write_text, provenance
 from mrl.studies.adaptive_classification import headlines
 from mrl.studies.hierarchy import read_class_table
-from mrl.studies.run import embed_runs
+from mrl.studies.run import OpenedRun, embed_runs
 from mrl.studies.suite import run_studies
 from mrl.studies.transfer import TransferImages, read_folder, transfer_studies
 
@@ -68,6 +70,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "processes that read them.",
     )
     add("--out", metavar="DIR", help="folder for results; default: eval/ beside the first run")
+    add("--title", metavar="TEXT", help="name of the runs' data in figures; default: that of the data set or folder")
     add("--superclasses", metavar="TSV", help="a table with the columns class and superclass")
     add(
         "--robustness",
@@ -111,7 +114,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if settings and not args.checkpoint and (not args.runs or unknown or not settings[0].startswith("-")):
         parser.error(f"unrecognized arguments: {' '.join(settings)}")
     given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
-    if args.redraw and (others := sorted(set(given) - {"redraw", "out", "settings"})):
+    if args.redraw and (others := sorted(set(given) - {"redraw", "out", "title", "settings"})):
         raise UserError(f"--{others[0]} needs --runs; --redraw only draws the rows of a file")
     if args.wandb_artifacts and args.wandb == "disabled":
         raise UserError("--wandb_artifacts uploads files to W&B, so it needs --wandb offline or --wandb online")
@@ -156,7 +159,8 @@ def evaluate(args: argparse.Namespace, process: Process) -> None:
     for run in opened:
         rows += transfer_studies(run, transfer, process.device, args.max_queries)
         write_rows(rows, out / "results.jsonl")
-    show(rows, out)
+    show(rows, out, args.title)
+    draw_pictures(next((run for run in opened if len(run.head.nesting_list) > 1), opened[0]), out, process, args.title)
     print(f"rows: {out / 'results.jsonl'}")
     if args.wandb != "disabled":
         report_evaluation(runs, rows, record, args.wandb, args.wandb_artifacts)
@@ -182,8 +186,21 @@ def name_runs(runs: Sequence[Path]) -> dict[str, Path]:
     return dict(zip(names, runs, strict=True))
 
 
-def show(rows: Sequence[Row], out: Path) -> None:
-    """Print the tables, draw the figures into ``out``, and print their paths."""
+def draw_pictures(run: OpenedRun, out: Path, process: Process, title: str | None) -> None:
+    """Draw neighbors among the run's own images, and its confusions, into ``out``; print their paths."""
+    named = replace(run, source=replace(run.source, dataset=title or run.source.dataset))
+    try:
+        pictures = pictures_of(named, process.device)
+    except UserError as error:  # the embeddings are there, but the images are not
+        print(f"no picture of neighbors: {error}")
+        return
+    for name, figure in pictures.items():
+        for path in save(figure, out / f"{name}_{run.source.dataset}"):
+            print(f"figure: {path}")
+
+
+def show(rows: Sequence[Row], out: Path, title: str | None = None) -> None:
+    """Print the tables, draw the figures into ``out``, and print their paths; ``title`` names the first row's data."""
     print(text_table([row for row in rows if row.metric in SHOWN.get(row.study, ())]), end="\n\n")
     for dataset in dict.fromkeys(row.dataset for row in rows):
         of_dataset = [row for row in rows if row.dataset == dataset]
@@ -192,6 +209,8 @@ def show(rows: Sequence[Row], out: Path) -> None:
         if needed := bytes_table(of_dataset):
             print(f"\n{dataset}: bytes per vector for a share of the full 1-NN accuracy")
             print(pd.DataFrame(needed[1:], columns=needed[0]).to_string(index=False), end="\n\n")
+        if title and dataset == rows[0].dataset != "imagenet":  # the paper's numbers go by that name
+            of_dataset = [replace(row, dataset=title) for row in of_dataset]
         for name, figure in figures_of(of_dataset).items():
             for path in save(figure, out / f"{name}_{dataset}"):
                 print(f"figure: {path}")
@@ -212,7 +231,7 @@ def main(argv: list[str] | None = None) -> int:
             rows = read_rows(args.redraw)
             if not rows:
                 raise UserError(f"{args.redraw} holds no rows, so there is nothing to draw")
-            show(rows, Path(args.out) if args.out else Path(args.redraw).parent)
+            show(rows, Path(args.out) if args.out else Path(args.redraw).parent, args.title)
         return 0
 
     return distributed.run(parse_and_evaluate, "interrupted; the same command resumes the embedding pass")

@@ -16,10 +16,19 @@ from mrl.rundir import atomic_write_text
 
 METHODS = ("MRL", "MRL-E", "FF", "FF truncated")
 CLASS_STUDY, CLASSES_FILE = "per_class", "classes.csv"
+DATA_TITLES = {
+    **{"digits": "handwritten digits", "imagenet": "ImageNet-1K", "tiny_imagenet": "Tiny-ImageNet"},
+    **{f"imagenet_{name}": f"ImageNet-{name.title()}" for name in ("v2", "a", "r", "sketch")},
+}
 _CLASS_COLUMNS = (
     *("study", "dataset", "run", "method", "dim", "group", "metric"),
     *("value", "n", "seed", "resize_px", "crop_px", "flip"),
 )
+
+
+def data_title(dataset: str) -> str:
+    """Return the name of the data in titles: that of a known data set, else ``dataset`` without underscores."""
+    return DATA_TITLES.get(dataset) or dataset.replace("tiny_imagenet", "Tiny-ImageNet").replace("_", " ")
 
 
 def method_name(nesting_list: Sequence[int], tied: bool) -> str:
@@ -103,6 +112,11 @@ class Source:
     resize_px: int
     crop_px: int
     flip: bool
+
+    @property
+    def title(self) -> str:
+        """Data and run, for figures."""
+        return f"{data_title(self.dataset)}, {self.run}"
 
     def row(self, study: str, method: str, metric: str, value: float, n: int, **rest: Any) -> Row:
         """Return a `Row` of this source; ``rest`` are its optional fields."""

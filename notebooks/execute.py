@@ -60,10 +60,16 @@ def main() -> None:
     parser.add_argument("notebooks", nargs="*", type=Path, help="default: all in this folder")
     parser.add_argument("--run", type=Path, help="a run directory; default: runs/digits_mrl")
     parser.add_argument("--other_run", type=Path, help="the run to compare it with; default: runs/digits_ff")
+    parser.add_argument("--title", help="name of the runs' data in figures; default: that of the data set or folder")
+    parser.add_argument("--superclasses", type=Path, help="a table with the columns class, superclass and maybe name")
+    parser.add_argument("--pictures", type=Path, help="show images of this folder's train and val, not the run's own")
+    parser.add_argument("--credit", help="the source of the pictures, written above them")
     parser.add_argument("--out", type=Path, help="folder for the executed notebooks; default: in place")
     args = parser.parse_args()
-    runs = {"MRL_RUN": args.run, "MRL_OTHER_RUN": args.other_run}
-    environment = {name: str(run.resolve()) for name, run in runs.items() if run}
+    paths = {"RUN": args.run, "OTHER_RUN": args.other_run, "SUPERCLASSES": args.superclasses, "PICTURES": args.pictures}
+    environment = {f"MRL_{name}": str(path.resolve()) for name, path in paths.items() if path}
+    texts = {"TITLE": args.title, "CREDIT": args.credit}
+    environment |= {f"MRL_{name}": text for name, text in texts.items() if text}
     for notebook in args.notebooks or sorted(HERE.glob("*.ipynb")):
         target = args.out / notebook.name if args.out else notebook
         execute(notebook, target, environment)

@@ -9,7 +9,7 @@ from functools import partial
 from matplotlib.figure import Figure
 
 from mrl.figures.accuracy import PANELS, by_dim, interpolation
-from mrl.figures.adaptive import STUDIES, adaptive_retrieval, cascade_by_expected_dim, first_correct_histogram
+from mrl.figures.adaptive import STUDIES, adaptive_retrieval, cascade_by_expected_dim, first_correct
 from mrl.figures.hierarchy import accuracy_within_superclasses, class_accuracy_against_full_width
 from mrl.figures.quantization import accuracy_by_bytes
 from mrl.figures.style import NothingToDraw, line_labels, save
@@ -19,7 +19,7 @@ FIGURES: dict[str, Callable[[Sequence[Row]], Figure]] = {
     **{name: partial(by_dim, name=name) for name in PANELS},
     "interpolation": interpolation,
     "cascade": cascade_by_expected_dim,
-    "first_correct": first_correct_histogram,
+    "first_correct": first_correct,
     "within_superclasses": accuracy_within_superclasses,
     "classes": class_accuracy_against_full_width,
     "accuracy_by_bytes": accuracy_by_bytes,

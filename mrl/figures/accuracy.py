@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from matplotlib import rc_context
@@ -14,12 +15,14 @@ from mrl.results import METHODS, Row
 
 NESTED = ("MRL", "MRL-E")
 LINEAR, NEAREST, RETRIEVAL = ("classification", "top_1"), ("retrieval", "top_1"), ("retrieval", "map@10")
+CLASSES = ("hierarchy", "top_1")
 PANELS = {
     "accuracy_by_dim": {LINEAR: "linear classification", NEAREST: "1-nearest neighbor"},
     "map_by_dim": {RETRIEVAL: "retrieval"},
     "baselines": {LINEAR: "linear classification", NEAREST: "1-nearest neighbor", RETRIEVAL: "retrieval"},
     "superclasses": {
-        ("hierarchy", "superclass_top_1"): "images of classes that have a superclass",
+        ("hierarchy", "superclass_top_1"): "superclasses: images of classes that have one",
+        CLASSES: "classes: the same images",
         ("hierarchy", "superclass_top_1_with_reject"): "all images; one more class for the rest",
     },
     "robustness": {("robustness", "top_1"): "images of other origin, trained classes"},
@@ -45,11 +48,26 @@ def is_trained(row: Any, trained: Trained) -> bool:
 def by_dim(rows: Sequence[Row], name: str) -> Figure:
     """Draw one of the figures in `PANELS`, at trained sizes; only "baselines" shows methods beside `METHODS`."""
     trained, panels = trained_dims(rows), PANELS[name]
-    rows = [row for row in rows if (row.study, row.metric) in panels and is_trained(row, trained)]
+    if CLASSES in panels:
+        rows = [*rows, *class_accuracy(rows)]
+    rows = [row for row in rows if (row.study, row.metric.removesuffix("_std")) in panels and row.group is None]
+    rows = [row for row in rows if is_trained(row, trained)]
     known = [row for row in rows if row.method in METHODS]
     if name == "baselines" and len(known) == len(rows):
         raise style.NothingToDraw("there are no rows of baselines")
     return _draw(rows if name == "baselines" else known, panels)
+
+
+def class_accuracy(rows: Sequence[Row]) -> list[Row]:
+    """Return top-1 accuracy of all images that have a superclass, from the rows of each superclass."""
+    found: dict[tuple[str, str, int | None], list[Row]] = {}
+    for row in rows:
+        if (row.study, row.metric) == CLASSES:
+            found.setdefault((row.method, row.run, row.dim), []).append(row)
+    totals = [(parts, sum(row.n for row in parts)) for parts in found.values()]
+    return [
+        replace(parts[0], group=None, n=n, value=sum(row.value * row.n for row in parts) / n) for parts, n in totals
+    ]
 
 
 def interpolation(rows: Sequence[Row]) -> Figure:
@@ -69,14 +87,13 @@ def _draw(rows: Sequence[Row], panels: Mapping[tuple[str, str], str], trained: T
     The paper's values of the same methods and number of images are dashed, at the sizes that it trained. If ``trained``
     is given, markers are filled at its sizes and hollow at the others, and the paper's other sizes are shown too.
     """
-    rows = [row for row in rows if row.dim is not None and row.group is None]
-    table = style.table_of(rows, " or ".join(title for title in panels.values()))
+    table = style.table_of(rows, " or ".join(panels.values()))
     styles = style.styles_of(table)
     table["between"] = [not is_trained(row, trained or {}) for row in table.itertuples()]
     published, of_paper = style.paper_beside(rows), trained_dims(paper_rows(rows[0].dataset))
     by_panel = dict(list(table.groupby(["study", "metric"])))
     shown = [key for key in panels if key in by_panel]
-    figure, [all_axes] = style.subplots(1, len(shown), (4.6, 3.8))
+    figure, [all_axes] = style.subplots(1, len(shown), (4.6, 3.8), sharey=CLASSES in shown)
     for axes, key in zip(all_axes, shown, strict=True):
         at_trained, between = (by_panel[key][by_panel[key].between == flag] for flag in (False, True))
         fill = {label: look | {"markerfacecolor": look["color"]} for label, look in styles.items()}
@@ -90,12 +107,13 @@ def _draw(rows: Sequence[Row], panels: Mapping[tuple[str, str], str], trained: T
                 if (row.study, row.metric, row.method) == (*key, method) and (trained or is_trained(row, of_paper))
             ]
             style.draw_paper(axes, points, method, styles[label]["color"])
-        style.dim_axis(axes, at_trained.dim)
         axes.set(title=panels[key], ylabel=style.metric_label(key[1]))
+    for axes in all_axes:
+        style.dim_axis(axes, table.dim[~table.between])
     kinds = {"trained size": "0.3", "size between, never trained": "white"} if trained else {}
     for kind, color in kinds.items():
         all_axes[0].plot([], [], "o", color="0.3", markerfacecolor=color, label=kind)
-    heading = f"{rows[0].dataset}: {style.counts(table)} images{style.seeds_note(table)}"
+    heading = style.heading(table)
     if any(row.flip for row in published) and not table.flip.any():
         heading += "; the paper's values with flip TTA (inferred), ours without"
     return style.finish(figure, heading, [*styles, *kinds, *map(style.PAPER.format, table.method.unique())])

@@ -12,10 +12,9 @@ from matplotlib.figure import Figure
 from mrl.figures import style
 from mrl.results import Row
 
-HATCHES = ("", "///", "...", "xxx")
-MAX_WIDTH = 14  # inches
 STUDIES = ("adaptive_retrieval", "funnel_retrieval")
 COST_LABELS = {"cost": "million multiply-adds per query", "ms_per_query": "measured milliseconds per query (CPU)"}
+MIN_TIMES = 2  # as long as at the smallest size must a search at full width take, to be more than overhead and noise
 SINGLE = "one search, no reranking (numbers: its dims)"
 SEARCH_STYLES: dict[str, style.Style] = {
     "single": {"color": "black", "marker": "D", "linestyle": ":"},
@@ -33,16 +32,13 @@ def cascade_by_expected_dim(rows: Sequence[Row]) -> Figure:
     Caps of the first cascade stand below its points. Bars are one standard deviation along both axes: over seeds if
     there are several, else over the random splits into images to fit and to report on.
     """
-    rows = [row for row in rows if row.study == "cascade" and row.expected_dim is not None]
-    accuracies = [row for row in rows if row.metric == "top_1"]
-    table = style.table_of(accuracies, "the cascade study")
-    both = style.table_of([row for row in rows if row.metric in ("top_1", "top_1_std")], "the cascade study")
-    styles, published = style.styles_of(table), style.paper_beside(accuracies)
+    rows = [row for row in rows if row.study == "cascade" and row.metric in ("top_1", "top_1_std")]
+    table = style.table_of(rows, "the cascade study")
+    styles, published = style.styles_of(table), style.paper_beside(rows)
     first = next(iter(table.label[table.method != "FF"]), None)
     figure, [[axes]] = style.subplots(1, 1, (6.0, 4.2))
     for label, points in table.groupby("label", sort=False):
-        errors = both[(both.label == label) & (both.metric == "top_1_std")]
-        means = style.draw_line(axes, points, label, styles[label], "expected_dim", errors)
+        means = style.draw_line(axes, points, label, styles[label], "expected_dim")
         last = 0.0
         for point in means.itertuples() if label == first else ():
             if point.x > 1.15 * last:  # far enough from the last one to be read
@@ -53,46 +49,32 @@ def cascade_by_expected_dim(rows: Sequence[Row]) -> Figure:
         style.draw_paper(axes, of_paper, method, styles[label]["color"])
     style.dim_axis(axes, table.dim)
     axes.set(xlabel="expected dim (mean size that decides an image; dims)", ylabel=style.metric_label("top_1"))
-    held_out, splits = (" held out from fitting", "fitting splits") if first else ("", "splits")
-    note = style.seeds_note(table) or f"; mean and standard deviation over random {splits}"
-    heading = f"{rows[0].dataset}: {style.counts(table)} validation images{held_out}{note}"
+    heading = style.heading(table, f"validation images{' held out from fitting' if first else ''}")
     return style.finish(figure, heading, [*styles, *map(style.PAPER.format, table.method.unique())])
 
 
 @rc_context(style.RC)
-def first_correct_histogram(rows: Sequence[Row]) -> Figure:
-    """Draw the share of images by the smallest prefix that is right, and of those with none (table 22).
-
-    A bar per method and size, numbered in percent if there is room; means over seeds with one standard deviation.
-    """
+def first_correct(rows: Sequence[Row]) -> Figure:
+    """Draw the share of images by the smallest prefix that is right, and of those with none (table 22)."""
     rows = [row for row in rows if row.study == "oracle" and row.metric in ("first_correct", "never_correct")]
     table = style.table_of(rows, "the oracle study")
-    styles = style.styles_of(table)
-    columns = [*map(int, sorted(table.dim.dropna().unique())), "none"]
-    table["column"] = [columns.index("none" if pd.isna(dim) else dim) for dim in table.dim]
-    width = min(MAX_WIDTH, max(5.6, 1.0 + 0.75 * len(columns) * len(styles) ** 0.5))
-    figure, [[axes]] = style.subplots(1, 1, (width - 0.4, 3.8))
-    bar = 0.8 / len(styles)
-    for i, (label, look) in enumerate(styles.items()):
-        shares = table[table.label == label].groupby("column").percent.agg(["mean", "std", "count"])
-        look = {"facecolor": look["color"], "edgecolor": "white", "linewidth": min(1, 5 * bar), "hatch": HATCHES[i % 4]}
-        if shares["count"].max() > 1:
-            look |= {"yerr": shares["std"].fillna(0), "error_kw": {"elinewidth": 1, "capsize": min(2, 20 * bar)}}
-        places = shares.index + (i - (len(styles) - 1) / 2) * bar
-        bars = axes.bar(places, shares["mean"], bar, label=label, **look)
-        if bar * width / len(columns) > 0.25:  # inches
-            behind = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # over the paper's line
-            axes.bar_label(bars, fmt="%.1f", fontsize=7, padding=2, bbox=behind, zorder=4)
-    for row in style.paper_beside(rows):
-        if (dim := row.dim or "none") in columns:
-            ends, label = (columns.index(dim) - 0.45, columns.index(dim) + 0.45), style.PAPER.format(row.method)
-            axes.hlines(100 * row.value, *ends, "black", "dashed", label=label, linewidth=1)
-    axes.set_xticks(range(len(columns)), columns, rotation=90 if width / len(columns) < 0.45 else 0)
-    axes.set(xlabel="smallest prefix that is right (dims)", ylabel="images (%)")
+    styles, sizes = style.styles_of(table), sorted(table.dim.dropna().unique())
+    none = 2 * sizes[-1]  # the place of "none"
+    table = table.assign(dim=table.dim.fillna(none))
+    figure, [[axes]] = style.subplots(1, 1, (6.0, 3.8))
+    for label, points in table.groupby("label", sort=False):
+        style.draw_line(axes, points[points.dim < none], label, styles[label])
+        style.draw_line(axes, points[points.dim == none], "_none", styles[label] | {"linestyle": "none"})
+        method = points.method.iloc[0]
+        of_paper = [(row.dim or none, row) for row in style.paper_beside(rows) if row.method == method]
+        style.draw_paper(axes, of_paper, method, styles[label]["color"])
+    style.dim_axis(axes, [*sizes, none])
     axes.set_ylim(bottom=0)
-    axes.grid(False, axis="x")
-    heading = f"{rows[0].dataset}: {style.counts(table)} validation images{style.seeds_note(table)}"
-    return style.finish(figure, heading, [*styles, *map(style.PAPER.format, table.method.unique())])
+    ticks = [int(tick) for tick in axes.get_xticks()]
+    axes.set_xticks(ticks, [*ticks[:-1], "none"])
+    axes.set(xlabel="smallest prefix that is right (dims)", ylabel="images (%)")
+    labels = [*styles, *map(style.PAPER.format, table.method.unique())]
+    return style.finish(figure, style.heading(table, "validation images"), labels)
 
 
 def search_kinds(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -109,12 +91,19 @@ def search_kinds(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
     return {kind: table[of_kind] for kind, of_kind in kinds if of_kind.any()}
 
 
+def has_times(table: pd.DataFrame) -> bool:
+    """Return whether times were measured, and those of single searches grow with the size, above overhead and noise."""
+    single = table[(table.study == STUDIES[0]) & (table.shortlist_dim == table.rerank_dim)]
+    times = single.groupby("shortlist_dim").ms_per_query.mean()
+    return bool(table.ms_per_query.notna().all() and times.iloc[-1] >= MIN_TIMES * times.iloc[0])
+
+
 @rc_context(style.RC)
 def adaptive_retrieval(rows: Sequence[Row]) -> Figure:
     """Draw quality against cost of adaptive and funnel retrieval (figure 8).
 
-    A row of panels for map@10 and for top-1; a column for multiply-adds and, if it was measured, one for time. Means
-    over seeds, with one standard deviation as bars.
+    A row of panels for map@10 and for top-1; a column for multiply-adds and, if `has_times`, one for time. Means over
+    seeds, with one standard deviation as bars.
 
     Args:
         rows: Of one dataset and of models that differ only in their seed.
@@ -123,7 +112,7 @@ def adaptive_retrieval(rows: Sequence[Row]) -> Figure:
     table = style.table_of(rows, "adaptive retrieval")
     published = {(row.metric, *_sizes(row)): row for row in style.paper_beside(rows)}
     metrics = sorted(table.metric.unique())
-    costs = [name for name in COST_LABELS if table[name].notna().all()]
+    costs = [*COST_LABELS] if has_times(table) else ["cost"]
     figure, grid = style.subplots(len(metrics), len(costs), (5.0, 3.5), sharex="col", sharey="row")
     size, full = table.shortlist_size[table.shortlist_dim == table.rerank_dim].max(), table.rerank_dim.max()
     reranked = [f"shortlist of {size}, reranked at {dims} dims" for dims in (full, "fewer")]
@@ -147,7 +136,7 @@ def adaptive_retrieval(rows: Sequence[Row]) -> Figure:
         for axes in column:
             style.cost_axis(axes, COST_LABELS[cost] if axes is column[-1] else "")
     name = rows[0].method if table.run.nunique() > 1 else f"{rows[0].method} ({rows[0].run})"
-    heading = f"{rows[0].dataset}, {name}: {style.counts(table)} queries{style.seeds_note(table)}"
+    heading = style.heading(table, f"queries, {name}")
     return style.finish(figure, heading, [*labels.values(), *map(style.PAPER.format, short.values())])
 
 

@@ -1,4 +1,4 @@
-"""Adaptive classification and retrieval in use: quality against measured time and against bytes."""
+"""Adaptive classification and retrieval in use: quality against bytes and against measured time."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from mrl.figures import style
-from mrl.figures.adaptive import SEARCH_STYLES, SINGLE, search_kinds
+from mrl.figures.adaptive import MIN_TIMES, SEARCH_STYLES, SINGLE, has_times, search_kinds
 from mrl.results import Row
 from mrl.studies.adaptive_classification import CascadePoint
 
-Series = Mapping[str, tuple[pd.DataFrame, style.Style]]  # {label: (a table with time, bytes, percent and size, style)}
+Series = Mapping[str, tuple[pd.DataFrame, style.Style]]  # {label: (a table with percent, size and costs, style)}
 
 
 def retrieval_in_use(rows: Sequence[Row], dim: int, metric: str = "map@10") -> Figure:
-    """Draw quality of retrieval against measured time, and against the bytes that the search keeps in memory.
+    """Draw quality of retrieval against the bytes that the search keeps in memory and, if `has_times`, against time.
 
     Bytes are those of one float32 vector at the size that is searched; what reranking reads can stay on disk. Points
     whose search is at ``dim`` are ringed. The rows are of one run.
@@ -27,13 +27,13 @@ def retrieval_in_use(rows: Sequence[Row], dim: int, metric: str = "map@10") -> F
     labels = {"single": SINGLE, "full": "shortlist, reranked at full width", "funnel": "funnel"}
     kinds = search_kinds(table.sort_values("size"))
     series = {labels[kind]: (kinds[kind], SEARCH_STYLES[kind]) for kind in labels if kind in kinds}
-    heading = f"{table.dataset[0]}, {table.run[0]}: {style.counts(table)} queries; ringed: search at {dim} dims"
-    costs = ("measured milliseconds per query (CPU)", "bytes in memory per database vector")
-    return _draw(series, dim, costs, style.metric_label(metric), heading)
+    costs = {"bytes": "bytes in memory per database vector", "time": "measured milliseconds per query (CPU)"}
+    heading = f"{style.heading(table, 'queries')}, {table.run[0]}; ringed: search at {dim} dims"
+    return _draw(series, dim, costs if has_times(table) else {"bytes": costs["bytes"]}, metric, heading)
 
 
-def cascade_in_use(cascades: Sequence[CascadePoint], alone: Sequence[CascadePoint], cap: int, heading: str) -> Figure:
-    """Draw accuracy of cascades and of single sizes against measured time and bytes read, per image.
+def cascade_in_use(cascades: Sequence[CascadePoint], alone: Sequence[CascadePoint], cap: int, title: str) -> Figure:
+    """Draw accuracy of cascades and of single sizes against the bytes read and, if it grows with size, time per image.
 
     The cascade whose largest size is ``cap`` is ringed.
     """
@@ -45,15 +45,17 @@ def cascade_in_use(cascades: Sequence[CascadePoint], alone: Sequence[CascadePoin
     }
     [chosen] = cascade[cascade["size"] == cap].itertuples()
     used = f"up to {cap} dims allowed, {chosen.expected_dim:.1f} used on average, {100 * chosen.top_1:.2f}% right"
-    costs = ("measured microseconds per image, embedding to class (CPU)", "bytes of the embedding read per image, mean")
-    return _draw(series, cap, costs, style.metric_label("top_1"), f"{heading}; ringed: {used}")
+    costs = {"bytes": "bytes of the embedding read per image, mean"}
+    if single.time.iloc[-1] >= MIN_TIMES * single.time.iloc[0]:
+        costs["time"] = "measured microseconds per image, embedding to class (CPU)"
+    return _draw(series, cap, costs, "top_1", f"{title}; ringed: {used}")
 
 
 @rc_context(style.RC)
-def _draw(series: Series, ringed: int, costs: tuple[str, str], quality: str, heading: str) -> Figure:
-    """Draw a panel by time and one by bytes, the points of size ``ringed`` in a ring."""
-    figure, [all_axes] = style.subplots(1, 2, (4.3, 3.6), sharey=True)
-    for axes, column, cost in zip(all_axes, ("time", "bytes"), costs, strict=True):
+def _draw(series: Series, ringed: int, costs: Mapping[str, str], metric: str, heading: str) -> Figure:
+    """Draw a panel for each of ``costs``, {column: axis label}, with the points of size ``ringed`` in a ring."""
+    figure, [all_axes] = style.subplots(1, len(costs), (8.6 / (1 + len(costs)) + 1.4, 3.6), sharey=True)
+    for axes, (column, cost) in zip(all_axes, costs.items(), strict=True):
         for label, (points, look) in series.items():
             # Measured times need not rise with the size; a line through them would be a knot.
             joined = {} if points[column].is_monotonic_increasing else {"linestyle": "none"}
@@ -65,7 +67,7 @@ def _draw(series: Series, ringed: int, costs: tuple[str, str], quality: str, hea
         style.cost_axis(axes, cost)
     values = pd.concat([points.percent for points, _ in series.values()])
     room = max(0.5, 0.14 * (values.max() - values.min()))
-    all_axes[0].set(ylim=(values.min() - room, values.max() + room), ylabel=quality)
+    all_axes[0].set(ylim=(values.min() - room, values.max() + room), ylabel=style.metric_label(metric))
     return style.finish(figure, heading, series)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,9 +11,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from mrl.figures import style
-from mrl.results import Row
+from mrl.figures.accuracy import NESTED
+from mrl.results import Row, data_title
 
 COLUMNS = 5
+METHOD_COLUMNS = 3
 
 
 @rc_context(style.RC)
@@ -27,50 +28,46 @@ def accuracy_within_superclasses(rows: Sequence[Row]) -> Figure:
     accuracy = table[table.method == first].pivot_table("percent", "group", "dim")
     gains = accuracy.iloc[:, 0] - accuracy.iloc[:, -1]
     groups = sorted(table.groupby("group"), key=lambda item: (gains[item[0]], item[0]))
-    columns = min(COLUMNS, len(groups))
-    figure, grid = style.subplots(math.ceil(len(groups) / columns), columns, (2.3, 1.9), sharex=True, sharey=True)
-    for axes, (name, of_group) in zip(grid.flat, groups, strict=False):
+    figure, all_axes = style.panels(len(groups), COLUMNS, (2.3, 1.9), sharex=True, sharey=True)
+    for i, (axes, (name, of_group)) in enumerate(zip(all_axes, groups, strict=True)):
         style.draw_lines(axes, of_group, styles)
         axes.set_title(f"{name.replace('_', ' ')} (n = {style.counts(of_group)})", fontsize=8)
-    for i, axes in enumerate(grid.flat):
-        lowest = i + columns >= len(groups)
-        style.dim_axis(axes, table.dim, max_ticks=5)
+        axes.set_ylabel("top-1 (%)" if i % COLUMNS == 0 else "", fontsize=8)
+    for i, axes in enumerate(all_axes):
+        lowest = i + COLUMNS >= len(groups)
+        style.dim_axis(axes, table.dim)
         axes.set_xlabel("size (dims)" if lowest else "", fontsize=8)
-        axes.set_ylabel("top-1 (%)" if i % columns == 0 else "", fontsize=8)
         axes.tick_params(labelsize=7, labelbottom=lowest)
-        axes.set_visible(i < len(groups))
-    heading = f"{rows[0].dataset}: classes told apart within each superclass, by what {first} gains with size"
-    return style.finish(figure, heading + style.seeds_note(table), styles)
+    heading = f"{data_title(rows[0].dataset)}: classes told apart within each superclass, by what {first} gains"
+    return style.finish(figure, f"{heading} with size{style.bars_note(table)}", styles)
 
 
 @rc_context(style.RC)
 def class_accuracy_against_full_width(rows: Sequence[Row]) -> Figure:
-    """Draw accuracy of each class at each size minus at the largest, in points (figure 12), a panel per method.
+    """Draw accuracy of each class at each size minus at the largest, in points (figure 12), a panel per nested method.
 
     A dot per class, the mean over runs; the line is their median, the band their middle half. The cross marks the class
-    that the largest size costs most. Models of a single size are left out.
+    that the largest size costs most.
     """
-    rows = [row for row in rows if (row.study, row.metric) == ("per_class", "top_1")]
-    table = style.table_of(rows, "single classes")
+    rows = [row for row in rows if (row.study, row.metric) == ("per_class", "top_1") and row.method in NESTED]
+    table = style.table_of(rows, "single classes of nested models")
     styles = style.styles_of(table)
-    table = table[table.groupby("label").dim.transform("nunique") > 1]
-    if table.empty:
-        raise style.NothingToDraw("there are no rows of single classes at several sizes")
-    panels = list(table.groupby("label", sort=False))
-    figure, [all_axes] = style.subplots(1, len(panels), (4.6, 4.2), sharey=True)
-    for axes, (label, of_label) in zip(all_axes, panels, strict=True):
+    lines = list(table.groupby("label", sort=False))
+    figure, all_axes = style.panels(len(lines), METHOD_COLUMNS, (4.6, 4.2), sharey=True)
+    for axes, (label, of_label) in zip(all_axes, lines, strict=True):
         accuracy = of_label.pivot_table("percent", "group", "dim").dropna()
         _draw_classes(axes, accuracy.sub(accuracy.iloc[:, -1], axis=0), styles[label]["color"])
         axes.set_title(label)
     limits = all_axes[0].get_ylim()
-    for axes in all_axes:
-        style.dim_axis(axes, table.dim)
+    for axes, (_, of_label) in zip(all_axes, lines, strict=True):
+        style.dim_axis(axes, of_label.dim)
+    for axes in all_axes[::METHOD_COLUMNS]:
+        axes.set_ylabel("class accuracy minus that at the largest size (points)", fontsize=9)
     all_axes[0].set_ylim(limits)  # differences go below 0
-    all_axes[0].set_ylabel("class accuracy minus that at the largest size (points)", fontsize=9)
     seeds = table.groupby("label").seed.nunique().max()
     means = f"; means of up to {seeds} seeds" if seeds > 1 else ""
-    heading = f"{rows[0].dataset}: {table.group.nunique():,} classes of {style.counts(table)} validation images each"
-    return style.finish(figure, f"{heading}{means}; line: median, band: middle half", [])
+    heading = f"{data_title(table.dataset[0])}: {table.group.nunique():,} classes of {style.counts(table)}"
+    return style.finish(figure, f"{heading} validation images each{means}; line: median, band: middle half", [])
 
 
 def _draw_classes(axes: Axes, points: pd.DataFrame, color: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,16 +13,25 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
-from mrl.figures.style import GREEN, RED
-from mrl.retrieval.search import Neighbors
+from mrl.figures.geometry import confusions
+from mrl.figures.style import GREEN, RED, finish
+from mrl.retrieval.search import Neighbors, exact_search
+from mrl.studies.classification import predict
+from mrl.studies.geometry import shown_sizes, telling_queries
+from mrl.studies.hierarchy import confusion_counts
+from mrl.studies.retrieval import thin_indices
 
 if TYPE_CHECKING:
     from mrl.studies.run import OpenedRun
 
 MAX_PX = 224  # of a photograph in a figure
+MAX_QUERIES = 500
+NUM_NEIGHBORS = 8
 
 
-def neighbor_grid(query: Tensor, found: Mapping[int, Sequence[tuple[Tensor, str]]], name: str | None = None) -> Figure:
+def neighbor_grid(
+    query: Tensor, found: Mapping[int, Sequence[tuple[Tensor, str]]], name: str | None = None, title: str = ""
+) -> Figure:
     """Draw the query and its neighbors ``{dim: [(image, caption), ...]}``, best first; a row per size.
 
     Images are ``(3, H, W)``, uint8 or 0 to 1. If captions are classes, and ``name`` that of the query, frames tell
@@ -35,15 +45,18 @@ def neighbor_grid(query: Tensor, found: Mapping[int, Sequence[tuple[Tensor, str]
             line[1].text(0, 0.5, "all-zero prefix: no neighbors", fontsize=7, va="center")
         for axes, (image, caption) in zip(line[1:], neighbors, strict=False):
             _show(axes, image, caption, right=None if name is None else caption == name)
-    return figure
+    return finish(figure, title, [])
 
 
-def neighbors_of(run: OpenedRun, found: Mapping[int, Neighbors], query: int, images: np.ndarray) -> Figure:
+def neighbors_of(
+    run: OpenedRun, found: Mapping[int, Neighbors], query: int, images: np.ndarray, title: str = ""
+) -> Figure:
     """Draw the training images that a search for the validation images ``images`` found for ``images[query]``."""
+    classes = run.image_classes or run.classes
 
     def named(split: str, labels: np.ndarray, indices: np.ndarray) -> list[tuple[Tensor, str]]:
         pictures = torch.from_numpy(run.pictures(split, indices)).permute(0, 3, 1, 2)
-        return [(picture, run.classes[label]) for picture, label in zip(pictures, labels[indices], strict=True)]
+        return [(picture, classes[label]) for picture, label in zip(pictures, labels[indices], strict=True)]
 
     [(picture, name)] = named("val", run.val.labels, images[[query]])
     z = run.val.vectors[images[query]]
@@ -51,30 +64,54 @@ def neighbors_of(run: OpenedRun, found: Mapping[int, Neighbors], query: int, ima
         dim: named("train", run.train.labels, indices[query]) if z[:dim].any() else []
         for dim, (indices, _) in found.items()
     }
-    return neighbor_grid(picture, shown, name)
+    return neighbor_grid(picture, shown, name, title)
 
 
 def grad_cam_sheet(
-    pictures: np.ndarray, heat: np.ndarray, labels: np.ndarray, predicted: np.ndarray, dims: Sequence[int], names: Any
+    run: OpenedRun,
+    images: np.ndarray,
+    heat: np.ndarray,
+    predicted: np.ndarray,
+    dims: Sequence[int],
+    names: Sequence[str],
+    title: str = "",
 ) -> Figure:
-    """Draw B images under the heat of what the predictions at G sizes rest on; a row per image.
+    """Draw B validation images under the heat of what the predictions at G sizes rest on; a row per image.
+
+    Frames tell right predictions from wrong ones, unless the images are of other classes than the model's.
 
     Args:
-        pictures: ``(B, H, W, 3)``, 0 to 1.
+        run: Has the images.
+        images: Indices ``(B,)``.
         heat: ``(G, B, H, W)``, 0 to 1.
-        labels: ``(B,)`` int64.
         predicted: Classes ``(G, B)`` int64.
         dims: G sizes.
-        names: Of the classes.
+        names: Of the classes that are predicted.
     """
+    pictures, labels = torch.from_numpy(run.pictures("val", images)).permute(0, 3, 1, 2), run.val.labels[images]
     figure, grid = _panels(len(pictures), 1 + len(dims))
-    for i, (line, picture) in enumerate(zip(grid, torch.from_numpy(pictures).permute(0, 3, 1, 2), strict=True)):
-        _show(line[0], picture, f"image of {names[labels[i]]}")
+    for i, (line, picture) in enumerate(zip(grid, pictures, strict=True)):
+        _show(line[0], picture, f"image of {(run.image_classes or names)[labels[i]]}")
         for g, axes in enumerate(line[1:]):
-            caption, right = f"{dims[g]} dims: {names[predicted[g, i]]}", bool(predicted[g, i] == labels[i])
-            _show(axes, picture.mean(dim=0, keepdim=True), caption, right)
+            right = None if run.image_classes else bool(predicted[g, i] == labels[i])
+            _show(axes, picture.mean(dim=0, keepdim=True), f"{dims[g]} dims: {names[predicted[g, i]]}", right)
             axes.imshow(heat[g, i], cmap="inferno", vmin=0, vmax=1, alpha=0.6)
-    return figure
+    return finish(figure, title, [])
+
+
+def pictures_of(run: OpenedRun, device: torch.device) -> dict[str, Figure]:
+    """Return a picture of neighbors among a run's own images and one of its confusions, as ``{name: figure}``."""
+    labels, taken = np.asarray(run.val.labels), thin_indices(len(run.val.labels), MAX_QUERIES)
+    k = min(NUM_NEIGHBORS, len(run.train.labels))
+    found = exact_search(run.val.vectors[taken], run.train.vectors, k, shown_sizes(run.dims), device=device)
+    query = telling_queries(found, labels[taken], run.train.labels, num_queries=1)[0]
+    title = f"{run.source.title}: training images nearest to a validation image, of {len(taken):,} the one whose"
+    figures = {"neighbors": neighbors_of(run, found, query, taken, f"{title} neighbors improve most; dashed: wrong")}
+    counts = confusion_counts(
+        predict(run.val.vectors, run.classifiers, device=device).classes, labels, len(run.classes)
+    )
+    ends = sorted({run.dims[0], run.dims[-1]})
+    return figures | {"confusions": confusions(counts, run.dims, ends, run.classes, run.source.title)}
 
 
 def _panels(lines: int, columns: int) -> tuple[Figure, np.ndarray]:
@@ -92,7 +129,7 @@ def _show(axes: Axes, image: Tensor, caption: str, right: bool | None = None) ->
     image = functional.resize(image, [max(1, round(scale * side)) for side in image.shape[1:]], antialias=True)
     axes.imshow(image.permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     color = {None: "black", True: GREEN, False: RED}[right]
-    axes.set_title(caption, fontsize=7, pad=2, color=color)
+    axes.set_title(textwrap.fill(caption.replace("_", " "), 18), fontsize=7, pad=2, color=color)
     if right is not None:
         look: dict[str, Any] = {"linewidth": 1.2} if right else {"linewidth": 2, "linestyle": "--"}
         axes.spines[:].set(visible=True, edgecolor=color, **look)

@@ -50,13 +50,12 @@ def accuracy_by_bytes(rows: Sequence[Row]) -> Figure:
                 axes.errorbar(front.bytes, front.percent, bars, label=label, elinewidth=1, **line)
                 for code, of_code in front.groupby("code"):
                     axes.plot(of_code.bytes, of_code.percent, MARKERS[code], color=look["color"])
-            style.dim_axis(axes, points.bytes[points.code.isin(["float32", "sign bits"])], max_ticks=12)
+            style.dim_axis(axes, points.bytes[points.code.isin(["float32", "sign bits"])])
             axes.set(title=PASSES[second_pass], ylabel=style.metric_label(metric), xlabel=BYTES)
     for code, marker in MARKERS.items():
         panels[0][0].plot([], [], marker, color="0.3", label=code)
     panels[0][0].plot([], [], color="0.3", alpha=0.5, linewidth=1, label=CURVE)
-    heading = f"{table.dataset[0]}: {style.counts(table)} queries; best codes and dims{style.seeds_note(table)}"
-    return style.finish(figure, heading, [*styles, CURVE, *MARKERS])
+    return style.finish(figure, style.heading(table, "queries, best codes and dims"), [*styles, CURVE, *MARKERS])
 
 
 def bytes_table(rows: Sequence[Row], metric: str = "top_1") -> list[list[str]]:

@@ -19,7 +19,7 @@ from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter, NullLocat
 
 from mrl.errors import UserError
 from mrl.paper import paper_rows
-from mrl.results import Row
+from mrl.results import Row, data_title
 
 Style = dict[str, Any]
 # Every function that draws is decorated with `matplotlib.rc_context(RC)`.
@@ -30,29 +30,34 @@ RC: Any = {
     **{"lines.linewidth": 1.6, "lines.markerfacecolor": "white", "lines.markersize": 5},
 }
 BOXED = RC | {"axes.grid": False, "axes.spines.right": True, "axes.spines.top": True, "axes.edgecolor": "0.8"}
-# The colors of Okabe and Ito, which color-blind readers can tell apart; markers and dashes do the same in gray.
+# The colors of Okabe and Ito, which color-blind readers can tell apart, then darker ones; markers do the same in gray.
 BLUE, RED, GREEN, ORANGE, SKY, PINK = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#56B4E9", "#CC79A7"
-METHOD_STYLES: dict[str, Style] = {
-    "MRL": {"color": BLUE, "marker": "o", "linestyle": "-"},
-    "MRL cascade": {"color": BLUE, "marker": "o", "linestyle": "-"},
-    "MRL-E": {"color": RED, "marker": "s", "linestyle": "--"},
-    "MRL-E cascade": {"color": RED, "marker": "s", "linestyle": "--"},
-    "FF": {"color": "#000000", "marker": "D", "linestyle": ":", "markersize": 7},  # large: others may cover it
-    "FF truncated": {"color": GREEN, "marker": "v", "linestyle": "-."},
-    "FF PCA": {"color": PINK, "marker": "^", "linestyle": "-"},
-    "FF SVD": {"color": SKY, "marker": "P", "linestyle": "--"},
-    "FF LDA": {"color": RED, "marker": "d", "linestyle": (0, (3, 1, 1, 1))},
-    "FF supervised map": {"color": "#000000", "marker": "p", "linestyle": "-"},
-    "FF unsupervised map": {"color": ORANGE, "marker": ">", "linestyle": "-"},
-    "FF low-rank classifier": {"color": SKY, "marker": "h", "linestyle": "-"},
-    "FF random coordinates": {"color": ORANGE, "marker": "X", "linestyle": ":"},
-    "FF random coordinates, probe": {"color": ORANGE, "marker": "*", "linestyle": "--", "markersize": 8},
-    "FF random projection": {"color": "#7F7F7F", "marker": "<", "linestyle": "-."},
+WINE, INDIGO, OLIVE, BROWN, GRAY, BLACK = "#882255", "#332288", "#999933", "#8C510A", "#7F7F7F", "#000000"
+_LOOKS = {
+    "MRL": (BLUE, "o", "-"),
+    "MRL cascade": (BLUE, "o", "-"),
+    "MRL-E": (RED, "s", "--"),
+    "MRL-E cascade": (RED, "s", "--"),
+    "FF": (BLACK, "D", ":"),
+    "FF truncated": (GREEN, "v", "-."),
+    "FF PCA": (PINK, "^", "-"),
+    "FF SVD": (SKY, "P", "--"),
+    "FF LDA": (WINE, "d", (0, (3, 1, 1, 1))),
+    "FF supervised map": (INDIGO, "p", "-"),
+    "FF unsupervised map": (ORANGE, ">", "-"),
+    "FF low-rank classifier": (BROWN, "h", "-"),
+    "FF random coordinates": (OLIVE, "X", ":"),
+    "FF random coordinates, probe": ("#44AA99", "*", "--"),
+    "FF random projection": (GRAY, "<", "-."),
 }
+METHOD_STYLES: dict[str, Style] = {
+    name: dict(zip(("color", "marker", "linestyle"), look, strict=True)) for name, look in _LOOKS.items()
+}
+METHOD_STYLES["FF"]["markersize"] = 7  # large: others may cover it
 METHOD_LABELS = {"FF": "FF (one model per size)", "FF truncated": "FF, plain truncation"}
-_MORE = [to_hex(color) for color in colormaps["tab20b"](range(20))]
-OTHER_COLORS = [PINK, SKY, ORANGE, GREEN, "#7F7F7F", *_MORE[::-3], *_MORE[-2::-3], *_MORE[-3::-3]]
+OTHER_COLORS = [PINK, SKY, ORANGE, GREEN, GRAY, WINE, INDIGO, OLIVE, BROWN, "#44AA99", "#B2182B", "#AA4499", "#DDCC77"]
 PAPER = "{} (paper)"
+INCHES_PER_DIGIT = 0.09  # of tick labels
 POINT = ["study", "metric", "group", "dim", "shortlist_dim", "shortlist_size", "rerank_dim"]
 
 
@@ -88,49 +93,63 @@ def line_labels(rows: Sequence[Row]) -> dict[tuple[str, str], str]:
     return {(method, run): f"{names[method]}: {run}" if method in apart else names[method] for method, run in keys}
 
 
-def line_styles(labels: Mapping[tuple[str, str], str]) -> dict[str, Style]:
-    """Return ``{label: style}`` in the order of the legend; a method looks the same in every figure."""
-    taken = {METHOD_STYLES[method]["color"] for method, _ in labels if method in METHOD_STYLES}
-    colors = itertools.cycle(color for color in OTHER_COLORS if color not in taken)
-    others = zip(colors, itertools.cycle("^PX<*h>v"), itertools.cycle(("-", "--", "-.", ":", "--")), strict=False)
-    unused, styles = dict(METHOD_STYLES), {}
-    for (method, _), label in labels.items():
-        if label not in styles:
-            own = unused.pop(method, None)
-            styles[label] = own or dict(zip(("color", "marker", "linestyle"), next(others), strict=True))
-    return styles
-
-
 def table_of(rows: Sequence[Row], wanted: str) -> pd.DataFrame:
-    """Return rows of one dataset as a table in the order of the legend, with two more columns, label and percent."""
+    """Return rows of one dataset as a table in the order of the legend, with a column label and values in percent.
+
+    Rows of standard deviations over random splits ("top_1_std") become the columns split_x (of the expected dim) and
+    split_y (in percent) of their rows.
+    """
+    stds = {(row.method, row.run, row.metric, row.dim): row for row in rows if row.metric.endswith("_std")}
+    rows = [row for row in rows if not row.metric.endswith("_std")]
     if not rows:
         raise NothingToDraw(f"there are no rows of {wanted}")
     if len(datasets := {row.dataset for row in rows}) > 1:
         raise UserError(f"a figure shows one dataset, but the rows are of {sorted(datasets)}")
     labels = line_labels(rows)
     order = {key: place for place, key in enumerate(labels)}
-    ordered = sorted(rows, key=lambda row: order[row.method, row.run])
-    more = [{"label": labels[row.method, row.run], "percent": 100 * row.value} for row in ordered]
-    return pd.DataFrame([vars(row) | columns for row, columns in zip(ordered, more, strict=True)])
+    records = []
+    for row in sorted(rows, key=lambda row: order[row.method, row.run]):
+        std = stds.get((row.method, row.run, f"{row.metric}_std", row.dim))
+        split = {"split_x": std.expected_dim or 0.0, "split_y": 100 * std.value} if std else {}
+        more = {"label": labels[row.method, row.run], "percent": 100 * row.value, "split_x": 0.0, "split_y": 0.0}
+        records.append(vars(row) | more | split)
+    return pd.DataFrame(records)
 
 
 def styles_of(table: pd.DataFrame) -> dict[str, Style]:
-    """Return ``{label: style}`` of the lines of a table."""
-    return line_styles(dict(zip(zip(table.method, table.run, strict=True), table.label, strict=True)))
+    """Return ``{label: style}`` of the lines of a table, in its order, each in a color of its own.
+
+    A method looks the same in every figure; its further runs have the colors that no method of the table has.
+    """
+    lines = table[["method", "label"]].drop_duplicates()
+    first = lines.drop_duplicates("method")
+    own = {line.label: METHOD_STYLES[line.method] for line in first.itertuples() if line.method in METHOD_STYLES}
+    others = [label for label in lines.label if label not in own]
+    own |= zip(others, more_looks(len(others), first.method), strict=True)
+    return {label: own[label] for label in lines.label}
 
 
-def draw_line(
-    axes: Axes, points: pd.DataFrame, label: str, look: Style, x: str = "dim", errors: pd.DataFrame | None = None
-) -> pd.DataFrame:
+def more_looks(number: int, methods: Iterable[str]) -> list[Style]:
+    """Return ``number`` styles in colors that neither the ``methods`` nor each other have."""
+    taken = {METHOD_STYLES[method]["color"] for method in methods if method in METHOD_STYLES}
+    colors = [color for color in OTHER_COLORS if color not in taken]
+    if number > len(colors):
+        colors = [to_hex(color) for color in colormaps["turbo"](np.linspace(0, 1, number))]
+    looks = zip(colors[:number], itertools.cycle("^PX<*h>v"), itertools.cycle(("-", "--", "-.", ":")), strict=False)
+    return [dict(color=color, marker=marker, linestyle=line) for color, marker, line in looks]
+
+
+def draw_line(axes: Axes, points: pd.DataFrame, label: str, look: Style, x: str = "dim") -> pd.DataFrame:
     """Draw means over runs in percent against column ``x``, and return them as columns x and y.
 
-    Bars are one standard deviation over runs, or ``errors``, a row for each point, if there is one run. Points whose
-    ``x`` does not rise, as measured times may not, are not joined.
+    Bars are one standard deviation over runs or, of one run, over its random splits. Points whose ``x`` does not rise,
+    as measured times may not, are not joined.
     """
     columns = {"x": (x, "mean"), "y": ("percent", "mean"), "dx": (x, "std"), "dy": ("percent", "std")}
+    columns |= {"split_x": ("split_x", "first"), "split_y": ("split_y", "first")}
     means = points.groupby(POINT, dropna=False).agg(**columns, runs=("run", "size")).fillna(0).reset_index()
-    if means.runs.max() == 1 and errors is not None and len(errors) == len(means):
-        means["dx"], means["dy"] = errors.sort_values("dim")[[x, "percent"]].to_numpy().T
+    if means.runs.max() == 1:
+        means["dx"], means["dy"] = means.split_x, means.split_y
     first_on_top: Style = {"elinewidth": 1, "zorder": 3 - 0.01 * len(axes.containers)}
     look = first_on_top | look
     if means.dy.any() or means.runs.max() > 1:
@@ -166,12 +185,30 @@ def subplots(rows: int, columns: int, size: tuple[float, float], **shared: Any) 
     return figure, figure.subplots(rows, columns, squeeze=False, **shared)
 
 
-def dim_axis(axes: Axes, dims: Iterable[float], max_ticks: float = 10) -> None:
-    """Make the horizontal axis one of sizes, logarithmic with whole numbers; keep percentages within 0 and 100."""
-    *smaller, largest = sorted({int(dim) for dim in dims if not math.isnan(dim)})
-    ticks = [largest]
-    for dim in reversed(smaller):  # leave out numbers that would overlap
-        if math.log2(ticks[-1] / dim) > math.log2(largest / smaller[0]) / max_ticks:
+def panels(number: int, columns: int, size: tuple[float, float], **shared: Any) -> tuple[Figure, list[Axes]]:
+    """Return a figure and ``number`` panels of ``size`` in rows of at most ``columns``; places left over stay empty."""
+    columns = min(columns, number)
+    figure, grid = subplots(math.ceil(number / columns), columns, size, **shared)
+    for axes in grid.flat[number:]:
+        axes.set_visible(False)
+    return figure, list(grid.flat[:number])
+
+
+def dim_axis(axes: Axes, dims: Iterable[float]) -> None:
+    """Make the horizontal axis one of sizes, logarithmic, with the numbers for which there is room; 0 to 100 percent.
+
+    The largest size has a number, then the smallest, then others from right to left.
+    """
+    sizes = sorted({int(dim) for dim in dims if not math.isnan(dim)}, reverse=True)
+    inches = 0.9 * axes.get_window_extent().width / axes.figure.dpi
+    per_octave = inches / math.log2(max(2, sizes[0] / sizes[-1]))
+
+    def apart(a: int, b: int) -> bool:
+        return per_octave * abs(math.log2(a / b)) > INCHES_PER_DIGIT * (len(f"{a}{b}") / 2 + 1)
+
+    ticks = sizes[:1]
+    for dim in sizes[1:]:
+        if apart(dim, ticks[-1]) and (dim == sizes[-1] or apart(dim, sizes[-1])):
             ticks.append(dim)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_locator(FixedLocator(ticks[::-1]))
@@ -220,9 +257,10 @@ def finish(figure: Figure, heading: str, labels: Iterable[str]) -> Figure:
             break
         legend.remove()
     figure.set_size_inches(width, height)
-    parts = [heading] if len(heading) <= 11 * width else heading.replace("; ", ";\n").split("\n")
+    room = round(11 * width)  # characters of a line
+    parts = [part if len(part) > room else part.replace(" ", "\N{NO-BREAK SPACE}") for part in heading.split("; ")]
     if heading:
-        figure.suptitle("\n".join(textwrap.fill(part, round(11 * width)) for part in parts))
+        figure.suptitle(textwrap.fill("; ".join(parts), room).replace("\N{NO-BREAK SPACE}", " "))
     return figure
 
 
@@ -231,12 +269,18 @@ def counts(table: pd.DataFrame) -> str:
     return " to ".join(f"{n:,}" for n in sorted({table.n.min(), table.n.max()}))
 
 
-def seeds_note(table: pd.DataFrame) -> str:
+def heading(table: pd.DataFrame, images: str = "images") -> str:
+    """Return the title of a figure: the data, the number of images, and what its error bars are, if it has some."""
+    return f"{data_title(table.dataset.iloc[0])}: {counts(table)} {images}{bars_note(table)}"
+
+
+def bars_note(table: pd.DataFrame) -> str:
     """Return what the error bars are, for the title; "" if there are none."""
     runs = table.groupby(["label", *POINT], dropna=False).run.nunique()
     low, high = runs.min(), runs.max()
     numbers = str(low) if low == high else f"{low} to {high}"
-    return f"; mean and standard deviation of {numbers} seeds" if high > 1 else ""
+    over = f"of {numbers} seeds" if high > 1 else "over random splits" if table.split_y.any() else ""
+    return over and f"; mean and standard deviation {over}"
 
 
 def save(figure: Figure, path_stem: str | Path) -> list[Path]:

@@ -275,6 +275,17 @@ def cascade_points(
     return cascades, alone
 
 
+def describe_cascade(cascades: Sequence[CascadePoint], alone: Sequence[CascadePoint]) -> str:
+    """Return what the cascade up to full width saves beside single sizes, in two sentences."""
+    last, full = cascades[-1], alone[-1]
+    enough = next(point for point in alone if point.top_1 >= min(last.top_1, full.top_1))
+    return (
+        f"Up to {last.cap} dims, the cascade reads {last.expected_dim:.1f} dims on average and is right for "
+        f"{last.top_1:.1%} of the images; full width is right for {full.top_1:.1%}. The smallest single size that "
+        f"is as accurate as the cascade, or as full width, has {enough.cap} dims ({enough.top_1:.1%})."
+    )
+
+
 def _point(z: Tensor, labels: Tensor, classifiers: Sequence[Classifier], thresholds: np.ndarray) -> CascadePoint:
     classes, chosen = run_cascade(z, classifiers, thresholds)
     seconds = _fastest(lambda: run_cascade(z, classifiers, thresholds), 5)

@@ -91,7 +91,6 @@ class Blocks(NamedTuple):
     dims: tuple[int, ...]  # G sizes, ascending
     variance: np.ndarray  # (G,) mean variance of a coordinate, divided by that of all coordinates
     between: np.ndarray  # (G,) share of the block's variance that lies between class means
-    rank: np.ndarray  # (G,) effective rank of each block
     prefix_rank: np.ndarray  # (G,) effective rank of each prefix
 
 
@@ -108,8 +107,17 @@ def blocks(vectors: np.ndarray, labels: np.ndarray, dims: Sequence[int]) -> Bloc
         tuple(dims),
         variance=np.array([_ratio(variance[span].mean(), variance.mean()) for span in spans]),
         between=np.array([_ratio(between[span].sum(), variance[span].sum()) for span in spans]),
-        rank=np.array([effective_rank(z[:, span]) for span in spans]),
         prefix_rank=np.array([effective_rank(z[:, :dim]) for dim in dims]),
+    )
+
+
+def describe_blocks(by_run: Mapping[str, Blocks]) -> str:
+    """Return what `blocks` found in one sentence per run."""
+    return "\n".join(
+        f"{name}: a coordinate of the first {found.dims[0]} dims has {found.variance[0]:.1f} times the mean variance, "
+        f"{found.between[0]:.0%} of it between classes; of the last block ({found.dims[-2]} to {found.dims[-1]} dims) "
+        f"{found.variance[-1]:.1f} times, {found.between[-1]:.0%}; effective rank {found.prefix_rank[-1]:.1f} of all."
+        for name, found in by_run.items()
     )
 
 
@@ -145,6 +153,14 @@ def shown_sizes(dims: Sequence[int]) -> list[int]:
     [8, 32, 128, 2048]
     """
     return sorted({*dims[:-1:2][: NUM_SHOWN - 1], dims[-1]})
+
+
+def describe_neighbors(found: Mapping[int, Neighbors], query_labels: np.ndarray, database_labels: np.ndarray) -> str:
+    """Return the share of neighbors of the query's class at each size, over all queries, as a sentence."""
+    right = {dim: (database_labels[rows] == query_labels[:, None]).mean() for dim, (rows, _) in found.items()}
+    number = next(iter(found.values()))[0].shape[1]
+    shares = ", ".join(f"{share:.1%} at {dim}" for dim, share in right.items())
+    return f"Of the {number} nearest neighbors of {len(query_labels):,} queries, of the query's class: {shares} dims."
 
 
 def telling_queries(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -20,10 +22,16 @@ from mrl.retrieval.search import exact_search
 from mrl.studies.classification import Classifier, classification
 from mrl.studies.transfer import restrict, synsets
 
+if TYPE_CHECKING:
+    from mrl.studies.run import OpenedRun
+
 OUTSIDE = -1
 # Monotone, dip then rise and no clear trend are the paper's (appendix J); the others complete them.
 TRENDS = ("monotone", "rise then dip", "dip then rise", "falling", "no clear trend")
 NUM_NAMES = 4
+MIN_SILHOUETTE = 0.05  # of classes at random 0.00 to 0.03, of ImageNet's classes about 0.15
+MIN_ERRORS = 30
+MAX_COLORS = 10
 
 
 def read_class_table(path: str | Path, column: str) -> dict[str, str]:
@@ -53,6 +61,7 @@ class Hierarchy(NamedTuple):
 
     superclass_of: np.ndarray  # (C,) int64, indices into names; -1 for a class that has none
     names: tuple[str, ...]  # the superclasses that occur, sorted
+    note: str = ""  # how many there are, from where, and whether they mean anything
 
 
 def default_superclasses(classes: Sequence[str]) -> dict[str, str] | None:
@@ -72,7 +81,13 @@ def build_hierarchy(classes: Sequence[str], table: Mapping[str, str]) -> Hierarc
             f"none of the {len(classes)} classes ({', '.join(classes[:3])}, ...) is in the superclass table"
         )
     superclass_of = [names.index(table[name]) if name in table else OUTSIDE for name in classes]
-    return Hierarchy(np.array(superclass_of, dtype=np.int64), names)
+    found = np.array(superclass_of, dtype=np.int64)
+    return Hierarchy(found, names, f"{_sizes(found)}, from a table")
+
+
+def _sizes(superclass_of: np.ndarray) -> str:
+    sizes = np.bincount(superclass_of[superclass_of != OUTSIDE])
+    return f"{len(sizes)} groups of {' to '.join(map(str, sorted({sizes.min(), sizes.max()})))} classes"
 
 
 def hierarchy(
@@ -192,26 +207,63 @@ def nearest_classes(
     return np.stack([database_labels[found[dim][0][:, 0]] for dim in dims])
 
 
-def group_classes(vectors: np.ndarray, labels: np.ndarray, classes: Sequence[str], num_groups: int) -> Hierarchy:
+def group_classes(
+    vectors: np.ndarray, labels: np.ndarray, classes: Sequence[str], num_groups: int | None = None
+) -> Hierarchy:
     """Cluster classes whose mean unit embeddings point the same way, where there is no table of superclasses.
 
-    Agglomerative clustering with average linkage of the cosines between class means at full width. Give training
-    images, so that the groups do not depend on validation images. A group is named after its classes.
+    Ward's linkage of the directions from the mean of all classes to each, at full width, which makes groups of similar
+    sizes; by default about as many groups as a group has classes. Give training images, so that the groups do not
+    depend on validation images. A group is named after its classes. The note says so if a class is no closer to its own
+    group than to the next one (mean silhouette).
     """
     from sklearn.cluster import AgglomerativeClustering
+    from sklearn.metrics import silhouette_score
 
-    means = [
-        unit_prefix(torch.from_numpy(vectors[labels == c]), vectors.shape[1]).mean(dim=0).numpy()
-        for c in range(len(classes))
-    ]
-    clusters = AgglomerativeClustering(num_groups, metric="cosine", linkage="average").fit_predict(np.stack(means))
+    unit = [unit_prefix(torch.from_numpy(vectors[labels == c]), vectors.shape[1]) for c in range(len(classes))]
+    means = torch.stack([z.mean(dim=0) for z in unit])
+    directions = unit_prefix(means - means.mean(dim=0), vectors.shape[1]).numpy()
+    clusters = AgglomerativeClustering(num_groups or max(2, round(len(classes) ** 0.5))).fit_predict(directions)
     superclass_of, first = pd.factorize(clusters)  # numbers groups by their first class
     names = []
     for group in range(len(first)):
         members = [classes[c] for c in np.flatnonzero(superclass_of == group).tolist()]
         more = f" and {len(members) - NUM_NAMES} more" if len(members) > NUM_NAMES else ""
         names.append(", ".join(members[:NUM_NAMES]) + more)
-    return Hierarchy(superclass_of.astype(np.int64), tuple(names))
+    score = silhouette_score(directions, clusters, metric="cosine") if len(first) < len(classes) else 0.0
+    what = "no group structure: a class is as close to other groups as to its own" if score < MIN_SILHOUETTE else ""
+    note = f"{_sizes(superclass_of)}, by direction of their mean training embeddings; {what or 'structure'}"
+    return Hierarchy(superclass_of.astype(np.int64), tuple(names), f"{note} (silhouette {score:.2f})")
+
+
+def class_groups(
+    run: OpenedRun, table: str | None = os.environ.get("MRL_SUPERCLASSES")
+) -> tuple[Hierarchy, Sequence[str]]:
+    """Return the groups of a run's classes and the names of the classes, for display.
+
+    Both are from a ``table`` with the columns class, superclass and, if classes have other names, name. Without one,
+    they are the paper's on ImageNet, else `group_classes`, and the names are the classes themselves.
+    """
+    if superclasses := read_class_table(table, "superclass") if table else default_superclasses(run.classes):
+        names = {}
+        if table:
+            with contextlib.suppress(UserError):  # there is no such column
+                names = read_class_table(table, "name")
+        return build_hierarchy(run.classes, superclasses), [names.get(name, name) for name in run.classes]
+    return group_classes(run.train.vectors, run.train.labels, run.classes), run.classes
+
+
+def colors_of_images(run: OpenedRun, indices: np.ndarray) -> tuple[np.ndarray, Sequence[str]]:
+    """Return what to color validation images by, ``(N,)``, and its names: classes, or groups of more than ten classes.
+
+    Images of classes without a superclass are the last group, "other".
+    """
+    labels = run.val.labels[indices]
+    if len(run.classes) <= MAX_COLORS:
+        return labels, run.classes
+    groups, _ = class_groups(run)
+    of_images = groups.superclass_of[labels]
+    return np.where(of_images == OUTSIDE, len(groups.names), of_images), [*groups.names, "other"]
 
 
 def knowledge(
@@ -244,6 +296,30 @@ def knowledge(
             for metric, right in values.items()
         ]
     return rows
+
+
+def describe_knowledge(rows: Sequence[Row]) -> str:
+    """Return the rows of `knowledge` as a table, and a sentence on whether errors stay in their group.
+
+    They do if, at the sizes with 30 errors or more, they stay more often than in random groups by two standard errors.
+    """
+    study = [row for row in rows if row.study == "prefix_knowledge"]
+    found = pd.DataFrame(map(vars, study)).pivot_table("value", "dim", "metric")
+    wrong, n = 1 - found["top_1"], study[0].n
+    shares = found[["top_1", "superclass_top_1"]].set_axis(["class right", "group right"], axis=1)
+    for column, metric in (("errors in their group", ""), ("in random groups", "shuffled_")):
+        shares[column] = (found[f"{metric}superclass_top_1"] - found["top_1"]) / wrong.where(wrong > 0)
+    inside, chance = shares["errors in their group"], shares["in random groups"]
+    enough = n * wrong >= MIN_ERRORS
+    above = enough & (inside - chance > 2 * (chance * (1 - chance) / (n * wrong)) ** 0.5)
+    dims = f"at {', '.join(map(str, found.index[above]))} dims"
+    if not enough.any():
+        verdict = f"Fewer than {MIN_ERRORS} of {n:,} images are wrong at every size: too few errors to see groups in."
+    elif above.any():
+        verdict = f"Errors stay in their group more often than in random groups {dims}."
+    else:
+        verdict = "Errors stay in their group no more often than in random groups: these groups are not learned first."
+    return f"{(100 * shares).to_string(float_format='{:.1f} %'.format, na_rep='-')}\n\n{verdict}"
 
 
 def confusion_counts(predictions: np.ndarray, labels: np.ndarray, num_classes: int) -> np.ndarray:

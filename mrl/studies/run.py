@@ -59,6 +59,7 @@ class OpenedRun:
         val_flip: Embeddings of the mirrored validation images; None if the run was trained without flips.
         transfer: Embeddings of other images by place; see `mrl.studies.transfer`.
         cut_at: Sizes of the nested runs that were opened together with this one.
+        image_classes: The classes of the images, if they are not the model's.
     """
 
     directory: Path
@@ -70,6 +71,7 @@ class OpenedRun:
     val_flip: EmbeddingSet | None = None
     transfer: Mapping[str, EmbeddingSet] = field(default_factory=dict)
     cut_at: tuple[int, ...] = ()
+    image_classes: tuple[str, ...] = ()
     _images: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
@@ -123,10 +125,14 @@ class OpenedRun:
         )
 
 
-def open_run(path: str | Path, data_root: str | None = os.environ.get("MRL_DATA_ROOT")) -> OpenedRun:
+def open_run(
+    path: str | Path,
+    data_root: str | None = os.environ.get("MRL_DATA_ROOT"),
+    title: str | None = os.environ.get("MRL_TITLE"),
+) -> OpenedRun:
     """Return the run in directory ``path``, which train.py has finished and eval.py has embedded.
 
-    ``data_root`` is the folder of its images, if they have moved since the training.
+    ``data_root`` is the folder of its images, if they have moved since the training; ``title`` names them in figures.
 
     Raises:
         UserError: It is not a finished run, or has no embeddings of its current model.
@@ -144,6 +150,7 @@ def open_run(path: str | Path, data_root: str | None = os.environ.get("MRL_DATA_
             f"{directory} has no embeddings of its {' and '.join(missing)} images by its present model; "
             f"run: python eval.py --runs {directory}"
         )
+    source = replace(source, dataset=title or source.dataset)
     return OpenedRun(directory, placed, model, source, found["train"], found["val"], found.get("val_flip"))
 
 
@@ -246,7 +253,7 @@ def embed_runs(
         size = batch_size or good_batch_size(process.device)
         for place in missing:
             if place in folders:
-                of_place = _folder_images(folders[place], config, process)
+                of_place = folder_images(folders[place], config, process)
             else:
                 of_place = images[wanted[place].split]
                 refuse_other_classes(name, classes, of_place.classes)
@@ -331,7 +338,7 @@ def _on_disk(run: Path, wanted: Mapping[str, EmbeddingMetadata]) -> dict[str, Em
     return {place: ready for place, ready in found.items() if ready is not None}
 
 
-def _folder_images(folder: LabeledFolder, config: Config, process: Process) -> Any:
+def folder_images(folder: LabeledFolder, config: Config, process: Process) -> Any:
     """Return the images of ``folder``, prepared as those that the run is evaluated on."""
     data = replace(config.data, name="folder", root=str(folder.path.parent), backend="folder", num_classes=None)
     data = replace(data, max_unreadable=0.0, val_share=0.0)  # the studies know these images from their own list

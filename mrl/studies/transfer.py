@@ -14,14 +14,16 @@ import numpy as np
 import torch
 
 from mrl.data.folder import ImageList, list_images, unicode_name
+from mrl.distributed import Process
 from mrl.errors import UserError
 from mrl.matryoshka import unit_prefix
 from mrl.progress import progress
 from mrl.results import Row, Source, method_name
+from mrl.retrieval.embeddings import embed_split
 from mrl.studies.adaptive_retrieval import adaptive_retrieval
 from mrl.studies.classification import Classifier, classification
 from mrl.studies.retrieval import retrieval
-from mrl.studies.run import OpenedRun
+from mrl.studies.run import OpenedRun, describe_embeddings, folder_images
 
 # timm's files of the class ids of each set.
 SYNSET_FILES = {
@@ -202,6 +204,31 @@ def transfer_studies(
         if len(dims) > 1:
             rows += adaptive_retrieval(*arrays, dims, source, method, max_queries=max_queries, device=device)
     return rows
+
+
+def with_images(run: OpenedRun, root: str | None = os.environ.get("MRL_PICTURES")) -> OpenedRun:
+    """Return ``run`` with the images in ``root/train`` and ``root/val`` in place of its own, for pictures.
+
+    They may be of any classes. Their embeddings are computed if the run directory does not have them yet.
+
+    Raises:
+        UserError: One of the folders is missing, or holds no images in class folders.
+    """
+    if root is None:
+        return run
+    folders = {split: read_folder("MRL_PICTURES", str(Path(root) / split)) for split in ("train", "val")}
+    wanted = describe_embeddings(run.directory, run.config, run.source, run.classes, [*folders.values()])
+    sets, images, alone = {}, {}, Process(0, 1, torch.device("cpu"))
+    for split, folder in folders.items():
+        images[split] = folder_images(folder, run.config, alone)
+        directory = run.directory / "embeddings" / folder.place
+        of_folder = (wanted[folder.place], images[split], run.model.embed, run.model.width, alone)
+        sets[split] = embed_split(directory, *of_folder, batch_size=64)
+    source = replace(run.source, dataset=Path(root).resolve().name)
+    classes = tuple(images["val"].classes)
+    return replace(
+        run, source=source, image_classes=classes, train=sets["train"], val=sets["val"], val_flip=None, _images=images
+    )
 
 
 def restrict(classifiers: Sequence[Classifier], classes: np.ndarray) -> list[Classifier]:
