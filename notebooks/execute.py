@@ -25,7 +25,7 @@ def execute(source: Path, target: Path, environment: dict[str, str]) -> None:
     from nbclient import NotebookClient
 
     notebook = nbformat.read(source, as_version=4)
-    settings: dict[str, Any] = {"timeout": 600, "record_timing": False, "store_widget_state": False}
+    settings: dict[str, Any] = {"timeout": 3600, "record_timing": False, "store_widget_state": False}
     client = NotebookClient(notebook, resources={"metadata": {"path": str(HERE)}}, **settings)
     path = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")]))
     client.execute(env=os.environ | {"PYTHONPATH": path} | environment)

@@ -64,7 +64,8 @@ def first_correct(rows: Sequence[Row]) -> Figure:
     figure, [[axes]] = style.subplots(1, 1, (6.0, 3.8))
     for label, points in table.groupby("label", sort=False):
         style.draw_line(axes, points[points.dim < none], label, styles[label])
-        style.draw_line(axes, points[points.dim == none], "_none", styles[label] | {"linestyle": "none"})
+        if (never := points[points.dim == none]).size:
+            style.draw_line(axes, never, "_none", styles[label] | {"linestyle": "none"})
         method = points.method.iloc[0]
         of_paper = [(row.dim or none, row) for row in style.paper_beside(rows) if row.method == method]
         style.draw_paper(axes, of_paper, method, styles[label]["color"])

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 OUTSIDE = -1
 # Monotone, dip then rise and no clear trend are the paper's (appendix J); the others complete them.
 TRENDS = ("monotone", "rise then dip", "dip then rise", "falling", "no clear trend")
-NUM_NAMES = 4
+NUM_NAMES = 5
 MIN_SILHOUETTE = 0.05  # of classes at random 0.00 to 0.03, of ImageNet's classes about 0.15
 MIN_ERRORS = 30
 MAX_COLORS = 10

@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import math
 import statistics
 
 import numpy as np
@@ -11,9 +10,9 @@ import pytest
 from mrl.errors import UserError
 from mrl.figures import FIGURES, adaptive_retrieval, figures_of, save
 from mrl.figures.quantization import bytes_table
-from mrl.figures.style import NothingToDraw
+from mrl.figures.style import METHOD_STYLES, NothingToDraw
 from mrl.paper import paper_rows
-from mrl.results import Source
+from mrl.results import Source, data_title
 from mrl.studies.adaptive_retrieval import ablation, funnels, pairs
 
 DIMS = (8, 16, 32)
@@ -105,15 +104,81 @@ def test_lines_are_the_rows_and_fixed_feature_models_join_in_any_order_of_rows()
             low, high = axes.get_ylim()
             assert low < 20 and 100 < high < 103
         assert legend(figure) == list(drawn(figure.axes[0]))
-        assert heading(figure) == "digits: 50 images"
+        assert heading(figure) == "handwritten digits: 50 images"
 
 
-def test_sizes_whose_numbers_would_overlap_have_none():
-    dims = sorted({*(2**i for i in range(3, 12)), *(5 * 2**i for i in range(1, 9))})
+LISTS = [[2**i for i in range(3, 12)], [10 * 2**i for i in range(8)], [8, 32, 512]]
+
+
+def tidy(figure, max_inches=14.5):
+    """Check what a reader sees: all of the legend, each number of an axis, each line in its own color."""
+    figure.draw_without_rendering()
+    renderer = figure.canvas.get_renderer()
+    assert figure.get_figwidth() <= max_inches
+    for drawn_legend in figure.legends:
+        box = drawn_legend.get_window_extent(renderer)
+        assert 0 <= box.x0 and box.x1 <= figure.bbox.x1 and 0 <= box.y0 and box.y1 <= figure.bbox.y1
+    title = figure._suptitle.get_window_extent(renderer)
+    assert 0 <= title.x0 and title.x1 <= figure.bbox.x1
+    for axes in filter(lambda axes: axes.get_visible(), figure.axes):
+        low, high = axes.get_xlim()
+        ticks = [text for at, text in zip(axes.get_xticks(), axes.get_xticklabels(), strict=True) if low <= at <= high]
+        boxes = [text.get_window_extent(renderer) for text in ticks if text.get_visible() and text.get_text()]
+        assert all(a.x1 < b.x0 for a, b in itertools.pairwise(sorted(boxes, key=lambda box: box.x0))), axes.get_title()
+        colors = [container.lines[0].get_color() for container in axes.containers if container.get_label()[0] != "_"]
+        assert len(set(colors)) == len(colors)
+
+
+@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_every_figure_of_runs_of_mixed_sizes_is_tidy(name, seeds):
+    runs = [(dims, seed) for dims in LISTS for seed in range(seeds)]
+    rows = [
+        row
+        for i, (dims, seed) in enumerate(runs)
+        for row in rows_for(name, seed, f"a_run_of_mine_with_a_long_name_{i}", dims=dims)
+    ]
+    tidy(FIGURES[name](rows))
+
+
+def test_bytes_of_codes_have_numbers_that_do_not_overlap():
+    codes = {(dim, "float32", 4 * dim): 0.5 for dim in LISTS[1]} | {
+        (dim, "sign bits", dim // 8): 0.2 for dim in (80, 640)
+    }
+    tidy(FIGURES["accuracy_by_bytes"](coded_rows("MRL", 0, codes)))
+
+
+def test_the_ends_of_an_axis_have_numbers():
+    dims = sorted({*LISTS[0], *LISTS[1]})
     [axes, _] = FIGURES["accuracy_by_dim"](rows_of(ACCURACY, dict.fromkeys(dims, 0.5))).axes
-    ticks = axes.get_xticks()
-    assert ticks[0] == 8 and ticks[-1] == 2048 and 1280 not in ticks
-    assert min(math.log2(b / a) for a, b in itertools.pairwise(ticks)) > 0.75
+    assert (axes.get_xticks()[0], axes.get_xticks()[-1]) == (8, 2048) and 1280 not in axes.get_xticks()
+
+
+def test_all_methods_have_colors_of_their_own_and_titles_name_the_data():
+    methods = [name for name in METHOD_STYLES if "cascade" not in name]
+    rows = [row for method in methods for row in rows_of(ACCURACY, {8: 0.5, 16: 0.6}, method, dataset="my_photos")]
+    figure = FIGURES["baselines"](rows)
+    tidy(figure, max_inches=20)
+    assert len(legend(figure)) == len(methods) and heading(figure) == "my photos: 50 images"
+    assert data_title("tiny_imagenet") == "Tiny-ImageNet" and data_title("tiny_imagenet_100") == "Tiny-ImageNet 100"
+
+
+def test_accuracy_of_classes_stands_beside_that_of_superclasses_as_the_mean_over_images():
+    rows = rows_of([("hierarchy", "superclass_top_1", None)], {8: 0.9, 16: 0.95}, n=40)
+    rows += rows_of([("hierarchy", "top_1", "dog")], {8: 0.2, 16: 0.6}, n=30)
+    rows += rows_of([("hierarchy", "top_1", "cat")], {8: 0.6, 16: 1.0}, n=10)
+    superclasses, classes = FIGURES["superclasses"](rows).axes
+    assert drawn(superclasses)["MRL"][1] == [90, 95] and drawn(classes)["MRL"][1] == [30, 70]
+    low, high = classes.get_ylim()
+    assert low < 30 and high > 95 and superclasses.get_ylim() == (low, high)
+
+
+def test_few_shot_of_one_seed_has_bars_over_the_random_splits():
+    metrics = ("top_1_1_shot", "top_1_1_shot_std")
+    rows = [row for m, v in zip(metrics, (0.5, 0.04), strict=True) for row in rows_of([("few_shot", m, None)], {8: v})]
+    figure = FIGURES["few_shot"](rows)
+    assert bars(figure.axes[0]) == {"MRL": ([50], pytest.approx([8]))}
+    assert heading(figure).endswith("; mean and standard deviation over random splits")
 
 
 @pytest.mark.parametrize("num_runs", [3, 12])
@@ -249,7 +314,7 @@ def test_cascades_are_drawn_by_expected_dim_with_bars_over_splits_and_caps_below
     np.testing.assert_allclose(along, [[10, 69], [10, 71]])
     assert [text.get_text() for text in axes.texts] == ["≤16", "≤32", "≤64"]
     assert "40 validation images held out from fitting" in heading(figure)
-    assert "over random fitting splits" in heading(figure)
+    assert "over random splits" in heading(figure)
     alone = FIGURES["cascade"](ff)
     assert not alone.axes[0].texts and "fit" not in heading(alone)
 
@@ -259,34 +324,35 @@ def oracle_rows(method, shares, dataset="digits", n=50, run="run"):
     return rows + rows_of([("oracle", "never_correct", None)], {None: 0.15}, method, run, dataset=dataset, n=n)
 
 
-def test_the_histogram_shows_shares_without_overlap_and_none_last():
-    shares = {8: 0.7, 16: 0.1, 32: 0.05}
-    [axes] = FIGURES["first_correct"](oracle_rows("MRL", shares) + oracle_rows("MRL-E", shares)).axes
-    assert [container.get_label() for container in axes.containers] == ["MRL", "MRL-E"]
-    for container in axes.containers:
-        np.testing.assert_allclose([bar.get_height() for bar in container], [70, 10, 5, 15])
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["8", "16", "32", "none"]
-    edges = sorted((bar.get_x(), bar.get_x() + bar.get_width()) for container in axes.containers for bar in container)
-    assert all(right <= left + 1e-9 for (_, right), (left, _) in itertools.pairwise(edges))
+def test_shares_by_the_smallest_right_prefix_are_lines_and_none_stands_last():
+    figure = FIGURES["first_correct"](
+        oracle_rows("MRL", {8: 0.7, 16: 0.1, 32: 0.05}) + oracle_rows("MRL-E", {8: 0.4, 64: 0.45})
+    )
+    [axes] = figure.axes
+    assert drawn(axes) == {"MRL": ([8, 16, 32], [70, 10, 5]), "MRL-E": ([8, 64], [40, 45])}
+    never = [c.lines[0] for c in axes.containers if c.get_label() == "_none"]
+    assert [line.get_xydata().tolist() for line in never] == [[[128, 15]]] * 2
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["8", "16", "32", "64", "none"]
+    tidy(figure)
 
 
-def test_the_histogram_of_many_models_of_other_sizes_stays_small_and_has_no_bars_of_missing_sizes():
+def test_many_models_of_other_sizes_stay_in_one_small_panel():
     sizes = [{8 * (i + 1): 0.5, 2048: 0.3} for i in range(40)]
-    rows = [row for i, shares in enumerate(sizes) for row in oracle_rows("MRL", shares, run=f"run_{i}")]
-    figure = FIGURES["first_correct"](rows)
-    assert figure.get_figwidth() <= 14 and not figure.axes[0].texts
-    bar_containers = [container for container in figure.axes[0].containers if hasattr(container, "patches")]
-    assert [len(container) for container in bar_containers] == [3] * 40
+    figure = FIGURES["first_correct"](
+        [row for i, of in enumerate(sizes) for row in oracle_rows("MRL", of, run=f"r_{i}")]
+    )
+    assert len(drawn(figure.axes[0])) == 40
+    tidy(figure)
 
 
-def test_the_papers_histogram_is_drawn_beside_its_own_method_on_imagenet():
+def test_the_papers_shares_are_drawn_beside_its_own_method_on_imagenet():
     shares = {8: 0.7, 16: 0.1, 32: 0.05}
     figure = FIGURES["first_correct"](oracle_rows("MRL", shares, "imagenet", 50_000))
-    heights = [lines.get_segments()[0][0][1] for lines in figure.axes[0].collections]
-    np.testing.assert_allclose(heights, [67.462, 8.782, 2.588, 18.46])
-    assert legend(figure) == ["MRL", "MRL (paper)"]
+    dims, heights = drawn(figure.axes[0])["MRL (paper)"]
+    np.testing.assert_allclose([*heights[:3], heights[-1]], [67.462, 8.782, 2.588, 18.46])
+    assert dims[:3] == [8, 16, 32] and legend(figure) == ["MRL", "MRL (paper)"]
     for others in (oracle_rows("MRL-E", shares, "imagenet", 50_000), oracle_rows("MRL", shares, "imagenet", 49_999)):
-        assert not FIGURES["first_correct"](others).axes[0].collections
+        assert "MRL (paper)" not in legend(FIGURES["first_correct"](others))
 
 
 def search_rows(run="mrl", seed=0, timed=True, dims=(8, 16, 32, 64)):
@@ -326,6 +392,11 @@ def test_figure_8_has_every_row_against_multiply_adds_and_against_time():
 def test_fault_26_rows_without_measured_time_get_no_axis_of_time():
     figure = adaptive_retrieval(search_rows(timed=False))
     assert [axes.get_xlabel() for axes in figure.axes] == ["", "million multiply-adds per query"]
+
+
+def test_times_that_do_not_grow_with_the_size_are_left_out():
+    noise = [dataclasses.replace(row, ms_per_query=0.05 + 0.0003 * row.shortlist_dim) for row in search_rows()]
+    assert [axes.get_xlabel() for axes in adaptive_retrieval(noise).axes] == ["", "million multiply-adds per query"]
 
 
 def test_figure_8_shows_mean_and_deviation_of_seeds_and_other_sizes_in_a_figure_of_their_own():

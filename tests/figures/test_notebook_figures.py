@@ -1,5 +1,6 @@
 """What the figures of the notebooks draw, read back from their axes."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import numpy as np
@@ -50,21 +51,32 @@ def test_groups_and_classes_are_lines_in_percent_and_trained_sizes_are_filled():
 
 def test_confusions_show_numbers_and_the_worst_classes_of_many():
     counts = np.array([[[3, 1], [0, 4]], [[4, 0], [0, 4]]])
-    first, second = confusions(counts, [4, 8], [4, 8], ["a", "b"]).axes
+    first, second = confusions(counts, [4, 8], [4, 8], ["a", "b"], "digits").axes
     assert [axes.get_title() for axes in (first, second)] == ["4 dims: 1 of 8 wrong", "8 dims: 0 of 8 wrong"]
     numbers = {(*text.get_position(), text.get_text()) for text in first.texts}
     assert numbers == {(0, 0, "3"), (1, 0, "1"), (1, 1, "4")}
     many = np.eye(50, dtype=np.int64)[None] * 5
-    many[0, 40, 41] = 9
-    [axes] = confusions(many, [8], [8], [f"c{i}" for i in range(50)]).axes
-    names = [label.get_text() for label in axes.get_yticklabels()]
-    assert len(names) == 30 and "c40" in names and "c49" not in names
+    many[0, 40, 41], many[0, 7, 3] = 9, 8
+    figure = confusions(many, [8], [8], [f"c{i}" for i in range(50)], "digits", np.arange(50) % 2)
+    names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert len(names) == 20 and {"c40", "c41", "c3", "c7"} <= set(names)
+    groups = [int(name[1:]) % 2 for name in names]
+    assert groups == sorted(groups), "classes of a group stand together"
+    title = figure.get_suptitle().replace("\n", " ")
+    assert title == "digits; the 20 of 50 classes of the most frequent confusions at 8 dims"
 
 
 def test_the_class_that_needs_most_stands_first_and_one_without_images_nowhere():
-    [axes] = sizes_each_class_needs(np.array([8, 32, 0]), [8, 16, 32], ["a", "b", "c"]).axes
+    counts = np.zeros((3, 3, 3), dtype=np.int64)
+    counts[:, 0, 0] = 5
+    counts[:, 1, 0], counts[2, 1] = 4, [0, 4, 0]
+    figure = sizes_each_class_needs(counts, [8, 16, 32], ["a", "b", "c"], "digits")
+    [axes] = figure.axes
     assert [label.get_text() for label in axes.get_yticklabels()] == ["b", "a"]
     assert [bar.get_width() for bar in axes.patches] == [3, 1] and axes.yaxis_inverted()
+    assert figure.get_suptitle() == "digits; an image is up to 25.0 points of its class"
+    many = sizes_each_class_needs(np.eye(30, dtype=np.int64)[None], [8], [f"c{i}" for i in range(30)], "digits")
+    assert "the 20 of 30 classes that need most" in many.get_suptitle().replace("\n", " ")
 
 
 def frame(axes):
@@ -74,6 +86,7 @@ def frame(axes):
 def test_neighbors_of_another_class_are_dashed():
     run = SimpleNamespace(
         classes=("cat", "dog"),
+        image_classes=(),
         train=SimpleNamespace(labels=np.array([0, 1, 0])),
         val=SimpleNamespace(labels=np.array([1, 1, 0]), vectors=np.ones((3, 32))),
         pictures=lambda split, indices: (
@@ -101,13 +114,23 @@ def test_photographs_are_shown_small_and_without_frames_if_captions_are_no_class
 
 
 def test_heat_lies_over_each_image_under_the_class_that_its_size_predicts():
-    images, heat = np.zeros((2, 4, 4, 3)), np.arange(2 * 2 * 16.0).reshape(2, 2, 4, 4) / 64
-    figure = grad_cam_sheet(images, heat, np.array([0, 1]), np.array([[0, 0], [0, 1]]), [8, 32], ["a", "b"])
+    heat = np.arange(2 * 2 * 16.0).reshape(2, 2, 4, 4) / 64
+    run = SimpleNamespace(
+        image_classes=(),
+        val=SimpleNamespace(labels=np.array([1, 0, 1])),
+        pictures=lambda split, indices: np.zeros((len(indices), 4, 4, 3), dtype=np.float32),
+    )
+    given = (np.array([1, 2]), heat, np.array([[0, 0], [0, 1]]), [8, 32], ["a", "b"], "Photographs: me")
+    figure = grad_cam_sheet(run, *given)
     axes = np.reshape(figure.axes, (2, 3))
     for i, g in np.ndindex(2, 2):
         np.testing.assert_array_equal(axes[i, g + 1].images[1].get_array(), heat[g, i])
     assert axes[1, 1].get_title() == "8 dims: a" and axes[1, 1].title.get_color() == RED
     assert axes[1, 2].get_title() == "32 dims: b" and axes[1, 2].title.get_color() == GREEN
+    assert figure.get_suptitle() == "Photographs: me"
+    run.image_classes = ("cup", "pen")  # not the model's: no prediction is right or wrong
+    axes = np.reshape(grad_cam_sheet(run, *given).axes, (2, 3))
+    assert axes[0, 0].get_title() == "image of cup" and not any(map(frame, axes[:, 1:].flat))
 
 
 def test_retrieval_is_drawn_by_time_and_by_bytes_and_the_chosen_size_is_ringed():
@@ -115,15 +138,17 @@ def test_retrieval_is_drawn_by_time_and_by_bytes_and_the_chosen_size_is_ringed()
     rows = []
     for i, (kind, *sizes) in enumerate(plans):
         of = dict(zip(("shortlist_dim", "rerank_dim"), sizes, strict=True))
-        of |= {"shortlist_size": 200, "cost": 1.0, "ms_per_query": i + 1.0}
+        of |= {"shortlist_size": 200, "cost": 1.0, "ms_per_query": (3.0, 1.0, 3.5, 4.0)[i]}
         rows.append(SOURCE.row(f"{kind}_retrieval", "MRL", "map@10", 0.5 + i / 10, 40, **of))
-    by_time, by_bytes = retrieval_in_use(rows, 8).axes
+    by_bytes, by_time = retrieval_in_use(rows, 8).axes
     single = "one search, no reranking (numbers: its dims)"
-    assert lines(by_time)[single] == ([2, 1], [60, 50]) and lines(by_bytes)[single] == ([32, 128], [60, 50])
+    assert lines(by_time)[single] == ([1, 3], [60, 50]) and lines(by_bytes)[single] == ([32, 128], [60, 50])
     assert lines(by_bytes)["shortlist, reranked at full width"] == ([32, 128], [70, 50])
     assert lines(by_bytes)["funnel"] == ([32], [80])
-    knotted = [line for line in by_time.lines if line.get_label() == single]
+    knotted = [line for line in by_time.lines if line.get_label() == "shortlist, reranked at full width"]
     assert knotted[0].get_linestyle() == "None"  # times that fall
+    as_fast = [dataclasses.replace(row, ms_per_query=1 + row.rerank_dim / 100) for row in rows]
+    assert len(retrieval_in_use(as_fast, 8).axes) == 1, "overhead and noise are no time"
     rings = [line for line in by_bytes.lines if line.get_markersize() == 15]
     assert [list(ring.get_xdata()) for ring in rings] == [[32], [32], [32]]
 
@@ -132,7 +157,7 @@ def test_the_cascade_is_drawn_beside_single_sizes():
     cascades = [CascadePoint(16, 0.7, 9.0, 36.0, 3.0), CascadePoint(32, 0.8, 12.0, 48.0, 4.0)]
     alone = [CascadePoint(8, 0.6, 8.0, 32.0, 1.0), CascadePoint(32, 0.8, 32.0, 128.0, 2.0)]
     figure = cascade_in_use(cascades, alone, 32, "digits")
-    by_time, by_bytes = figure.axes
+    by_bytes, by_time = figure.axes
     assert lines(by_bytes)["cascade, by its largest size"] == ([36, 48], [70, 80])
     assert lines(by_time)["one size"] == ([1, 2], [60, 80])
     assert "up to 32 dims allowed, 12.0 used on average, 80.00% right" in figure.get_suptitle().replace("\n", " ")
@@ -152,7 +177,11 @@ def test_a_slider_redraws_at_its_value(monkeypatch):
 
 
 def test_blocks_maps_and_cosines_are_drawn_as_given():
-    found = Blocks((8, 16), np.array([2.0, 0.5]), np.array([0.9, 0.4]), np.array([3.0, 2.0]), np.array([3.0, 4.0]))
+    found = Blocks((8, 16), np.array([2.0, 0.5]), np.array([0.9, 0.4]), np.array([3.0, 4.0]))
+    figure = block_statistics({f"a_run_of_mine_with_a_long_name_{i}": found for i in range(4)})
+    assert len({line.get_color() for line in figure.axes[1].lines}) == 4
+    box = figure.legends[0].get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.x1
     variance, between, rank = block_statistics({"run": found}).axes
     assert lines(variance)["run"] == ([8, 16], [2, 0.5])
     percent, directions = (axes.lines[0].get_ydata() for axes in (between, rank))
@@ -162,6 +191,12 @@ def test_blocks_maps_and_cosines_are_drawn_as_given():
     [axes] = prefix_maps({8: places}, labels, ["x", "y"]).axes
     assert [text.get_text() for text in axes.texts] == ["x", "y"] and axes.texts[0].xy == (1, 0)
     assert sum(len(dots.get_offsets()) for dots in axes.collections) == 3
+
+    labels = np.repeat(np.arange(25), [*range(1, 26)])
+    figure = prefix_maps({8: np.zeros((len(labels), 2))}, labels, [f"group {i}" for i in range(26)], "digits")
+    colors = {tuple(dots.get_facecolors()[0]) for dots in figure.axes[0].collections[1:]}
+    assert len(colors) == 20 == len(figure.legends[0].get_texts())
+    assert "colored: the 20 of 25 with the most images" in figure.get_suptitle().replace("\n", " ")
 
     [axes] = cosine_distributions({8: (np.array([0.9, 1.0]), np.array([-0.5, 0.5]))}).axes
     assert sum(bar.get_height() for bar in axes.patches) == pytest.approx(200)  # each kind 100%

@@ -9,8 +9,11 @@ from mrl.errors import UserError
 from mrl.model import build_backbone, build_model
 from mrl.results import Source
 from mrl.studies.geometry import (
+    Blocks,
     blocks,
     cosines,
+    describe_blocks,
+    describe_neighbors,
     effective_rank,
     grad_cams,
     maps,
@@ -106,11 +109,22 @@ def test_blocks_hold_their_coordinates_variance_and_class_share():
     found = blocks(vectors, labels, [2, 4])
     assert found.variance.tolist() == pytest.approx([(9 + 1) / 2 / 3, 1 / 3])
     assert found.between.tolist() == pytest.approx([1, 0])
-    assert found.rank.tolist() == pytest.approx([1, 1])
     assert found.prefix_rank[0] == pytest.approx(1)
     assert found.prefix_rank[1] == pytest.approx(np.exp(-(10 / 12 * np.log(10 / 12) + 2 / 12 * np.log(2 / 12))))
     without_variance = blocks(np.ones((4, 4)), np.zeros(4, dtype=np.int64), [2, 4])
     assert not np.concatenate(without_variance[1:]).any(), "zero, not NaN"
+
+
+def test_sentences_on_blocks_and_neighbors_have_their_numbers():
+    found = Blocks((8, 16, 64), np.array([5.0, 1.0, 0.5]), np.array([0.9, 0.6, 0.4]), np.array([3.0, 4.0, 7.0]))
+    assert describe_blocks({"mine": found}) == (
+        "mine: a coordinate of the first 8 dims has 5.0 times the mean variance, 90% of it between classes; of the last "
+        "block (16 to 64 dims) 0.5 times, 40%; effective rank 7.0 of all."
+    )
+    neighbors = {8: (np.array([[0, 1], [0, 0]]), None), 32: (np.array([[0, 0], [0, 0]]), None)}
+    assert describe_neighbors(neighbors, np.array([5, 6]), np.array([5, 6])) == (
+        "Of the 2 nearest neighbors of 2 queries, of the query's class: 25.0% at 8, 50.0% at 32 dims."
+    )
 
 
 def test_a_map_keeps_far_groups_apart_and_is_the_same_twice():

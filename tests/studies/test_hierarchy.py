@@ -1,6 +1,7 @@
 import csv
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,8 +13,11 @@ from mrl.results import Source
 from mrl.studies.hierarchy import (
     Hierarchy,
     build_hierarchy,
+    class_groups,
+    colors_of_images,
     confusion_counts,
     default_superclasses,
+    describe_knowledge,
     group_classes,
     hierarchy,
     knowledge,
@@ -237,6 +241,62 @@ def test_classes_that_point_the_same_way_are_one_group_whatever_their_length():
     groups = group_classes(vectors.astype(np.float32), labels, ["a", "b", "c", "d", "e"], 3)
     assert groups.names == ("a, b", "c, d", "e")
     assert groups.superclass_of.tolist() == [0, 0, 1, 1, 2]
+
+
+def test_groups_are_balanced_and_classes_without_structure_are_said_to_have_none():
+    rng = np.random.default_rng(0)
+    labels, classes = np.repeat(np.arange(100), 5), [f"c{i}" for i in range(100)]
+    families = rng.normal(size=(10, 64))[np.arange(100) % 10] + 0.6 * rng.normal(size=(100, 64))
+    of_families = families[labels] + 0.2 * rng.normal(size=(500, 64))
+    found = group_classes(of_families.astype(np.float32), labels, classes)
+    assert len(found.names) == 10 and np.bincount(found.superclass_of).max() <= 20
+    assert found.note.startswith("10 groups of 10 classes") and "; structure (silhouette 0." in found.note
+    assert found.names[0] == "c0, c10, c20, c30, c40 and 5 more"
+    at_random = rng.normal(size=(100, 64))[labels] + 0.2 * rng.normal(size=(500, 64))
+    without = group_classes(np.abs(at_random).astype(np.float32), labels, classes)
+    assert "no group structure" in without.note
+    assert 2 <= np.bincount(without.superclass_of).min() and np.bincount(without.superclass_of).max() <= 30
+    two = group_classes(np.eye(2, dtype=np.float32), np.arange(2), ["a", "b"])
+    assert two.names == ("a", "b") and "no group structure" in two.note
+
+
+def test_groups_and_names_of_a_run_are_those_of_the_table(tmp_path):
+    run = SimpleNamespace(
+        classes=("n1", "n2", "n3"),
+        val=SimpleNamespace(labels=np.array([2, 0, 1])),
+        train=SimpleNamespace(vectors=np.eye(3, dtype=np.float32), labels=np.arange(3)),
+    )
+    table = tmp_path / "table.tsv"
+    table.write_text("class\tname\tsuperclass\nn1\tcat\tanimal\nn2\tdog\tanimal\nn3\toak\tplant\n")
+    groups, names = class_groups(run, str(table))
+    assert (groups.names, names) == (("animal", "plant"), ["cat", "dog", "oak"])
+    assert groups.note == "2 groups of 1 to 2 classes, from a table"
+    table.write_text("class\tsuperclass\nn1\tanimal\n")
+    assert class_groups(run, str(table))[1] == ["n1", "n2", "n3"]
+    assert len(class_groups(run)[0].names) == 2
+    of_images, colored = colors_of_images(run, np.array([0, 2]))
+    assert of_images.tolist() == [2, 1] and colored == run.classes
+    classes = tuple(f"c{i}" for i in range(12))
+    train = SimpleNamespace(vectors=np.eye(12, dtype=np.float32), labels=np.arange(12))
+    many = SimpleNamespace(classes=classes, val=run.val, train=train)
+    of_images, colored = colors_of_images(many, np.array([0, 2]))
+    assert of_images.tolist() == class_groups(many)[0].superclass_of[[2, 1]].tolist() and colored[-1] == "other"
+
+
+@pytest.mark.parametrize(
+    ("inside", "n", "verdict"),
+    [
+        (0.8, 400, "more often than in random groups at 2, 8 dims"),
+        (0.3, 400, "no more often than in random groups"),
+        (0.8, 40, "Fewer than 30 of 40 images are wrong at every size"),
+    ],
+)
+def test_what_groups_show_is_said_from_the_numbers(inside, n, verdict):
+    values = {"top_1": 0.5, "superclass_top_1": 0.5 + inside / 2, "shuffled_superclass_top_1": 0.5 + 0.3 / 2}
+    rows = [SOURCE.row("prefix_knowledge", "MRL", m, v, n, dim=dim) for m, v in values.items() for dim in (2, 8)]
+    text = describe_knowledge([*rows, SOURCE.row("classification", "MRL", "top_1", 0.9, n, dim=8)])
+    assert verdict in text
+    assert text.splitlines()[2].split("%")[2].strip() == f"{100 * inside:.1f}"
 
 
 def test_knowledge_of_classes_groups_and_random_groups():
