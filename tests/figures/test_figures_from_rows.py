@@ -117,9 +117,9 @@ def tidy(figure, max_inches=14.5):
     assert figure.get_figwidth() <= max_inches
     for drawn_legend in figure.legends:
         box = drawn_legend.get_window_extent(renderer)
-        assert 0 <= box.x0 and box.x1 <= figure.bbox.x1 and 0 <= box.y0 and box.y1 <= figure.bbox.y1
+        assert box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y0 >= 0 and box.y1 <= figure.bbox.y1
     title = figure._suptitle.get_window_extent(renderer)
-    assert 0 <= title.x0 and title.x1 <= figure.bbox.x1
+    assert title.x0 >= 0 and title.x1 <= figure.bbox.x1
     for axes in filter(lambda axes: axes.get_visible(), figure.axes):
         low, high = axes.get_xlim()
         ticks = [text for at, text in zip(axes.get_xticks(), axes.get_xticklabels(), strict=True) if low <= at <= high]
