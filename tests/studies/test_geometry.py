@@ -118,8 +118,8 @@ def test_blocks_hold_their_coordinates_variance_and_class_share():
 def test_sentences_on_blocks_and_neighbors_have_their_numbers():
     found = Blocks((8, 16, 64), np.array([5.0, 1.0, 0.5]), np.array([0.9, 0.6, 0.4]), np.array([3.0, 4.0, 7.0]))
     assert describe_blocks({"mine": found}) == (
-        "mine: a coordinate of the first 8 dims has 5.0 times the mean variance, 90% of it between classes; of the last "
-        "block (16 to 64 dims) 0.5 times, 40%; effective rank 7.0 of all."
+        "mine: a coordinate of the first 8 dims has 5.0 times the mean variance, 90% of it between classes; of the "
+        "last block (16 to 64 dims) 0.5 times, 40%; effective rank 7.0 of all."
     )
     neighbors = {8: (np.array([[0, 1], [0, 0]]), None), 32: (np.array([[0, 0], [0, 0]]), None)}
     assert describe_neighbors(neighbors, np.array([5, 6]), np.array([5, 6])) == (
