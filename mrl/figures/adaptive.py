@@ -67,7 +67,8 @@ def first_correct(rows: Sequence[Row]) -> Figure:
         if (never := points[points.dim == none]).size:
             style.draw_line(axes, never, "_none", styles[label] | {"linestyle": "none"})
         method = points.method.iloc[0]
-        of_paper = [(row.dim or none, row) for row in style.paper_beside(rows) if row.method == method]
+        published = [row for row in style.paper_beside(rows) if row.method == method]
+        of_paper = [(row.dim or none, row) for row in published if row.dim is None or row.dim in sizes]
         style.draw_paper(axes, of_paper, method, styles[label]["color"])
     style.dim_axis(axes, [*sizes, none])
     axes.set_ylim(bottom=0)

@@ -15,6 +15,7 @@ import torch
 
 from mrl.data.folder import ImageList, list_images, unicode_name
 from mrl.distributed import Process
+from mrl.engine import FastForward
 from mrl.errors import UserError
 from mrl.matryoshka import unit_prefix
 from mrl.progress import progress
@@ -24,6 +25,7 @@ from mrl.studies.adaptive_retrieval import adaptive_retrieval
 from mrl.studies.classification import Classifier, classification
 from mrl.studies.retrieval import retrieval
 from mrl.studies.run import OpenedRun, describe_embeddings, folder_images
+from mrl.training.frozen import Trunk
 
 # timm's files of the class ids of each set.
 SYNSET_FILES = {
@@ -219,10 +221,12 @@ def with_images(run: OpenedRun, root: str | None = os.environ.get("MRL_PICTURES"
     folders = {split: read_folder("MRL_PICTURES", str(Path(root) / split)) for split in ("train", "val")}
     wanted = describe_embeddings(run.directory, run.config, run.source, run.classes, [*folders.values()])
     sets, images, alone = {}, {}, Process(0, 1, torch.device("cpu"))
+    number = sum(len(folder.listed.paths) for folder in folders.values())
+    embed = FastForward(Trunk(run.model.backbone, whole=True).eval(), number, lambda _: None)
     for split, folder in folders.items():
         images[split] = folder_images(folder, run.config, alone)
         directory = run.directory / "embeddings" / folder.place
-        of_folder = (wanted[folder.place], images[split], run.model.embed, run.model.width, alone)
+        of_folder = (wanted[folder.place], images[split], embed, run.model.width, alone)
         sets[split] = embed_split(directory, *of_folder, batch_size=64)
     source = replace(run.source, dataset=Path(root).resolve().name)
     classes = tuple(images["val"].classes)

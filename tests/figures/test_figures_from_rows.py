@@ -6,6 +6,7 @@ import statistics
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from mrl.errors import UserError
 from mrl.figures import FIGURES, adaptive_retrieval, figures_of, save
@@ -112,8 +113,9 @@ LISTS = [[2**i for i in range(3, 12)], [10 * 2**i for i in range(8)], [8, 32, 51
 
 def tidy(figure, max_inches=14.5):
     """Check what a reader sees: all of the legend, each number of an axis, each line in its own color."""
-    figure.draw_without_rendering()
-    renderer = figure.canvas.get_renderer()
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    renderer = canvas.get_renderer()
     assert figure.get_figwidth() <= max_inches
     for drawn_legend in figure.legends:
         box = drawn_legend.get_window_extent(renderer)
@@ -306,7 +308,7 @@ def test_cascades_are_drawn_by_expected_dim_with_bars_over_splits_and_caps_below
     figure = FIGURES["cascade"](rows + ff)
     [axes] = figure.axes
     assert drawn(axes) == {
-        "MRL cascade, thresholds pairwise": ([10, 16, 24], [70, 80, 82]),
+        "MRL cascade": ([10, 16, 24], [70, 80, 82]),
         "FF (one model per size)": ([8, 32], [60, 75]),
     }
     across, along = (bar.get_segments()[0] for bar in axes.containers[0].lines[2])
@@ -349,8 +351,8 @@ def test_the_papers_shares_are_drawn_beside_its_own_method_on_imagenet():
     shares = {8: 0.7, 16: 0.1, 32: 0.05}
     figure = FIGURES["first_correct"](oracle_rows("MRL", shares, "imagenet", 50_000))
     dims, heights = drawn(figure.axes[0])["MRL (paper)"]
-    np.testing.assert_allclose([*heights[:3], heights[-1]], [67.462, 8.782, 2.588, 18.46])
-    assert dims[:3] == [8, 16, 32] and legend(figure) == ["MRL", "MRL (paper)"]
+    np.testing.assert_allclose(heights, [67.462, 8.782, 2.588, 18.46])
+    assert dims == [8, 16, 32, 64] and legend(figure) == ["MRL", "MRL (paper)"]
     for others in (oracle_rows("MRL-E", shares, "imagenet", 50_000), oracle_rows("MRL", shares, "imagenet", 49_999)):
         assert "MRL (paper)" not in legend(FIGURES["first_correct"](others))
 
