@@ -2,6 +2,7 @@ import dataclasses
 import json
 import shutil
 import sys
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -13,6 +14,7 @@ from mrl import export
 from mrl.config import read_config, to_yaml
 from mrl.errors import UserError
 from mrl.interop import hub
+from mrl.model import build_model
 from mrl.results import Source, write_rows
 
 
@@ -77,7 +79,48 @@ def test_the_card_names_no_path_of_this_machine(saved_run, tmp_path):
     model = dataclasses.replace(config.model, init=str(tmp_path / "first" / "weights.pt"))
     (run / "config.yaml").write_text(to_yaml(dataclasses.replace(config, data=data, model=model)))
     text = (hub.export_folder(run, tmp_path / "out", "mit") / "README.md").read_text()
-    assert "initial weights: weights.pt" in text and str(tmp_path) not in text
+    assert "initial weights: weights.pt" in text and str(tmp_path) not in text and "Data: pets" in text
+
+
+@pytest.mark.parametrize(
+    ("trainable", "layers"),
+    [("all", "all"), ("head", "the classifiers"), (["layer3", "layer4"], "layer3, layer4, classifiers")],
+)
+def test_the_card_tells_backbone_trained_layers_optimizer_and_epochs(trainable, layers, saved_run, tmp_path):
+    run = shutil.copytree(saved_run, tmp_path / "small")
+    config = read_config(run / "config.yaml")
+    model = dataclasses.replace(config.model, trainable=trainable)
+    optim = dataclasses.replace(config.optim, name="adamw", lr=0.001, weight_decay=0.05, schedule="cosine")
+    (run / "config.yaml").write_text(to_yaml(dataclasses.replace(config, model=model, optim=optim)))
+    text = (hub.export_folder(run, tmp_path / "out", "mit") / "README.md").read_text()
+    assert "timm test_resnet" in text and f"Trained layers: {layers}\n" in text
+    assert "Optimizer: adamw, learning rate 0.001 (cosine schedule), weight decay 0.05\n" in text
+    assert f"Length: {config.train.epochs} epochs of batch {config.data.batch_size}" in text
+
+
+def test_the_hub_s_own_methods_save_push_and_load_the_model_and_keep_its_card(
+    saved_run, folder, images, tmp_path, monkeypatch
+):
+    def create_repo(self, repo_id, **settings):
+        return SimpleNamespace(repo_id=repo_id)
+
+    def upload_folder(self, *, folder_path, **settings):
+        shutil.copytree(folder_path, tmp_path / "uploaded")
+        return "address"
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", create_repo)
+    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", upload_folder)
+    pushed = mrl.MatryoshkaClassifier.from_pretrained(folder)
+    assert pushed.push_to_hub("someone/small") == "address"
+    assert {path.name for path in (tmp_path / "uploaded").iterdir()} == {path.name for path in folder.iterdir()}
+    assert (tmp_path / "uploaded" / "README.md").read_text() == (folder / "README.md").read_text()
+    loaded = mrl.MatryoshkaClassifier.from_pretrained(tmp_path / "uploaded")
+    assert loaded.info == pushed.info and torch.equal(loaded.encode(images, 16), pushed.encode(images, 16))
+    mrl.load(saved_run).save_pretrained(tmp_path / "plain")  # a run has no card yet
+    card = ModelCard.load(tmp_path / "plain" / "README.md")
+    assert "matryoshka" in card.data.tags and "arxiv.org/abs/2205.13147" in card.text
+    with pytest.raises(UserError, match="load it with mrl.load"):
+        build_model(loaded.backbone, 3).save_pretrained(tmp_path / "new")
 
 
 def test_the_card_can_take_its_numbers_from_the_rows_of_an_evaluation(saved_run, tmp_path):
