@@ -135,12 +135,13 @@ def test_a_second_evaluation_reads_no_image_and_gives_the_same(runs, no_images, 
     assert record["world_size"] == 1
 
 
-def test_all_zero_prefixes_are_counted(runs, no_images, monkeypatch, capsys):
+def test_all_zero_prefixes_are_counted(runs, monkeypatch, capsys):
     for path in runs.glob("*/embeddings/val/vectors.npy"):
         vectors = np.load(path)
         vectors[:3, :8] = 0
         np.save(path, vectors)
-    monkeypatch.setattr(script, "run_studies", lambda *_, **__: [])
+    for name in ("run_studies", "draw_pictures"):
+        monkeypatch.setattr(script, name, lambda *_, **__: [])
     assert script.main(["--runs", str(runs / "mrl"), str(runs / "ff")]) == 0
     counted = "all-zero prefixes: 3 at 8 dims, of 355 validation images; at these sizes they have no neighbors"
     lines = capsys.readouterr().out.splitlines()
