@@ -21,13 +21,13 @@ FLOORS = [
 ]
 # Lines of Python in each folder (not its subfolders). Raise a number only for a new idea.
 BUDGETS = {
-    ".": 545,
-    "mrl": 3045,
+    ".": 570,
+    "mrl": 3060,
     "mrl/data": 1920,
     "mrl/training": 810,
     "mrl/retrieval": 910,
-    "mrl/studies": 2460,
-    "mrl/figures": 1070,
+    "mrl/studies": 2580,
+    "mrl/figures": 1180,
     "mrl/interop": 1230,
     "experiments": 820,
     "benchmarks": 1285,

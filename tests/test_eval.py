@@ -120,7 +120,8 @@ def test_rows_hold_every_study_and_the_fixed_feature_model_also_truncated(finish
     assert len(set(at_full_width[:2])) == 1, "truncated to its full width it is itself"
 
 
-def test_a_second_evaluation_reads_no_image_and_gives_the_same(runs, no_images, capsys):
+def test_a_second_evaluation_reads_no_image_and_gives_the_same(runs, no_images, monkeypatch, capsys):
+    monkeypatch.setattr(script, "draw_pictures", lambda *_: None)  # shows a few photographs
     before = untimed(runs / "eval" / "results.jsonl")
     # The results' own folder, as a shell's runs/* brings it, is not taken for a run.
     assert script.main(["--runs", *(str(runs / name) for name in ("mrl", "ff", "eval"))]) == 0
