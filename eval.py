@@ -190,13 +190,10 @@ def draw_pictures(run: OpenedRun, out: Path, process: Process, title: str | None
     """Draw neighbors among the run's own images, and its confusions, into ``out``; print their paths."""
     named = replace(run, source=replace(run.source, dataset=title or run.source.dataset))
     try:
-        pictures = pictures_of(named, process.device)
+        for name, figure in pictures_of(named, process.device).items():
+            print(*(f"figure: {path}" for path in save(figure, out / f"{name}_{run.source.dataset}")), sep="\n")
     except UserError as error:  # the embeddings are there, but the images are not
         print(f"no picture of neighbors: {error}")
-        return
-    for name, figure in pictures.items():
-        for path in save(figure, out / f"{name}_{run.source.dataset}"):
-            print(f"figure: {path}")
 
 
 def show(rows: Sequence[Row], out: Path, title: str | None = None) -> None:

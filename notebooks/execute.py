@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
+MAX_PNG = 100_000  # bytes; what needs more is made of photographs
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 
 
@@ -37,21 +38,24 @@ def execute(source: Path, target: Path, environment: dict[str, str]) -> None:
             for output in cell.outputs:
                 output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
                 if "image/png" in output.get("data", {}):
-                    output["data"]["image/png"] = shrink(output["data"]["image/png"])
+                    output["data"] |= shrink(output["data"].pop("image/png"))
                 if "text" in output:
                     output["text"] = output["text"].replace(f"{HERE.parent}{os.sep}", "")
     target.parent.mkdir(parents=True, exist_ok=True)
     nbformat.write(notebook, target)
 
 
-def shrink(png: str) -> str:
-    """Return a base64 PNG with 256 colors, which looks the same and takes a third of the space."""
+def shrink(png: str) -> dict[str, str]:
+    """Return ``{type: base64}`` of a PNG: one of 256 colors, which looks the same, or of photographs a JPEG."""
     from PIL import Image
 
-    file = io.BytesIO()
+    file, photo = io.BytesIO(), io.BytesIO()
     image = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
     image.quantize(256, method=Image.Quantize.MAXCOVERAGE).save(file, "PNG", optimize=True)
-    return base64.b64encode(file.getvalue()).decode()
+    if len(file.getvalue()) <= MAX_PNG:
+        return {"image/png": base64.b64encode(file.getvalue()).decode()}
+    image.save(photo, "JPEG", quality=70, optimize=True)
+    return {"image/jpeg": base64.b64encode(photo.getvalue()).decode()}
 
 
 def main() -> None:

@@ -1,11 +1,15 @@
 """Notebooks hold no logic, are small and clean, and run on a freshly trained pair of runs."""
 
 import ast
+import base64
+import io
 import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 import eval as evaluation  # not `eval`, which is Python's own
 import train as training
@@ -61,9 +65,29 @@ def test_what_is_kept_is_small_executed_and_of_no_machine(path):
     executed = cells(path, "code")
     assert [cell["execution_count"] for cell in executed] == list(range(1, len(executed) + 1))
     outputs = [output for cell in executed for output in cell["outputs"]]
-    assert sum("image/png" in output.get("data", {}) for output in outputs) >= 2
+    assert sum(bool({"image/png", "image/jpeg"} & {*output.get("data", {})}) for output in outputs) >= 2
     assert not any(output["output_type"] == "error" or output.get("name") == "stderr" for output in outputs)
     assert json.loads(text)["metadata"].keys() == {"kernelspec", "language_info"}
+
+
+def test_sentences_in_notebooks_are_of_no_data_set():
+    for path in NOTEBOOKS:
+        prose = " ".join("".join(cell["source"]) for cell in cells(path, "markdown"))
+        named = re.sub(r"`[^`]*`", "", prose)
+        assert not re.search(r"\b(digits?|seed|ten|here are for|\d+%)\b", named.replace("more than ten", "")), path
+
+
+def test_photographs_become_jpeg_and_lines_stay_png():
+    pytest.importorskip("nbclient")
+    from notebooks.execute import shrink
+
+    rng = np.random.default_rng(0)
+    noise, flat = rng.integers(256, size=(400, 500, 3), dtype=np.uint8), np.zeros((400, 500, 3), dtype=np.uint8)
+    for pixels, kind in ((noise, "image/jpeg"), (flat, "image/png")):
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "PNG")
+        [(found, data)] = shrink(base64.b64encode(file.getvalue()).decode()).items()
+        assert found == kind and Image.open(io.BytesIO(base64.b64decode(data))).size == (500, 400)
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +98,15 @@ def runs(tmp_path_factory):
         assert training.main([*TINY, dims, "--run.name", name, "--run.dir", str(folder)]) == 0
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluation, "run_studies", lambda *_, **__: [])  # the notebooks need no rows
-        assert evaluation.main(["--runs", str(folder / "mrl"), str(folder / "ff")]) == 0
+        runs_and_title = ["--runs", str(folder / "mrl"), str(folder / "ff"), "--title", "my digits"]
+        assert evaluation.main(runs_and_title) == 0
     return folder
+
+
+def test_an_evaluation_draws_neighbors_among_the_runs_own_images_and_its_confusions(runs):
+    names = {path.name for path in (runs / "eval").iterdir()}
+    assert {"neighbors_digits.png", "confusions_digits.png"} <= names
+    assert Image.open(runs / "eval" / "neighbors_digits.png").size[0] > 1000
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
@@ -85,6 +116,7 @@ def test_it_runs_on_other_runs_and_draws(path, runs, tmp_path):
     from notebooks.execute import execute
 
     environment = {"MRL_RUN": str(runs / "mrl"), "MRL_OTHER_RUN": str(runs / "ff"), "MRL_MAX_IMAGES": "60"}
+    environment["MRL_TITLE"] = "my digits"
     target = tmp_path / path.name
     execute(path, target, environment)
     before, after = (
@@ -92,5 +124,5 @@ def test_it_runs_on_other_runs_and_draws(path, runs, tmp_path):
     )
     assert after == before
     printed = "".join(text for cell in cells(target, "code") for o in cell["outputs"] for text in o.get("text", []))
-    assert "mrl: MRL of test_resnet on digits, sizes 8, 16, 32, 96" in printed
+    assert "mrl: MRL of test_resnet on my digits, sizes 8, 16, 32, 96" in printed
     assert str(REPOSITORY) not in target.read_text()

@@ -93,7 +93,7 @@ def _draw(rows: Sequence[Row], panels: Mapping[tuple[str, str], str], trained: T
     published, of_paper = style.paper_beside(rows), trained_dims(paper_rows(rows[0].dataset))
     by_panel = dict(list(table.groupby(["study", "metric"])))
     shown = [key for key in panels if key in by_panel]
-    figure, [all_axes] = style.subplots(1, len(shown), (4.6, 3.8), sharey=CLASSES in shown)
+    figure, all_axes = style.panels(len(shown), len(shown), (4.6, 3.8), sharey=CLASSES in shown)
     for axes, key in zip(all_axes, shown, strict=True):
         at_trained, between = (by_panel[key][by_panel[key].between == flag] for flag in (False, True))
         fill = {label: look | {"markerfacecolor": look["color"]} for label, look in styles.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from matplotlib import rc_context
 from matplotlib.figure import Figure
@@ -14,7 +15,6 @@ from mrl.results import Row
 
 STUDIES = ("adaptive_retrieval", "funnel_retrieval")
 COST_LABELS = {"cost": "million multiply-adds per query", "ms_per_query": "measured milliseconds per query (CPU)"}
-MIN_TIMES = 2  # as long as at the smallest size must a search at full width take, to be more than overhead and noise
 SINGLE = "one search, no reranking (numbers: its dims)"
 SEARCH_STYLES: dict[str, style.Style] = {
     "single": {"color": "black", "marker": "D", "linestyle": ":"},
@@ -36,7 +36,7 @@ def cascade_by_expected_dim(rows: Sequence[Row]) -> Figure:
     table = style.table_of(rows, "the cascade study")
     styles, published = style.styles_of(table), style.paper_beside(rows)
     first = next(iter(table.label[table.method != "FF"]), None)
-    figure, [[axes]] = style.subplots(1, 1, (6.0, 4.2))
+    figure, [axes] = style.panels(1, 1, (6.0, 4.2))
     for label, points in table.groupby("label", sort=False):
         means = style.draw_line(axes, points, label, styles[label], "expected_dim")
         last = 0.0
@@ -61,7 +61,7 @@ def first_correct(rows: Sequence[Row]) -> Figure:
     styles, sizes = style.styles_of(table), sorted(table.dim.dropna().unique())
     none = 2 * sizes[-1]  # the place of "none"
     table = table.assign(dim=table.dim.fillna(none))
-    figure, [[axes]] = style.subplots(1, 1, (6.0, 3.8))
+    figure, [axes] = style.panels(1, 1, (6.0, 3.8))
     for label, points in table.groupby("label", sort=False):
         style.draw_line(axes, points[points.dim < none], label, styles[label])
         if (never := points[points.dim == none]).size:
@@ -94,10 +94,15 @@ def search_kinds(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 
 def has_times(table: pd.DataFrame) -> bool:
-    """Return whether times were measured, and those of single searches grow with the size, above overhead and noise."""
+    """Return whether times were measured and, in single searches, `grow` with the size."""
     single = table[(table.study == STUDIES[0]) & (table.shortlist_dim == table.rerank_dim)]
-    times = single.groupby("shortlist_dim").ms_per_query.mean()
-    return bool(table.ms_per_query.notna().all() and times.iloc[-1] >= MIN_TIMES * times.iloc[0])
+    return bool(table.ms_per_query.notna().all()) and grow(single.groupby("shortlist_dim").ms_per_query.mean())
+
+
+def grow(times: pd.Series) -> bool:
+    """Return whether times by ascending size are more than overhead and noise: twice as long at last, and in order."""
+    in_order = times.reset_index(drop=True).corr(pd.Series(range(len(times))), "spearman")
+    return bool(times.iloc[-1] >= 2 * times.iloc[0] and in_order >= 0.9)
 
 
 @rc_context(style.RC)
@@ -115,7 +120,9 @@ def adaptive_retrieval(rows: Sequence[Row]) -> Figure:
     published = {(row.metric, *_sizes(row)): row for row in style.paper_beside(rows)}
     metrics = sorted(table.metric.unique())
     costs = [*COST_LABELS] if has_times(table) else ["cost"]
-    figure, grid = style.subplots(len(metrics), len(costs), (5.0, 3.5), sharex="col", sharey="row")
+    number = len(metrics) * len(costs)
+    figure, all_axes = style.panels(number, len(costs), (5.0, 3.5), sharex="col", sharey="row")
+    grid = np.reshape(all_axes, (len(metrics), len(costs)))
     size, full = table.shortlist_size[table.shortlist_dim == table.rerank_dim].max(), table.rerank_dim.max()
     reranked = [f"shortlist of {size}, reranked at {dims} dims" for dims in (full, "fewer")]
     labels = dict(zip(SEARCH_STYLES, (SINGLE, *reranked, "other shortlist lengths", "funnel"), strict=True))

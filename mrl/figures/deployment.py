@@ -9,7 +9,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from mrl.figures import style
-from mrl.figures.adaptive import MIN_TIMES, SEARCH_STYLES, SINGLE, has_times, search_kinds
+from mrl.figures.adaptive import SEARCH_STYLES, SINGLE, grow, has_times, search_kinds
 from mrl.results import Row
 from mrl.studies.adaptive_classification import CascadePoint
 
@@ -33,7 +33,7 @@ def retrieval_in_use(rows: Sequence[Row], dim: int, metric: str = "map@10") -> F
 
 
 def cascade_in_use(cascades: Sequence[CascadePoint], alone: Sequence[CascadePoint], cap: int, title: str) -> Figure:
-    """Draw accuracy of cascades and of single sizes against the bytes read and, if it grows with size, time per image.
+    """Draw accuracy of cascades and of single sizes against bytes read and, if times `grow`, time per image.
 
     The cascade whose largest size is ``cap`` is ringed.
     """
@@ -46,7 +46,7 @@ def cascade_in_use(cascades: Sequence[CascadePoint], alone: Sequence[CascadePoin
     [chosen] = cascade[cascade["size"] == cap].itertuples()
     used = f"up to {cap} dims allowed, {chosen.expected_dim:.1f} used on average, {100 * chosen.top_1:.2f}% right"
     costs = {"bytes": "bytes of the embedding read per image, mean"}
-    if single.time.iloc[-1] >= MIN_TIMES * single.time.iloc[0]:
+    if grow(single.time):
         costs["time"] = "measured microseconds per image, embedding to class (CPU)"
     return _draw(series, cap, costs, "top_1", f"{title}; ringed: {used}")
 
@@ -54,7 +54,7 @@ def cascade_in_use(cascades: Sequence[CascadePoint], alone: Sequence[CascadePoin
 @rc_context(style.RC)
 def _draw(series: Series, ringed: int, costs: Mapping[str, str], metric: str, heading: str) -> Figure:
     """Draw a panel for each of ``costs``, {column: axis label}, with the points of size ``ringed`` in a ring."""
-    figure, [all_axes] = style.subplots(1, len(costs), (8.6 / (1 + len(costs)) + 1.4, 3.6), sharey=True)
+    figure, all_axes = style.panels(len(costs), len(costs), (8.6 / (1 + len(costs)) + 1.4, 3.6), sharey=True)
     for axes, (column, cost) in zip(all_axes, costs.items(), strict=True):
         for label, (points, look) in series.items():
             # Measured times need not rise with the size; a line through them would be a knot.

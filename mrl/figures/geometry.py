@@ -37,7 +37,7 @@ def block_statistics(by_run: Mapping[str, Blocks], title: str = "") -> Figure:
     Three panels: variance of a coordinate by block, the share of a block's variance that lies between classes, and
     the effective rank of everything up to a size. A block is named by its last coordinate.
     """
-    figure, [[variance, between, rank]] = style.subplots(1, 3, (3.7, 3.6))
+    figure, [variance, between, rank] = style.panels(3, 3, (3.7, 3.6))
     dims = sorted({dim for found in by_run.values() for dim in found.dims})
     looks = [style.METHOD_STYLES["MRL"], style.METHOD_STYLES["FF"], *style.more_looks(len(by_run), ["MRL", "FF"])]
     for (name, found), look in zip(by_run.items(), looks, strict=False):
@@ -60,13 +60,13 @@ def block_statistics(by_run: Mapping[str, Blocks], title: str = "") -> Figure:
     return style.finish(figure, title, [*by_run, AS_MANY])
 
 
-@rc_context(style.BOXED)
+@rc_context(style.BOXED | {"legend.markerscale": 3})
 def prefix_maps(maps: Mapping[int, np.ndarray], labels: np.ndarray, names: Sequence[str], title: str = "") -> Figure:
     """Draw maps ``{dim: (N, 2)}`` of N images, colored by class or group; of more than 20, those with the most images.
 
     If all names are of one character, each is written beside the middle of its class.
     """
-    figure, [all_axes] = style.subplots(1, len(maps), (2.85, 3.1))
+    figure, all_axes = style.panels(len(maps), len(maps), (2.85, 3.1))
     sizes = np.bincount(labels, minlength=len(names))
     colored = np.sort(np.argsort(-sizes, kind="stable")[: min(MAX_COLORED, (sizes > 0).sum())])
     colors = colormaps["tab10" if len(colored) <= 10 else "tab20"].colors  # type: ignore[attr-defined]
@@ -89,7 +89,7 @@ def prefix_maps(maps: Mapping[int, np.ndarray], labels: np.ndarray, names: Seque
 @rc_context(style.RC | {"axes.grid": False})
 def cosine_distributions(cosines: Mapping[int, tuple[np.ndarray, np.ndarray]], title: str = "") -> Figure:
     """Draw the distributions of ``{dim: (cosines of pairs of one class, of random pairs)}``, with dashed means."""
-    figure, [all_axes] = style.subplots(1, len(cosines), (2.65, 3.0), sharey=True)
+    figure, all_axes = style.panels(len(cosines), len(cosines), (2.65, 3.0), sharey=True)
     kinds = {"pairs of one class": style.BLUE, "random pairs": style.ORANGE}
     # Embeddings after a ReLU have no negative cosines.
     low = -1 if min(values.min(initial=0) for pairs in cosines.values() for values in pairs) < -0.01 else 0
@@ -108,7 +108,7 @@ def cosine_distributions(cosines: Mapping[int, tuple[np.ndarray, np.ndarray]], t
 def accuracy_of_groups_and_classes(rows: Sequence[Row], trained: Sequence[int]) -> Figure:
     """Draw accuracy of groups of classes and of classes by size, of one run; markers of trained sizes are filled."""
     table = style.table_of([row for row in rows if (row.study, row.metric) in LINES], "what a prefix knows")
-    figure, [[axes]] = style.subplots(1, 1, (6.0, 3.7))
+    figure, [axes] = style.panels(1, 1, (6.0, 3.7))
     for (study, metric), (label, look) in LINES.items():
         points = table[(table.study == study) & (table.metric == metric)].sort_values("dim")
         axes.plot(points.dim, points.percent, label=label if len(points) else None, **look)
@@ -141,7 +141,7 @@ def confusions(
     if len(names) <= MAX_NAMED:
         chosen = np.arange(len(names))
     chosen = chosen[np.lexsort((chosen, np.zeros(len(chosen)) if groups is None else groups[chosen]))]
-    figure, [all_axes] = style.subplots(1, len(shown), (3.4, 3.9), sharey=True)
+    figure, all_axes = style.panels(len(shown), len(shown), (3.4, 3.9), sharey=True)
     norm = LogNorm(1, max(2, int(panels.max())))
     for axes, dim, panel in zip(all_axes, shown, panels, strict=True):
         part = panel[np.ix_(chosen, chosen)]
@@ -165,16 +165,18 @@ def confusions(
 def sizes_each_class_needs(counts: np.ndarray, dims: Sequence[int], names: Sequence[str], title: str) -> Figure:
     """Draw the size that each class needs, largest first; of more than 20 classes, those that need most.
 
-    ``counts`` ``(G, C, C)`` are numbers of images by class and predicted class.
+    Of equal ones, those that gain most images from the smallest to the largest size come first. ``counts``
+    ``(G, C, C)`` are numbers of images by class and predicted class.
     """
     needed, images = sizes_needed(counts, dims), counts[0].sum(axis=1)
-    order = np.argsort(-needed, kind="stable")[:MAX_NAMED]
+    gains = np.diagonal(counts[-1]) - np.diagonal(counts[0])
+    order = np.lexsort((-gains, -needed))[:MAX_NAMED]
     order = order[needed[order] > 0]
-    figure, [[axes]] = style.subplots(1, 1, (6.0, 0.24 * len(order) + 1.4))
+    figure, [axes] = style.panels(1, 1, (6.0, 0.24 * len(order) + 1.4))
     axes.barh([names[c] for c in order], np.searchsorted(dims, needed[order]) + 1, color=style.BLUE, height=0.7)
     axes.invert_yaxis()
     axes.set_xticks(range(1, len(dims) + 1), list(map(str, dims)))
-    axes.set(xlabel="size from which on accuracy is within a point of that at full width (dims)", ylabel="class")
+    axes.set(xlabel="size from which on a class is as accurate as at full width (dims)", ylabel="class")
     axes.grid(False, axis="y")
     number, few = int((needed > 0).sum()), int(images[images > 0].min())
     if len(order) < number:

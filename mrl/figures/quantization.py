@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import pandas as pd
 from matplotlib import rc_context
 from matplotlib.figure import Figure
@@ -38,7 +39,8 @@ def accuracy_by_bytes(rows: Sequence[Row]) -> Figure:
     points, styles = _mean_points(table), style.styles_of(table)
     passes = [False, True] if points.second_pass.any() else [False]
     metrics = [metric for metric in METRICS if metric in set(points.metric)]
-    figure, panels = style.subplots(len(passes), len(metrics), (4.6, 3.4), sharey="col")
+    figure, all_axes = style.panels(len(passes) * len(metrics), len(metrics), (4.6, 3.4), sharey="col")
+    panels = np.reshape(all_axes, (len(passes), len(metrics)))
     for second_pass, of_pass in zip(passes, panels, strict=True):
         for metric, axes in zip(metrics, of_pass, strict=True):
             for label, look in styles.items():

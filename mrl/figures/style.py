@@ -110,9 +110,9 @@ def table_of(rows: Sequence[Row], wanted: str) -> pd.DataFrame:
     records = []
     for row in sorted(rows, key=lambda row: order[row.method, row.run]):
         std = stds.get((row.method, row.run, f"{row.metric}_std", row.dim))
-        split = {"split_x": std.expected_dim or 0.0, "split_y": 100 * std.value} if std else {}
-        more = {"label": labels[row.method, row.run], "percent": 100 * row.value, "split_x": 0.0, "split_y": 0.0}
-        records.append(vars(row) | more | split)
+        split = (std.expected_dim or 0.0, 100 * std.value) if std else (0.0, 0.0)
+        more = {"label": labels[row.method, row.run], "percent": 100 * row.value}
+        records.append(vars(row) | more | dict(zip(("split_x", "split_y"), split, strict=True)))
     return pd.DataFrame(records)
 
 
@@ -179,16 +179,12 @@ def draw_paper(axes: Axes, points: Iterable[tuple[float, Row]], label: str, colo
         axes.plot(*zip(*ordered, strict=True), label=PAPER.format(label), **look)
 
 
-def subplots(rows: int, columns: int, size: tuple[float, float], **shared: Any) -> tuple[Figure, np.ndarray]:
-    """Return a figure and its panels ``(rows, columns)``, each of ``size`` (width, height) in inches."""
-    figure = Figure(figsize=(size[0] * columns + 0.4, size[1] * rows), layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False, **shared)
-
-
-def panels(number: int, columns: int, size: tuple[float, float], **shared: Any) -> tuple[Figure, list[Axes]]:
-    """Return a figure and ``number`` panels of ``size`` in rows of at most ``columns``; places left over stay empty."""
+def panels(number: int, columns: int, size: tuple[float, float], **shared: Any) -> tuple[Figure, list[Any]]:
+    """Return a figure and ``number`` panels, each of ``size`` (width, height) in inches, in rows of ``columns``."""
     columns = min(columns, number)
-    figure, grid = subplots(math.ceil(number / columns), columns, size, **shared)
+    rows = math.ceil(number / columns)
+    figure = Figure(figsize=(size[0] * columns + 0.4, size[1] * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False, **shared)
     for axes in grid.flat[number:]:
         axes.set_visible(False)
     return figure, list(grid.flat[:number])

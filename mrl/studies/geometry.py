@@ -105,8 +105,8 @@ def blocks(vectors: np.ndarray, labels: np.ndarray, dims: Sequence[int]) -> Bloc
     spans = [slice(*span) for span in itertools.pairwise([0, *dims])]
     return Blocks(
         tuple(dims),
-        variance=np.array([_ratio(variance[span].mean(), variance.mean()) for span in spans]),
-        between=np.array([_ratio(between[span].sum(), variance[span].sum()) for span in spans]),
+        variance=np.array([variance[span].mean() / (variance.mean() or 1) for span in spans]),
+        between=np.array([between[span].sum() / (variance[span].sum() or 1) for span in spans]),
         prefix_rank=np.array([effective_rank(z[:, :dim]) for dim in dims]),
     )
 
@@ -131,10 +131,6 @@ def effective_rank(centered: np.ndarray) -> float:
         return 0.0
     shares = shares[shares > 0] / shares.sum()
     return float(np.exp(-(shares * np.log(shares)).sum()))
-
-
-def _ratio(part: float, whole: float) -> float:
-    return part / whole if whole else 0.0
 
 
 def maps(vectors: np.ndarray, dims: Sequence[int], seed: int = 0) -> dict[int, np.ndarray]:

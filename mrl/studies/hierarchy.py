@@ -342,10 +342,11 @@ def confusion_counts(predictions: np.ndarray, labels: np.ndarray, num_classes: i
 def sizes_needed(confusions: np.ndarray, dims: Sequence[int], tolerance: float = 0.01) -> np.ndarray:
     """Return the smallest size ``(C,)`` from which on a class is as accurate as at the largest; 0 without images.
 
-    ``confusions`` is ``(G, C, C)`` of `confusion_counts`; accuracies within ``tolerance``, 0 to 1, count as equal.
+    ``confusions`` is ``(G, C, C)`` of `confusion_counts`. Accuracies within ``tolerance``, 0 to 1, or within one image
+    of the class count as equal.
     """
     totals = confusions[0].sum(axis=1)
-    accuracy = np.diagonal(confusions, axis1=1, axis2=2) / np.maximum(totals, 1)
-    enough = accuracy >= accuracy[-1] - tolerance - 1e-12
+    correct = np.diagonal(confusions, axis1=1, axis2=2)
+    enough = correct >= correct[-1] - np.maximum(tolerance * totals, 1) - 1e-9
     stays = np.logical_and.accumulate(enough[::-1], axis=0)[::-1]
     return np.where(totals > 0, np.asarray(dims)[stays.argmax(axis=0)], 0)

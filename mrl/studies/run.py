@@ -121,7 +121,7 @@ class OpenedRun:
         return (
             f"{self.source.run}: {self.method} of {self.config.model.backbone} on {self.source.dataset}, "
             f"sizes {', '.join(map(str, self.dims))}; {len(self.train.labels):,} training and "
-            f"{len(self.val.labels):,} validation images of {len(self.classes):,} classes"
+            f"{len(self.val.labels):,} validation images of {len(self.image_classes or self.classes):,} classes"
         )
 
 

@@ -69,7 +69,7 @@ def test_confusions_show_numbers_and_the_worst_classes_of_many():
 def test_the_class_that_needs_most_stands_first_and_one_without_images_nowhere():
     counts = np.zeros((3, 3, 3), dtype=np.int64)
     counts[:, 0, 0] = 5
-    counts[:, 1, 0], counts[2, 1] = 4, [0, 4, 0]
+    counts[:, 1, 0], counts[2, 1] = 4, [0, 4, 0]  # "b" is right at 32 dims only
     figure = sizes_each_class_needs(counts, [8, 16, 32], ["a", "b", "c"], "digits")
     [axes] = figure.axes
     assert [label.get_text() for label in axes.get_yticklabels()] == ["b", "a"]
@@ -156,6 +156,8 @@ def test_retrieval_is_drawn_by_time_and_by_bytes_and_the_chosen_size_is_ringed()
 def test_the_cascade_is_drawn_beside_single_sizes():
     cascades = [CascadePoint(16, 0.7, 9.0, 36.0, 3.0), CascadePoint(32, 0.8, 12.0, 48.0, 4.0)]
     alone = [CascadePoint(8, 0.6, 8.0, 32.0, 1.0), CascadePoint(32, 0.8, 32.0, 128.0, 2.0)]
+    noise = [alone[0], CascadePoint(16, 0.7, 16.0, 64.0, 3.0), alone[1]]
+    assert len(cascade_in_use(cascades, noise, 32, "digits").axes) == 1, "times that do not grow"
     figure = cascade_in_use(cascades, alone, 32, "digits")
     by_bytes, by_time = figure.axes
     assert lines(by_bytes)["cascade, by its largest size"] == ([36, 48], [70, 80])

@@ -13,8 +13,10 @@ from mrl.matryoshka import NestedLinear
 from mrl.results import Source
 from mrl.studies.adaptive_classification import (
     THRESHOLD_GRID,
+    CascadePoint,
     cascade,
     cascade_points,
+    describe_cascade,
     dims_saved,
     fit_thresholds,
     fixed_feature,
@@ -270,3 +272,13 @@ def test_points_are_of_images_that_no_threshold_was_fitted_on(case):
     for point, of_size in zip(alone, correct[:, test], strict=True):
         assert point.top_1 == pytest.approx(of_size.mean()) and point.bytes_per_image == 4 * point.cap
     assert all(0 < point.us_per_image < 1e6 for point in cascades + alone)
+
+
+def test_what_a_cascade_saves_is_said_from_the_numbers():
+    cascades = [CascadePoint(16, 0.7, 9.0, 36.0, 1.0), CascadePoint(64, 0.8, 20.0, 80.0, 1.0)]
+    alone = [CascadePoint(dim, top_1, dim, 4 * dim, 1.0) for dim, top_1 in ((8, 0.6), (16, 0.8), (64, 0.85))]
+    assert describe_cascade(cascades, alone) == (
+        "Up to 64 dims, the cascade reads 20.0 dims on average and is right for 80.0% of the images; full width is "
+        "right for 85.0%. The smallest single size that is as accurate as the cascade, or as full width, has 16 dims "
+        "(80.0%)."
+    )

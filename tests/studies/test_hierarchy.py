@@ -317,8 +317,9 @@ def test_confusions_are_counted_and_needed_sizes_hand_worked():
     counts = confusion_counts(predictions, labels, 4)
     assert counts[1].tolist() == [[1, 1, 0, 0], [0, 2, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]]
     assert counts.sum(axis=(1, 2)).tolist() == [5, 5, 5]
-    # Class 0 gets better up to 32; class 1 is best at 8 already; class 3 has no image.
-    assert sizes_needed(counts, [8, 16, 32]).tolist() == [32, 8, 8, 0]
-    # A dip on the way does not count as reached; half a class of two images is a tolerance of 0.5.
-    assert sizes_needed(counts[[2, 0, 2]], [8, 16, 32])[0] == 32
-    assert sizes_needed(counts, [8, 16, 32], tolerance=0.5)[0] == 16
+    # Class 0 gets better up to 32, but 16 is within one of its two images; class 3 has no image.
+    assert sizes_needed(counts, [8, 16, 32]).tolist() == [16, 8, 8, 0]
+    assert sizes_needed(10 * counts, [8, 16, 32]).tolist() == [32, 8, 8, 0]
+    # A dip on the way does not count as reached; half a class is a tolerance of 0.5.
+    assert sizes_needed(10 * counts[[2, 0, 2]], [8, 16, 32])[0] == 32
+    assert sizes_needed(10 * counts, [8, 16, 32], tolerance=0.5)[0] == 16

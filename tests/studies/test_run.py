@@ -19,7 +19,7 @@ from mrl.model import ModelInfo, build_backbone, build_model, load, save_model
 from mrl.studies import run as module
 from mrl.studies.classification import predict
 from mrl.studies.run import dataset_name, embed_runs, open_run
-from mrl.studies.transfer import TransferImages, read_folder
+from mrl.studies.transfer import TransferImages, read_folder, with_images
 
 ALONE = Process(0, 1, torch.device("cpu"))
 VIT = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
@@ -257,3 +257,23 @@ def test_images_are_turned_as_the_model_was_trained_whatever_the_default_is(tmp_
     about = json.loads((run / "model.json").read_text())
     (run / "model.json").write_text(json.dumps(about | {"exif_rotation": "apply"}))
     assert embed(run, force=True).pictures("val", [0])[0, 0].mean() > 0.9
+
+
+def test_images_of_another_folder_take_the_place_of_the_runs_own(run, scans, tmp_path, monkeypatch):
+    embed(run)
+    opened = open_run(run, title="my scans")
+    assert opened.source.title == "my scans, run" and with_images(opened, None) is opened
+    for split in ("train", "val"):
+        shutil.copytree(scans, tmp_path / "cups" / split)
+    (tmp_path / "cups" / "val" / "7" / "0.png").unlink()
+    shown = with_images(opened, str(tmp_path / "cups"))
+    assert (shown.image_classes, shown.source.dataset, len(shown.classes)) == (("3", "7"), "cups", 10)
+    assert (len(shown.train.labels), shown.val.labels.tolist()) == (8, [0, 0, 0, 0, 1, 1, 1])
+    with torch.no_grad():
+        expected = opened.model.embed(shown.images("val", np.arange(7)))
+    np.testing.assert_allclose(shown.val.vectors, expected, atol=1e-4)
+    assert "8 training and 7 validation images of 2 classes" in str(shown)
+    monkeypatch.setattr(opened.model.backbone, "forward_features", None)
+    with_images(opened, str(tmp_path / "cups"))  # embedded once
+    with pytest.raises(UserError, match="is not a folder"):
+        with_images(opened, str(tmp_path / "nowhere"))
