@@ -27,7 +27,7 @@ BUDGETS = {
     "mrl/training": 810,
     "mrl/retrieval": 910,
     "mrl/studies": 2580,
-    "mrl/figures": 1180,
+    "mrl/figures": 1190,
     "mrl/interop": 1230,
     "experiments": 820,
     "benchmarks": 1285,
