@@ -133,9 +133,9 @@ def cores_per_process() -> int:
 @contextlib.contextmanager
 def threads_beside(num_workers: int) -> Iterator[None]:
     """Leave the cores of ``num_workers`` decoding processes to them: torch has fewer threads meanwhile."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(min(before, max(1, cores_per_process() - num_workers)))
+    before, set_threads = torch.get_num_threads(), torch.set_num_threads  # a pass may end after torch's module is gone
+    set_threads(min(before, max(1, cores_per_process() - num_workers)))
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        set_threads(before)
