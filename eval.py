@@ -140,6 +140,7 @@ def evaluate(args: argparse.Namespace, process: Process) -> None:
     )
     superclasses = read_class_table(args.superclasses, "superclass") if args.superclasses else None
     opened = embed_runs(runs, transfer, args.batch_size, args.force, process, args.precision, args.settings)
+    distributed.stop()  # what follows, reading images for a picture too, is the main process's alone
     if not process.is_main:
         return
     for run in opened:

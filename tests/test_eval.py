@@ -180,6 +180,7 @@ def test_a_study_that_fails_loses_no_rows_of_the_runs_before(runs, monkeypatch, 
 def test_ctrl_c_is_one_line_and_the_same_command_resumes(tmp_path, monkeypatch, capsys):
     run = make_run(tmp_path / "mrl", (8, 16, 32))
     monkeypatch.setattr(script, "run_studies", lambda *arguments: [])
+    monkeypatch.setattr(script, "draw_pictures", lambda *arguments: None)  # it reads images too
     whole, batches = MemoryImages._center_crops, []
 
     def read(self, indices):

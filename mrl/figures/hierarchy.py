@@ -59,10 +59,11 @@ def class_accuracy_against_full_width(rows: Sequence[Row]) -> Figure:
         _draw_classes(axes, accuracy.sub(accuracy.iloc[:, -1], axis=0), styles[label]["color"])
         axes.set_title(label)
     limits = all_axes[0].get_ylim()
-    for axes, (_, of_label) in zip(all_axes, lines, strict=True):
+    for i, (axes, (_, of_label)) in enumerate(zip(all_axes, lines, strict=True)):
         style.dim_axis(axes, of_label.dim)
-    for axes in all_axes[::METHOD_COLUMNS]:
-        axes.set_ylabel("class accuracy minus that at the largest size (points)", fontsize=9)
+        axes.set_ylabel(
+            "" if i % METHOD_COLUMNS else "class accuracy minus that at the largest size (points)", fontsize=9
+        )
     all_axes[0].set_ylim(limits)  # differences go below 0
     seeds = table.groupby("label").seed.nunique().max()
     means = f"; means of up to {seeds} seeds" if seeds > 1 else ""
