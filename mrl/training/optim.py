@@ -20,7 +20,7 @@ def build_optimizer(
     ``layer_decay`` to the power of its distance from the head. timm defines the layers.
     """
     exempt: set[str] = getattr(model.backbone, "no_weight_decay", set)()
-    if layer_decay == 1:
+    if layer_decay == 1 or not any(parameter.requires_grad for parameter in model.backbone.parameters()):
         groups = param_groups_weight_decay(
             model, weight_decay, no_weight_decay_list=[f"backbone.{name}" for name in exempt]
         )

@@ -20,6 +20,7 @@ from mrl.studies.run import embed_runs
 from mrl.studies.transfer import TransferImages
 from mrl.training.frozen import split_frozen
 from mrl.training.logging import Tracker
+from mrl.training.optim import build_optimizer
 
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 # Only the last block and the norm of a ViT are trained: no BatchNorm, whose rounding would grow step by step.
@@ -154,6 +155,18 @@ def test_modules_that_are_no_suffix_are_refused(backbone, trainable, message):
     freeze(model, trainable)
     with pytest.raises(UserError, match=message):
         split_frozen(model, 224)
+
+
+@pytest.mark.parametrize("trainable", ["head", ["blocks.6", "conv_head", "bn2"]])
+def test_the_tail_learns_at_the_rates_of_the_whole_model(trainable):
+    model = build_model(build_backbone("tf_efficientnet_lite0"), 5)
+    freeze(model, trainable)
+    rates = []
+    for part in (model, split_frozen(model, 64)[1]):
+        groups = build_optimizer(part, "adamw", 0.1, 0.9, 0.05, layer_decay=0.1).param_groups
+        rates.append({id(p): group.get("lr_scale", 1.0) for group in groups for p in group["params"]})
+    assert rates[0] == rates[1] and max(rates[0].values()) == 1
+    assert (min(rates[0].values()) < 0.2) == (trainable != "head")
 
 
 @pytest.mark.parametrize(
