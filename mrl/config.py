@@ -41,6 +41,12 @@ def _require_utf_8(key: str, path: str | None) -> None:
     _require(path is None or path == path.encode(errors="replace").decode(), key, path, allowed)
 
 
+def expand_home(argv: Sequence[str] | None) -> list[str]:
+    """Return ``argv``, by default the command line's, with ``~`` expanded also in --out=~/x, where shells leave it."""
+    words = sys.argv[1:] if argv is None else argv
+    return [re.sub(r"(^|=)~(?=/|$)", lambda at: at[1] + os.path.expanduser("~"), word) for word in words]
+
+
 def _expand(section: Any, key: str) -> None:
     """Expand ``~`` in a path of a section that is being made."""
     if isinstance(path := getattr(section, key), str):
