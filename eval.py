@@ -26,6 +26,7 @@ from pathlib import Path
 import pandas as pd
 
 from mrl import distributed
+from mrl.config import expand_home
 from mrl.distributed import Process
 from mrl.errors import UserError
 from mrl.figures import figures_of, save
@@ -108,7 +109,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     modes = ("disabled", "offline", "online")
     add("--wandb", choices=modes, default="disabled", help="log results to each run's W&B run too")
     add("--wandb_artifacts", action="store_true", help="upload models and embeddings to W&B too")
-    args, settings = parser.parse_known_args(argv)
+    args, settings = parser.parse_known_args(expand_home(argv))
     args.settings = settings
     unknown = [word for word in settings if word.startswith("-") and not word.startswith(PLACE_SETTINGS)]
     if settings and not args.checkpoint and (not args.runs or unknown or not settings[0].startswith("-")):

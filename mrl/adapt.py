@@ -27,6 +27,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from torch import Tensor, nn
 
+from mrl import distributed
+from mrl.config import expand_home
 from mrl.errors import UserError
 from mrl.matryoshka import MatryoshkaLoss, NestedLinear, check_nesting_list, default_nesting_list, nested_cross_entropy
 from mrl.progress import progress
@@ -332,7 +334,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", required=True, metavar="FILE.safetensors", help="file for the map")
     parser.add_argument("--seed", type=int, default=0, help="of what is held out and of the fit; default: 0")
     parser.add_argument("--device", default="cpu", help="where to fit; default: cpu")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(expand_home(argv))
     if not args.out.endswith(".safetensors") or not Path(args.out).resolve().parent.is_dir():
         raise UserError(f"--out is {args.out!r}; allowed: a .safetensors file in an existing folder")
     if args.seed < 0:
@@ -342,12 +344,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """Fit a map from the command line and return the exit status."""
-    try:
-        adapt(parse(argv))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return distributed.run(lambda: adapt(parse(argv)), "stopped")
 
 
 if __name__ == "__main__":

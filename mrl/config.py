@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
-import itertools
 import json
 import math
 import os
@@ -39,6 +38,12 @@ def _require(condition: bool, key: str, value: Any, allowed: str) -> None:
 def _require_utf_8(key: str, path: str | None) -> None:
     allowed = "a name in UTF-8, as config.yaml holds it; for a folder named otherwise, give a link to it (ln -s)"
     _require(path is None or path == path.encode(errors="replace").decode(), key, path, allowed)
+
+
+def expand_home(argv: Sequence[str] | None) -> list[str]:
+    """Return ``argv``, by default the command line's, with ``~`` expanded also in --out=~/x, where shells leave it."""
+    words = sys.argv[1:] if argv is None else argv
+    return [re.sub(r"(^|=)~(?=/|$)", lambda at: at[1] + os.path.expanduser("~"), word) for word in words]
 
 
 def _expand(section: Any, key: str) -> None:
@@ -439,36 +444,30 @@ def _parse(description: str, argv: Sequence[str]) -> Config:
     except ArgumentError as error:
         message = str(error)
         unknown = re.search(r"(?:arguments: --|Key '|[Oo]ption ')([\w.]+).*", message)
-        known = [f"{name}.{f.name}" for name, section in sections.items() for f in dataclasses.fields(section)]  # type: ignore[arg-type]
-        close = difflib.get_close_matches(unknown[1], known, n=3, cutoff=0.5) if unknown else []
+        settings = {f"{name}.{f.name}": f for name, section in sections.items() for f in dataclasses.fields(section)}  # type: ignore[arg-type]
+        close = difflib.get_close_matches(unknown[1], settings, n=3, cutoff=0.5) if unknown else []
         hint = f"; did you mean {' or '.join(close)}?" if close else ""
-        hint += _as_yaml(argv, message)
-        raise UserError(" ".join(message.split()) + hint) from error
+        raise UserError(" ".join(message.split()) + hint + _as_yaml(argv, message, settings)) from error
     return Config(**{name: namespace[name] for name in sections})
 
 
-def _as_yaml(argv: Sequence[str], message: str) -> str:
+def _as_yaml(argv: Sequence[str], message: str, settings: dict[str, Any]) -> str:
     """Return how a list or dict that jsonargparse refuses in ``message`` is written on the command line, or ""."""
-    sections = [(section.name, section.default_factory) for section in dataclasses.fields(Config)]
-    settings = {f"{name}.{f.name}": f for name, section in sections for f in dataclasses.fields(section)}  # type: ignore[arg-type]
-    words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--") else [word])]
-    options = [(i, word[2:]) for i, word in enumerate(words) if word[:2] == "--"] + [(len(words), "")]
-    for (at, key), (end, _) in itertools.pairwise(options):
-        given, setting = " ".join(words[at + 1 : end]), settings.get(key)
-        kind = str(setting.type) if setting else ""
-        refused = f'"{key}"' in message or ("nrecognized" in message and end > at + 2)
-        if refused and any(name in kind for name in ("list", "tuple", "dict")):
-            items = re.findall(r"[^\s,()\[\]{}'\"]+", given)
-            example: Any = setting.default if setting and kind.startswith("tuple") else items
-            if len(items) != len(example):
-                items = [str(number) for number in example]
-            if "list[tuple" in kind:
-                form = "[[0, 160], [32, 192]]"
-            elif "dict" in kind:
-                form = "{" + ", ".join(": ".join(re.split("[=:]", item, maxsplit=1)) for item in items) + "}"
-            else:
-                form = f"[{', '.join(items)}]"
-            return f"; write it as one word in YAML: --{key} '{form}'" * (form != given or end > at + 2)
+    for key, given in re.findall(r"--([\w.]+)[\0=](.*?)(?=\0--[a-z]|$)", "\0".join(argv)):
+        kind = str(settings[key].type) if key in settings else ""
+        refused = f'"{key}"' in message or ("nrecognized" in message and "\0" in given)
+        if not refused or not re.search("list|tuple|dict", kind):
+            continue
+        items = re.findall(r"[^\s\0,()\[\]{}'\"]+", given)
+        form = f"[{', '.join(items)}]"
+        if "dict" in kind:
+            pairs = re.findall(r"(\w+)[=:\s\0]+([^,}\s\0]+)", given)
+            form = "{" + ", ".join(map(": ".join, pairs)) + "}"
+        elif "list[tuple" in kind:
+            form = "[[0, 160], [32, 192]]"
+        elif "tuple" in kind and len(items) != len(settings[key].default):
+            form = str(list(settings[key].default))
+        return f"; write it as one word in YAML: --{key} '{form}'" * (form != given)
     return ""
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import json
 import os
 import signal
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from mrl.errors import UserError, print_any_name
+from mrl.errors import UserError
 
 SECONDS_TO_BE_ENDED = 10.0
 _cpu_group: Any = None
@@ -81,7 +82,7 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def run(main: Callable[[], int], interrupted: str) -> int:
+def run(main: Callable[[], int | None], interrupted: str) -> int:
     """Return the exit status of a script: that of ``main``, 2 after an error the user can fix, 130 after Ctrl-C.
 
     A KeyboardInterrupt may name another signal as its argument, as `mrl.training.logging.StopSignals` does.
@@ -89,9 +90,10 @@ def run(main: Callable[[], int], interrupted: str) -> int:
     The error, or ``interrupted``, is shown as one sentence. When one process exits, torchrun ends the others. A process
     that only lost its connection waits for that, so that the one that failed is the first to exit.
     """
-    print_any_name()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # show names that are not UTF-8 as stderr does: "\\udce9" for byte e9
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        return main()
+        return main() or 0
     except KeyboardInterrupt as stopped:
         _report(interrupted)
         return 128 + (stopped.args[0] if stopped.args else signal.SIGINT)

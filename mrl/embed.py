@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from mrl import distributed
+from mrl.config import expand_home
 from mrl.data import cores_per_process
 from mrl.data.folder import (
     IMAGE_EXTENSIONS,
@@ -156,7 +157,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="share of the images that may be unreadable and are left out; above 0, each is decoded twice; default: 0",
     )
     parser.add_argument("--force", action="store_true", help="compute vectors anew that are there already")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(expand_home(argv))
     if args.batch_size is not None and args.batch_size < 1:
         raise UserError(f"--batch_size is {args.batch_size}; allowed: 1 or more")
     if args.num_workers is not None and args.num_workers < 0:

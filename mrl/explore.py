@@ -25,11 +25,12 @@ import numpy as np
 from PIL import Image
 from torchvision.transforms.v2.functional import to_pil_image
 
-from mrl import adapt
+from mrl import adapt, distributed
+from mrl.config import expand_home
 from mrl.data import cores_per_process
 from mrl.data.folder import decode
 from mrl.data.images import map_ahead
-from mrl.errors import UserError, print_any_name
+from mrl.errors import UserError
 from mrl.progress import progress
 from mrl.retrieval.embeddings import folder_of, open_vectors
 from mrl.retrieval.search import count_zero_prefixes, describe_zero_prefixes, exact_search
@@ -55,7 +56,7 @@ class Collection(NamedTuple):
 def of_vectors(args: argparse.Namespace) -> Collection:
     """Return the images of a vector file."""
     file = open_vectors(args.vectors)
-    folder = Path(args.images or file.metadata.dataset)
+    folder = file.folder(args.images)
     names = [os.fsencode(name).decode(errors="backslashreplace") for name in file.ids]  # JSON takes no others
 
     def picture(index: int) -> Image.Image:
@@ -187,7 +188,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--max_images", type=int, default=2000, help="more are cut to a random choice, always the same; default: 2000")
     add("--images", metavar="DIR", help="the folder of images, if it was moved")
     add("--out", metavar="FILE.html", help="the page; default: explore.html beside the vectors or in the run")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(expand_home(argv))
     if args.max_images < 2:
         raise UserError(f"--max_images is {args.max_images}; allowed: 2 or more")
     return args
@@ -195,13 +196,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """Write a page from the command line and return the exit status."""
-    print_any_name()
-    try:
-        explore(parse(argv))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return distributed.run(lambda: explore(parse(argv)), "stopped")
 
 
 if __name__ == "__main__":

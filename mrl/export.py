@@ -14,7 +14,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mrl.errors import UserError, print_any_name
+from mrl import distributed
+from mrl.config import expand_home
+from mrl.errors import UserError
 from mrl.interop import hub, onnx, timm
 
 TARGETS = {
@@ -49,7 +51,6 @@ def export(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Export from a command line; returns the exit status."""
-    print_any_name()
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m mrl.export", description=__doc__, formatter_class=form)
     targets = parser.add_subparsers(dest="target", required=True, metavar="TARGET")
@@ -67,13 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parsers["onnx"].add_argument("--dim", type=int, help="length of the vectors; default: the largest trained dim")
     text = "length of the vectors, which are then normalized; default: left to truncate_dim"
     parsers["sentence_transformers"].add_argument("--dim", type=int, help=text)
-    args = parser.parse_args(argv)
-    try:
-        export(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return distributed.run(lambda: export(parser.parse_args(expand_home(argv))), "stopped")
 
 
 if __name__ == "__main__":

@@ -241,25 +241,28 @@ def _create_timm(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Modu
     try:
         return create(kwargs, pretrained)
     except Exception as error:
-        if kwargs and (not pretrained or not _works(create, kwargs)):
+        if kwargs and (not pretrained or not works(create, kwargs)):
             culprit = find_culprit(create, kwargs) or kwargs
-            raise UserError(f"model.kwargs {culprit} does not fit {name}: {error}") from error
+            all_out = "; --model.kwargs '{}' leaves all of them out" * (len(culprit) > 1)
+            raise UserError(f"model.kwargs {culprit} does not fit {name}: {error}{all_out}") from error
         if not pretrained:
             raise
-        raise UserError(f"model.init pretrained: timm's weights of {name} could not be downloaded: {error}") from error
+        reason = " ".join(str(error).split())
+        raise UserError(f"model.init pretrained: timm's weights of {name} could not be loaded: {reason}") from error
 
 
 def find_culprit(attempt: Callable[[dict[str, Any]], Any], kwargs: dict[str, Any]) -> dict[str, Any] | None:
     """Return the one of ``kwargs`` without which ``attempt(kwargs)`` raises no error; None if there is none."""
     for key, value in kwargs.items():
-        if _works(attempt, {other: kwargs[other] for other in kwargs if other != key}):
+        if works(attempt, {other: kwargs[other] for other in kwargs if other != key}):
             return {key: value}
     return None
 
 
-def _works(attempt: Callable[[dict[str, Any]], Any], kwargs: dict[str, Any]) -> bool:
+def works(attempt: Callable[..., Any], *arguments: Any) -> bool:
+    """Whether ``attempt(*arguments)`` raises no error."""
     try:
-        attempt(kwargs)
+        attempt(*arguments)
     except Exception:
         return False
     return True

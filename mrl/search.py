@@ -20,9 +20,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mrl import adapt
+from mrl import adapt, distributed
+from mrl.config import expand_home
 from mrl.data.folder import decode, evaluated_images
-from mrl.errors import UserError, print_any_name
+from mrl.errors import UserError
 from mrl.figures import save
 from mrl.figures.neighbors import neighbor_grid
 from mrl.model import load
@@ -46,7 +47,7 @@ def search(args: argparse.Namespace) -> None:
             warnings.warn(f"{dim} dims were not trained; trained are {list(trained)}", stacklevel=2)
     query = encode_query(args.image, database, Path(args.run or database.metadata.run))
     query = query if mapping is None else mapping(query)
-    folder = Path(args.images or database.metadata.dataset)
+    folder = database.folder(args.images)
     left_out = position_of(Path(args.image), folder, database.ids) if args.exclude_query else None
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "prefixes are all zero")  # said below
@@ -111,7 +112,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--run", help="the model, if it was moved")
     parser.add_argument("--images", metavar="DIR", help="the folder of images, if it was moved")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(expand_home(argv))
     if args.k < 1:
         raise UserError(f"--k is {args.k}; allowed: 1 or more")
     return args
@@ -119,13 +120,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """Search from the command line and return the exit status."""
-    print_any_name()
-    try:
-        search(parse(argv))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return distributed.run(lambda: search(parse(argv)), "stopped")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """Find every image below a folder that cannot be read, before a training or an embedding pass does.
 
     python -m mrl.data.check DIR
+    python -m mrl.data.check DIR --name imagenet
 
 Decodes all images at any depth and lists those that cannot be read, JPEGs without an end marker (which are read), and
-what is left out. If DIR holds train/ and val/, their class folders are compared too. The exit status is 1 if anything
+what is left out. If DIR holds train/ and val/, their class folders are checked too. The exit status is 1 if anything
 would stop a training.
 """
 
@@ -14,20 +15,22 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from mrl.config import DataConfig
+from mrl import distributed
+from mrl.config import DataConfig, expand_home
 from mrl.data import align_classes, cores_per_process
-from mrl.data.folder import LeftOut, decode_and_mend, describe_left_out, find_images, list_images
+from mrl.data.folder import BESIDE, LeftOut, decode_and_mend, describe_left_out, find_images, list_images
+from mrl.data.imagenet import list_imagenet
 from mrl.data.images import map_ahead
-from mrl.errors import UserError, print_any_name
+from mrl.errors import UserError
 from mrl.progress import progress
 
 
-def check(folder: Path, num_threads: int) -> int:
+def check(folder: Path, name: str, num_threads: int) -> int:
     """Print what is wrong with the images below ``folder``; return the number of faults that would stop a training."""
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder")
     left_out = LeftOut()
-    paths = [str(folder / name) for name in find_images(folder, left_out, show_progress=True)]
+    paths = [str(folder / image) for image in find_images(folder, left_out, show_progress=True)]
     faults = without_end = 0
     checked = map_ahead(partial(_fault, "apply"), paths, num_threads)
     for path, found in zip(paths, progress(checked, desc="check", total=len(paths), unit="image"), strict=True):
@@ -37,9 +40,11 @@ def check(folder: Path, num_threads: int) -> int:
         elif found is not None:
             faults += 1
             print(found)
-    if all((folder / split).is_dir() for split in ("train", "val")):
+    if name == "imagenet" or all((folder / split).is_dir() for split in ("train", "val")):
         try:
-            lists = {split: list_images(folder, split) for split in ("train", "val")}
+            list_split = list_imagenet if name == "imagenet" else list_images
+            lists = {split: list_split(folder, split) for split in ("train", "val")}
+            left_out[BESIDE, ""] = sum(found.left_out[BESIDE, ""] for found in lists.values())
             align_classes(lists, DataConfig(name="folder"), None)
         except UserError as error:
             faults += 1
@@ -66,18 +71,16 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("folder", metavar="DIR", type=Path, help="a folder of images, at any depth")
     parser.add_argument(
+        "--name",
+        choices=("folder", "imagenet"),
+        default="folder",
+        help="as data.name: imagenet also knows Kaggle's layout and a flat val/ with its ground truth",
+    )
+    parser.add_argument(
         "--num_threads", type=int, default=cores_per_process(), help="images at once; default: the CPU cores"
     )
-    args = parser.parse_args(argv)
-    print_any_name()
-    try:
-        return int(check(args.folder, max(1, args.num_threads)) > 0)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
+    args = parser.parse_args(expand_home(argv))
+    return distributed.run(lambda: int(check(args.folder, args.name, max(1, args.num_threads)) > 0), "stopped")
 
 
 if __name__ == "__main__":

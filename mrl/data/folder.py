@@ -43,7 +43,7 @@ except (ImportError, OSError, RuntimeError) as error:  # e.g. its CUDA build bes
         stacklevel=1,
     )
 
-IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif", ".avif")
 JPEG_START, EXIF_MARKS = b"\xff\xd8\xff", (b"Exif", b"eXIf", b"EXIF")  # of JPEG, PNG, WebP
 MAX_SHOWN = 5
 # Folders that NAS boxes, desktops, archivers and editors leave among images, in lower case; so are all hidden ones.
@@ -55,9 +55,9 @@ TOOL_FOLDERS = re.compile(
 OTHER_SPLITS = ("training", "valid", "validation")  # names that a user may have given train/ and val/
 # What a listing leaves out, by kind and name.
 LeftOut = Counter[tuple[str, str]]
-OTHER_FILES, TOOLS, BESIDE = "files that are not images", "folders of tools", "images beside the class folders"
+OTHER_FILES, TOOLS, BESIDE = "files of other types", "folders of tools", "images beside the class folders"
 EMPTY, UNREADABLE = "classes without images", "images that cannot be read"
-CHECK = "python -m mrl.data.check DIR lists all images that cannot be read"
+CHECK = "python -m mrl.data.check DIR lists all such images, and max_unreadable leaves them out"
 NO_END_MARKER = (
     "a JPEG file has no end marker, but all of its pixels, and was read; python -m mrl.data.check DIR lists such files"
 )
@@ -200,8 +200,10 @@ def split_folder(root: str | Path, split: str) -> Path:
         raise UserError(f"data.root is {str(root)!r}, which is not a folder; allowed: a folder that holds {split}/")
     if not folder.is_dir():
         deeper = sorted(path.parent for depth in ("*", "*/*") for path in Path(root).glob(f"{depth}/{split}"))
-        hint = f"; if you mean the one in {deeper[0]}, give --data.root {deeper[0]}" if deeper else ""
-        raise UserError(f"{folder} is missing; {root} holds {shown(sorted(os.listdir(root)))}{hint}")
+        hint = "without val/, --data.name folder --data.val_share 0.1 holds out a share of the images for validation"
+        if deeper:
+            hint = f"if you mean the one in {deeper[0]}, give --data.root {deeper[0]}"
+        raise UserError(f"{folder} is missing; {root} holds {shown(sorted(os.listdir(root)))}; {hint}")
     return folder
 
 
@@ -249,7 +251,7 @@ def shown(names: Sequence[str]) -> str:
 
 
 def describe_left_out(left_out: LeftOut) -> str:
-    """Return "; left out: 3 files that are not images (.txt), 1 folders of tools (@eaDir)" or an empty string."""
+    """Return "; left out: 3 files of other types (.txt), 1 folders of tools (@eaDir)" or an empty string."""
     parts = []
     for kind in dict.fromkeys(kind for kind, _ in +left_out):
         names = sorted({name for one, name in left_out if one == kind and name})
@@ -363,8 +365,8 @@ def leave_out_unreadable(
     reasons = [why(index) or images.paths[index] for index in is_bad.nonzero()[:, 0].tolist()]
     if len(reasons) > max_share * len(images.paths):
         raise UserError(
-            f"{len(reasons):,} of {len(images.paths):,} {what} images cannot be read: {shown(reasons)}; {CHECK}, and "
-            f"--data.max_unreadable {np.ceil(100 * len(reasons) / len(images.paths)) / 100:g} leaves them out"
+            f"{len(reasons):,} of {len(images.paths):,} {what} images cannot be read: {shown(reasons)}; {CHECK}, "
+            f"here if it is {np.ceil(100 * len(reasons) / len(images.paths)) / 100:g} or more"
         )
     kept = (is_bad == 0).nonzero()[:, 0]
     left_out = images.left_out + LeftOut({(UNREADABLE, ""): len(reasons)})

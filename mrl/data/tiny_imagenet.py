@@ -23,7 +23,9 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from mrl.errors import UserError, print_any_name
+from mrl import distributed
+from mrl.config import expand_home
+from mrl.errors import UserError
 from mrl.progress import progress
 
 NUM_SHARDS = 5
@@ -118,22 +120,17 @@ def _official_files(source: Path) -> Iterator[tuple[str, bytes]]:
 
 def main(argv: list[str] | None = None) -> int:
     """Prepare the data from a command line; return the exit status."""
-    print_any_name()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", type=Path, required=True, help="zip, unpacked folder, or folder of shards")
     parser.add_argument("--out", type=Path, required=True, help="folder to make, e.g. data/tiny_imagenet")
     parser.add_argument("--shards", type=int, help="take only the first train shards (100 images a class each)")
-    args = parser.parse_args(argv)
-    try:
+    args = parser.parse_args(expand_home(argv))
+
+    def prepare_and_count() -> None:
         written = prepare(args.source, args.out, args.shards)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"stopped; nothing was left at {args.out}", file=sys.stderr)
-        return 130
-    print(f"{args.out}: train {written['train']:,} + val {written['val']:,} images of 200 classes, counts checked")
-    return 0
+        print(f"{args.out}: train {written['train']:,} + val {written['val']:,} images of 200 classes, counts checked")
+
+    return distributed.run(prepare_and_count, f"stopped; nothing was left at {args.out}")
 
 
 if __name__ == "__main__":

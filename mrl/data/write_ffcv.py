@@ -23,12 +23,14 @@ from typing import Any
 
 import numpy as np
 
+from mrl import distributed
+from mrl.config import expand_home
 from mrl.data import cores_per_process
 from mrl.data.ffcv import FFCVFile, import_ffcv
-from mrl.data.folder import ImageList, decode, describe_left_out, leave_out_unreadable, list_images
+from mrl.data.folder import CHECK, ImageList, decode, describe_left_out, leave_out_unreadable, list_images
 from mrl.data.imagenet import list_imagenet
 from mrl.data.images import map_ahead
-from mrl.errors import UserError, print_any_name
+from mrl.errors import UserError
 from mrl.progress import progress
 from mrl.rundir import atomic_write_text
 
@@ -98,7 +100,10 @@ def encode(images: ImageList, settings: Settings, index: int) -> tuple[Any, np.n
 
     path, mode = images.paths[index], "jpg" if settings.is_jpeg(index) else "raw"
     field = RGBImageField(mode, max_resolution=settings.max_px, jpeg_quality=settings.quality)
-    pixels = decode(path, settings.exif_rotation).permute(1, 2, 0).contiguous().numpy()
+    try:
+        pixels = decode(path, settings.exif_rotation).permute(1, 2, 0).contiguous().numpy()
+    except UserError as error:
+        raise UserError(f"{error}; {CHECK}") from error
     entry, content = np.zeros(1, dtype=field.metadata_type), []
 
     def allocate(num_bytes: int) -> tuple[int, np.ndarray]:
@@ -155,7 +160,6 @@ def _read_back(file: FFCVFile, images: ImageList, settings: Settings) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Write a split from a command line; return the exit status."""
-    print_any_name()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, required=True, help="folder that holds train/<class>/ and val/<class>/")
     parser.add_argument("--split", choices=("train", "val"), required=True)
@@ -177,14 +181,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--num_threads", type=int, default=cores_per_process(), help="images encoded at once; default: the CPU cores"
     )
-    args = parser.parse_args(argv)
+    args = parser.parse_args(expand_home(argv))
     out = args.out or args.root / f"{args.split}.beton"
-    try:
+
+    def list_and_write() -> None:
         default_share = 0.5 if args.split == "train" else 0.0
         jpeg_share = default_share if args.jpeg_share is None else args.jpeg_share
         settings = Settings(args.max_px, jpeg_share, args.quality, args.exif_rotation)
         if args.num_threads < 1:
             raise UserError(f"--num_threads is {args.num_threads}; allowed: 1 or more")
+        if not 0 <= args.max_unreadable < 1:
+            raise UserError(f"--max_unreadable is {args.max_unreadable}; allowed: 0 to below 1")
         check_out(out)  # before a million files are listed
         list_split = list_imagenet if args.name == "imagenet" else list_images
         images = list_split(args.root, args.split, True, args.missing_classes)
@@ -193,18 +200,13 @@ def main(argv: list[str] | None = None) -> int:
             images, reasons = leave_out_unreadable(images, args.split, *how, show_progress=True)
             print(*reasons, sep="\n", file=sys.stderr)
         written = write(images, args.split, out, settings, args.num_threads)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"stopped; nothing was left at {out}", file=sys.stderr)
-        return 130
-    print(
-        f"{out}: {len(written.labels):,} images of {len(written.classes):,} classes, "
-        f"{out.stat().st_size / 2**30:.2f} GiB, labels and a sample of the pixels checked"
-        f"{describe_left_out(images.left_out)}"
-    )
-    return 0
+        print(
+            f"{out}: {len(written.labels):,} images of {len(written.classes):,} classes, "
+            f"{out.stat().st_size / 2**30:.2f} GiB, labels and a sample of the pixels checked"
+            f"{describe_left_out(images.left_out)}"
+        )
+
+    return distributed.run(list_and_write, f"stopped; nothing was left at {out}")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mrl.errors import UserError
 from mrl.matryoshka import prefix, unit_prefix
 from mrl.model import MatryoshkaClassifier, load
+from mrl.rundir import atomic_write
 
 
 class _Encoder(nn.Module):
@@ -56,5 +57,5 @@ def export_onnx(run: str | Path, out: str | Path, dim: int | None = None) -> tup
     numbers |= {"mean": info.mean, "std": info.std, "interpolation": info.interpolation}
     program.model.metadata_props["backbone"] = info.backbone
     program.model.metadata_props.update({key: json.dumps(value) for key, value in numbers.items()})
-    program.save(out)
+    atomic_write(Path(out), lambda file: program.save(file.name))
     return dim, info.crop_px

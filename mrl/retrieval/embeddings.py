@@ -289,6 +289,13 @@ class VectorFile:
     ids: list[str]
     metadata: EmbeddingMetadata
 
+    def folder(self, moved_to: str | None) -> Path:
+        """Return the folder of the images: ``moved_to``, or else where they were when they were embedded."""
+        folder = Path(moved_to or self.metadata.dataset)
+        if not folder.is_dir():
+            raise UserError(f"the images are not in {folder}; give the folder that holds them now: --images DIR")
+        return folder
+
 
 def write_vectors(finished: Path, path: Path, ids: Sequence[str], metadata: EmbeddingMetadata) -> None:
     """Move the array file ``finished`` to ``path`` (x.npy) and write x.ids.txt and x.json beside it."""

@@ -105,6 +105,7 @@ class OpenedRun:
     def images(self, split: str, indices: np.ndarray) -> Tensor:
         """Return images ``(B, 3, H, W)`` of "train" or "val" as the model reads them."""
         if split not in self._images:
+            check_place(self.source.run, self.config)
             held_out = read_held_out(self.directory)
             how = torch.device("cpu"), False, (split,), self.classes, held_out
             self._images.update(build_data(self.config.data, 0, *how))
@@ -170,6 +171,16 @@ def place_images(run: Path, config: Config, data_root: str | None = None) -> Con
     return config if data_root is None else replace(config, data=replace(config.data, root=data_root))
 
 
+def check_place(run: str, config: Config) -> None:
+    """Check that the images of a run are where its settings say."""
+    root = config.data.root
+    if root is not None and not Path(root).is_dir():
+        raise UserError(
+            f"the images of run {run} are not at {root!r} (seen from {os.getcwd()}); give the folder that holds them "
+            "now: --data.root DIR (mrl.explore: --images DIR; notebooks: MRL_DATA_ROOT=DIR)"
+        )
+
+
 def read_run(directory: Path) -> tuple[Config, MatryoshkaClassifier]:
     """Return the settings and the model of a finished run; images are turned and resized as the model expects."""
     config, model = read_config(directory / "config.yaml"), load(directory)
@@ -228,11 +239,7 @@ def embed_runs(
             held_out = read_held_out(run)
             key = (*about_files, *of_pixels, held_out)
             if key != images_are_of or not set(splits) <= images.keys():
-                if data.root is not None and not Path(data.root).is_dir():
-                    raise UserError(
-                        f"the images of run {name} are not at {data.root!r} (seen from {os.getcwd()}); give the folder "
-                        "that holds them now: --data.root DIR"
-                    )
+                check_place(name, config)
                 if data.root is not None and data.root != given.root and process.is_main:
                     print(f"run {name}: data.root {given.root!r} counts from the folder of its training: {data.root}")
                 images = {}  # free the images of the last run before reading the next

@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from torch import Tensor, nn
 
 from mrl.config import Config, images_of_weights
 from mrl.errors import UserError
-from mrl.model import MatryoshkaClassifier, build_backbone, build_model, find_culprit
+from mrl.model import MatryoshkaClassifier, build_backbone, build_model, find_culprit, works
 
 
 def check_fit(model: MatryoshkaClassifier, config: Config, micro_batch_size: int) -> None:
@@ -26,15 +25,14 @@ def check_fit(model: MatryoshkaClassifier, config: Config, micro_batch_size: int
     """
     on_gpu = next(model.parameters()).device.type == "cuda"
     num_images = micro_batch_size if on_gpu else min(2, micro_batch_size)
-    precision = config.train.precision if on_gpu else "fp32"
     for key, px in _sizes(config):
         try:
-            _try(model, num_images, px, key == "data.train_px", precision)
+            _try(model, num_images, key, px, config.train.precision if on_gpu else "fp32")
         except torch.cuda.OutOfMemoryError:
             raise
         except Exception as error:
             reason = (str(error) or type(error).__name__).split("\n")[0].strip(" .")
-            remedy = _remedy(config, micro_batch_size)
+            remedy = _remedy(model, config, micro_batch_size)
             raise UserError(f"{config.model.backbone} does not work at {key} {px}: {reason}{remedy}") from error
 
 
@@ -44,50 +42,40 @@ def _sizes(config: Config) -> list[tuple[str, int]]:
     return [*(("data.train_px", px) for px in train_px), ("data.eval_px", config.data.eval_px)]
 
 
-def _try(model: MatryoshkaClassifier, num_images: int, px: int, training: bool, precision: str = "fp32") -> None:
-    """Compute gradients or, if not ``training``, logits of ``num_images`` images of noise."""
-    device = next(model.parameters()).device
+def _try(model: MatryoshkaClassifier, num_images: int, key: str, px: int, precision: str = "fp32") -> None:
+    """Compute gradients at a ``data.train_px``, or logits at a ``data.eval_px``, of ``num_images`` images of noise."""
+    device, training = next(model.parameters()).device, key == "data.train_px"
     images = torch.randn(num_images, 3, px, px, device=device).contiguous(memory_format=torch.channels_last)
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
-    # BatchNorm statistics go to a copy.
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-
-    def check(head: nn.Module, inputs: tuple[Tensor]) -> None:
-        if (shape := tuple(inputs[0].shape)) != (num_images, model.width):
-            raise ValueError(f"{num_images} images give {shape}, not one pooled vector of {model.width} numbers each")
-
-    hook = model.head.register_forward_pre_hook(check)
+    before = [(buffer, buffer.clone()) for buffer in model.buffers()]  # BatchNorm statistics
     try:
         model.train(training)
         with torch.autocast(device.type, dtype, enabled=precision != "fp32"), torch.set_grad_enabled(training):
-            logits = torch.func.functional_call(model, buffers, (images,))
-        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            z = model.embed(images)
+            if z.shape != (num_images, model.width):
+                wanted = f"not one pooled vector of {model.width} numbers each"
+                raise ValueError(f"{num_images} images give {tuple(z.shape)}, {wanted}")
+            loss = model.head(z).float().square().mean()
         if training:
-            torch.autograd.grad(logits.float().square().mean(), trainable, allow_unused=True)
+            trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            torch.autograd.grad(loss, trainable, allow_unused=True)
     finally:
-        hook.remove()
+        for buffer, value in before:
+            buffer.copy_(value)
 
 
-def _remedy(config: Config, micro_batch_size: int) -> str:
+def _remedy(model: MatryoshkaClassifier, config: Config, micro_batch_size: int) -> str:
     """Return the first change of settings that was found to work, as the end of a sentence, or ""."""
     wanted, data = config.model, config.data
-    given = wanted.kwargs
-    sizes = _sizes(config)
+    given, sizes = wanted.kwargs, _sizes(config)
 
     def attempt(kwargs: dict[str, Any], sizes: list[tuple[str, int]] = sizes) -> None:
-        backbone = build_backbone(wanted.backbone, "scratch", wanted.stem_stride, wanted.blurpool, kwargs)
-        model = build_model(backbone, 2)
+        # With its weights, which do not fit all arguments.
+        backbone = build_backbone(wanted.backbone, wanted.init, wanted.stem_stride, wanted.blurpool, kwargs)
         for key, px in sizes:
-            _try(model, 2, px, key == "data.train_px")
+            _try(build_model(backbone, 2), 2, key, px)
 
-    def works(*arguments: Any) -> bool:
-        try:
-            attempt(*arguments)
-        except Exception:
-            return False
-        return True
-
-    if micro_batch_size == 1 and works(given):
+    if micro_batch_size == 1 and works(attempt, given):
         return (
             f"; BatchNorm needs more than one image at a time: raise data.batch_size, now {data.batch_size}, or lower "
             f"train.accumulation_steps, now {config.train.accumulation_steps}, or the number of processes"
@@ -96,11 +84,10 @@ def _remedy(config: Config, micro_batch_size: int) -> str:
         return f"; take {_yaml(culprit)} out of model.kwargs"
     largest = max(px for _, px in sizes)
     for more in ({"img_size": largest}, {"dynamic_img_size": True}, {"strict_img_size": False}):
-        if works(kwargs := {**given, **more}):
+        if works(attempt, kwargs := {**given, **more}):
             return f"; give --model.kwargs '{_yaml(kwargs)}'"
-    cfg = build_backbone(wanted.backbone).pretrained_cfg
-    own = given.get("img_size", cfg["input_size"][-1])  # type: ignore[index]
-    if isinstance(own, int) and works(given, [("data.train_px", own), ("data.eval_px", own)]):
+    own = given.get("img_size", model.backbone.pretrained_cfg["input_size"][-1])  # type: ignore[index]
+    if isinstance(own, int) and works(attempt, given, [("data.train_px", own), ("data.eval_px", own)]):
         resize = max(own, round(own * data.eval_resize_px / data.eval_px))
         return f"; give it its own size: --data.train_px {own} --data.eval_px {own} --data.eval_resize_px {resize}"
     return ""

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import signal
 import sys
 import tarfile
 import threading
@@ -104,7 +105,7 @@ def test_a_pass_leaves_no_threads_behind(with_ffcv_files):
     train = build_data(with_ffcv_files.config(num_workers=3), 0, CPU, is_main=False)["train"]
     batches = train.train_batches([np.full(64, index % 7) for index in range(40)], 0, 32)
     next(batches)
-    assert len(set(threading.enumerate()) - before) == 3
+    assert len(set(threading.enumerate()) - before) >= 3
     batches.close()
     assert set(threading.enumerate()) <= before
     assert len(list(train.train_batches(train_indices(7, 2, 0, 0), 0, 32))) == 3
@@ -352,7 +353,7 @@ def test_a_failure_is_named_and_leaves_nothing(root, monkeypatch, capsys, spoil)
     message = spoil(root, monkeypatch)
     assert main(["--root", str(root), "--split", "train"]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1
+    assert error.startswith("\nerror: ") and error.count("\n") == 2
     with pytest.raises(UserError, match=message):
         write(list_images(root, "train"), "train", root / "train.beton", Settings(), 2)
     assert names(root) == [] and set(os.listdir("/dev/shm")) <= shared_memory
@@ -365,12 +366,12 @@ def test_ctrl_c_leaves_nothing(root, monkeypatch, capsys):
     def interrupted(images, settings, index):
         calls.append(index)
         if len(calls) == 5:
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.SIGINT)  # which Python handles in the main thread
         return encode(images, settings, index)
 
     monkeypatch.setattr(write_ffcv, "encode", interrupted)
     assert main(["--root", str(root), "--split", "train", "--num_threads", "1"]) == 130
-    assert capsys.readouterr().err == f"stopped; nothing was left at {root}/train.beton\n"
+    assert capsys.readouterr().err.strip() == f"stopped; nothing was left at {root}/train.beton"
     assert names(root) == []
 
 
