@@ -111,24 +111,27 @@ def test_lines_are_the_rows_and_fixed_feature_models_join_in_any_order_of_rows()
 LISTS = [[2**i for i in range(3, 12)], [10 * 2**i for i in range(8)], [8, 32, 512]]
 
 
-def tidy(figure, max_inches=14.5):
-    """Check what a reader sees: all of the legend, each number of an axis, each line in its own color."""
+def faults(figure, max_inches=14.5):
+    """Return what a reader misses: part of the legend or title, a number of an axis, a line's own color."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
-    renderer = canvas.get_renderer()
-    assert figure.get_figwidth() <= max_inches
-    for drawn_legend in figure.legends:
-        box = drawn_legend.get_window_extent(renderer)
-        assert box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y0 >= 0 and box.y1 <= figure.bbox.y1
-    title = figure._suptitle.get_window_extent(renderer)
-    assert title.x0 >= 0 and title.x1 <= figure.bbox.x1
+    renderer, found = canvas.get_renderer(), []
+    if figure.get_figwidth() > max_inches:
+        found.append(f"{figure.get_figwidth()} inches wide")
+    for shown in [figure._suptitle, *figure.legends]:
+        box = shown.get_window_extent(renderer)
+        if box.x0 < 0 or box.x1 > figure.bbox.x1 or box.y0 < 0 or box.y1 > figure.bbox.y1:
+            found.append(f"{shown} leaves the canvas")
     for axes in filter(lambda axes: axes.get_visible(), figure.axes):
         low, high = axes.get_xlim()
         ticks = [text for at, text in zip(axes.get_xticks(), axes.get_xticklabels(), strict=True) if low <= at <= high]
         boxes = [text.get_window_extent(renderer) for text in ticks if text.get_visible() and text.get_text()]
-        assert all(a.x1 < b.x0 for a, b in itertools.pairwise(sorted(boxes, key=lambda box: box.x0))), axes.get_title()
+        if any(a.x1 >= b.x0 for a, b in itertools.pairwise(sorted(boxes, key=lambda box: box.x0))):
+            found.append(f"numbers overlap below {axes.get_title()}")
         colors = [container.lines[0].get_color() for container in axes.containers if container.get_label()[0] != "_"]
-        assert len(set(colors)) == len(colors)
+        if len(set(colors)) < len(colors):
+            found.append(f"two lines of one color in {axes.get_title()}")
+    return found
 
 
 @pytest.mark.parametrize("name", SOURCES)
@@ -140,14 +143,14 @@ def test_every_figure_of_runs_of_mixed_sizes_is_tidy(name, seeds):
         for i, (dims, seed) in enumerate(runs)
         for row in rows_for(name, seed, f"a_run_of_mine_with_a_long_name_{i}", dims=dims)
     ]
-    tidy(FIGURES[name](rows))
+    assert faults(FIGURES[name](rows)) == []
 
 
 def test_bytes_of_codes_have_numbers_that_do_not_overlap():
     codes = {(dim, "float32", 4 * dim): 0.5 for dim in LISTS[1]} | {
         (dim, "sign bits", dim // 8): 0.2 for dim in (80, 640)
     }
-    tidy(FIGURES["accuracy_by_bytes"](coded_rows("MRL", 0, codes)))
+    assert faults(FIGURES["accuracy_by_bytes"](coded_rows("MRL", 0, codes))) == []
 
 
 def test_the_ends_of_an_axis_have_numbers():
@@ -160,7 +163,7 @@ def test_all_methods_have_colors_of_their_own_and_titles_name_the_data():
     methods = [name for name in METHOD_STYLES if "cascade" not in name]
     rows = [row for method in methods for row in rows_of(ACCURACY, {8: 0.5, 16: 0.6}, method, dataset="my_photos")]
     figure = FIGURES["baselines"](rows)
-    tidy(figure, max_inches=20)
+    assert faults(figure, max_inches=20) == []
     assert len(legend(figure)) == len(methods) and heading(figure) == "my photos: 50 images"
     assert data_title("tiny_imagenet") == "Tiny-ImageNet" and data_title("tiny_imagenet_100") == "Tiny-ImageNet 100"
 
@@ -335,7 +338,7 @@ def test_shares_by_the_smallest_right_prefix_are_lines_and_none_stands_last():
     never = [c.lines[0] for c in axes.containers if c.get_label() == "_none"]
     assert [line.get_xydata().tolist() for line in never] == [[[128, 15]]] * 2
     assert [label.get_text() for label in axes.get_xticklabels()] == ["8", "16", "32", "64", "none"]
-    tidy(figure)
+    assert faults(figure) == []
 
 
 def test_many_models_of_other_sizes_stay_in_one_small_panel():
@@ -344,7 +347,7 @@ def test_many_models_of_other_sizes_stay_in_one_small_panel():
         [row for i, of in enumerate(sizes) for row in oracle_rows("MRL", of, run=f"r_{i}")]
     )
     assert len(drawn(figure.axes[0])) == 40
-    tidy(figure)
+    assert faults(figure) == []
 
 
 def test_the_papers_shares_are_drawn_beside_its_own_method_on_imagenet():

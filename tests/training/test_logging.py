@@ -89,5 +89,7 @@ def test_a_signal_ends_a_wait_that_takes_too_long_and_no_other_code(monkeypatch)
 
 def test_a_wait_without_a_signal_goes_on(monkeypatch):
     monkeypatch.setattr(logging, "SECONDS_TO_WAIT", 0.05)
+    begun = time.monotonic()
     with StopSignals() as received, received.waiting():
         time.sleep(0.2)
+    assert not received and time.monotonic() - begun >= 0.2
