@@ -164,7 +164,7 @@ def test_vectors_that_are_nested_already_are_told(tmp_path):
 def test_vectors_and_labels_that_do_not_fit_are_refused(change, labels, message, sets, tmp_path, capsys):
     assert adapt.main(argv(tmp_path, change(sets[0]), labels)) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and message in error
+    assert error.startswith("\nerror: ") and message in error
     assert not (tmp_path / "map.safetensors").exists()
     with pytest.raises(UserError):
         adapt.fit(change(sets[0]), labels, DIMS)

@@ -23,9 +23,9 @@ FLOORS = [
 BUDGETS = {
     ".": 570,
     "mrl": 3060,
-    "mrl/data": 1920,
+    "mrl/data": 1930,
     "mrl/training": 810,
-    "mrl/retrieval": 910,
+    "mrl/retrieval": 920,
     "mrl/studies": 2580,
     "mrl/figures": 1190,
     "mrl/interop": 1230,

@@ -45,7 +45,7 @@ def test_stray_files_are_counted_and_hidden_ones_are_not(tmp_path):
     touch(tmp_path / "train", "a/1.png", "a/notes.txt", "a/Thumbs.db", "a/.2.png", "a/.DS_Store", "readme.md")
     found = list_images(tmp_path, "train")
     assert found.classes == ["a"] and len(found.paths) == 1
-    assert describe_left_out(found.left_out) == "; left out: 3 files that are not images (.db, .md, .txt)"
+    assert describe_left_out(found.left_out) == "; left out: 3 files of other types (.db, .md, .txt)"
 
 
 TOOL_NAMES = """
@@ -124,7 +124,11 @@ def test_names_of_any_bytes_are_listed_and_linked_classes_followed(tmp_path):
     ("files", "split", "message"),
     [
         ([], "train", "data.root is '{root}', which is not a folder"),
-        (["train/a/1.png", "valid/a/1.png"], "val", "^{root}/val is missing; .* holds train, valid$"),
+        (
+            ["train/a/1.png", "valid/a/1.png"],
+            "val",
+            "^{root}/val is missing; .* holds train, valid; .*--data.val_share",
+        ),
         ([f"{name}/a/1.png" for name in "abcdefgh"], "val", "holds a, b, c, d, e and 3 more"),
         (["train/1.png", "train/2.png"], "train", "train has no class folders, only 1.png, 2.png; put the images into"),
         (["train/.hidden"], "train", "train has no class folders, only nothing; put the images into"),
