@@ -7,6 +7,7 @@ import signal
 import sys
 import tarfile
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -107,6 +108,9 @@ def test_a_pass_leaves_no_threads_behind(with_ffcv_files):
     next(batches)
     assert len(set(threading.enumerate()) - before) >= 3
     batches.close()
+    deadline = time.monotonic() + 10  # they end by themselves, and nobody waits for one that waits for a disk
+    while not set(threading.enumerate()) <= before and time.monotonic() < deadline:
+        time.sleep(0.01)
     assert set(threading.enumerate()) <= before
     assert len(list(train.train_batches(train_indices(7, 2, 0, 0), 0, 32))) == 3
     assert set(threading.enumerate()) <= before

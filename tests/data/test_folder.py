@@ -127,7 +127,7 @@ def test_names_of_any_bytes_are_listed_and_linked_classes_followed(tmp_path):
         (
             ["train/a/1.png", "valid/a/1.png"],
             "val",
-            "^{root}/val is missing; .* holds train, valid; .*--data.val_share",
+            "^{root}/val is missing; .* holds train, valid; .*val_share",
         ),
         ([f"{name}/a/1.png" for name in "abcdefgh"], "val", "holds a, b, c, d, e and 3 more"),
         (["train/1.png", "train/2.png"], "train", "train has no class folders, only 1.png, 2.png; put the images into"),
