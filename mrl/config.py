@@ -112,7 +112,7 @@ class DataConfig:
     so."""
     num_workers: int | None = None
     """Decoding processes (folder backend) or threads (ffcv) per training process. Default: the CPU cores this
-    process may use, without a GPU a quarter of them, and the network computes with the others."""
+    process may use, without a GPU a quarter of them (none below 4), and the network computes with the others."""
     train_px: int | list[tuple[int, int]] = field(default_factory=lambda: [(0, 160), (32, 192)])
     """Side of training images in pixels: one number, or pairs of first epoch and pixels, e.g. [[0, 160], [32, 192]] for
     160 px, then 192 px from epoch 32 on. Default: that of the weights in model.init (timm's of the backbone for

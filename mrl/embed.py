@@ -148,7 +148,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--num_workers",
         type=int,
-        help="processes that decode images; default: the number of cores, without a GPU a quarter of it",
+        help="processes that decode images; default: the cores, without a GPU a quarter of them (0 below 4)",
     )
     parser.add_argument(
         "--max_unreadable",

@@ -49,7 +49,7 @@ def fast_forward(
 ) -> tuple[Callable[[Tensor], Tensor], str]:
     """Return ``module`` in eval mode as a function of batches like ``images``, and the name of the engine.
 
-    On a CPU it is ONNX Runtime (several times as fast as PyTorch, see docs/SPEED.md) if that is installed, can run the
+    On a CPU it is ONNX Runtime (1.4 to 3 times as fast as PyTorch, see docs/SPEED.md) if that is installed, can run the
     module, gives the same values on ``images``, and ``num_images`` take PyTorch longer than an export. Otherwise it is
     the module itself.
     """
