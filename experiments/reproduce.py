@@ -80,7 +80,7 @@ class Grid:
     hold_out_every_nth: int = 0  # training images of each class to validate on in place of the validation images
     references: dict[str, list[str]] = field(default_factory=dict)  # {group: other runs to evaluate with it}
     superclasses: str | None = None  # table for eval.py, beside the grid file
-    eval_precision: str = "fp32"  # of eval.py
+    evaluation: list[str] = field(default_factory=list)  # further options of eval.py: [--precision, bf16]
     minutes_per_epoch: float | None = None  # what --list assumes until a run of the same backbone has finished
 
 
@@ -307,7 +307,7 @@ def list_runs(runs: Sequence[Run], wanted: Sequence[Run], minutes_per_epoch: flo
 
 def evaluate(grid: Grid, runs: Sequence[Run], few_shot: Sequence[Path], evaluated: Path, out: Path) -> list[str]:
     """Evaluate and publish the finished runs of every group; return a message for each group that failed."""
-    options = ["--precision", grid.eval_precision]
+    options = [*grid.evaluation]
     options += ["--superclasses", grid.superclasses] if grid.superclasses else []
     options += ["--few_shot", *map(str, few_shot)] if few_shot else []
     problems = []
