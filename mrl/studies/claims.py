@@ -295,8 +295,8 @@ MEASURES: dict[str, tuple[str, str, Callable[[_Table], list[Comparison]]]] = {
         lambda table: table.by_size("retrieval", "map@10", "MRL", "FF", 0.0),
     ),
     "E7": (
-        "a shortlist or funnel that begins at 16 dims (or the next size) matches the search at full width (mAP@10, to half "
-        "a point)",
+        "a shortlist or funnel that begins at 16 dims (or the next size) matches the search at full width (mAP@10, to "
+        "half a point)",
         "adaptive retrieval of MRL from 16 dims",
         _short_search,
     ),
