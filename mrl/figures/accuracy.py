@@ -46,16 +46,20 @@ def is_trained(row: Any, trained: Trained) -> bool:
 
 
 def by_dim(rows: Sequence[Row], name: str) -> Figure:
-    """Draw one of the figures in `PANELS`, at trained sizes; only "baselines" shows methods beside `METHODS`."""
+    """Draw one of the figures in `PANELS`, at trained sizes; "baselines" shows all methods, the others `METHODS`.
+
+    "accuracy_by_dim" has the line of PCA too, the baseline that is hardest to beat.
+    """
     trained, panels = trained_dims(rows), PANELS[name]
     if CLASSES in panels:
         rows = [*rows, *class_accuracy(rows)]
     rows = [row for row in rows if (row.study, row.metric.removesuffix("_std")) in panels and row.group is None]
     rows = [row for row in rows if is_trained(row, trained)]
     known = [row for row in rows if row.method in METHODS]
+    shown = [row for row in rows if row.method in (*METHODS, "FF PCA")] if name == "accuracy_by_dim" else known
     if name == "baselines" and len(known) == len(rows):
         raise style.NothingToDraw("there are no rows of baselines")
-    return _draw(rows if name == "baselines" else known, panels)
+    return _draw(rows if name == "baselines" else shown, panels)
 
 
 def class_accuracy(rows: Sequence[Row]) -> list[Row]:

@@ -266,7 +266,8 @@ def test_baselines_are_drawn_beside_all_methods_each_in_its_own_style():
     for axes in figure.axes:
         lines = [c.lines[0] for c in axes.containers]
         assert len({line.get_marker() for line in lines}) == len({line.get_color() for line in lines}) == len(methods)
-    assert legend(FIGURES["accuracy_by_dim"](rows)) == ["MRL"]
+    assert legend(FIGURES["accuracy_by_dim"](rows)) == ["MRL", "FF PCA"]
+    assert legend(FIGURES["map_by_dim"](rows)) == ["MRL"]
     assert "baselines" not in figures_of(rows_of(sources, {8: 0.5}))
 
 
