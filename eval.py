@@ -40,7 +40,7 @@ from mrl.rundir import atomic_write_text, provenance
 from mrl.studies.adaptive_classification import headlines
 from mrl.studies.hierarchy import read_class_table
 from mrl.studies.run import OpenedRun, embed_runs
-from mrl.studies.suite import run_studies
+from mrl.studies.suite import LONG, run_studies
 from mrl.studies.transfer import TransferImages, read_folder, transfer_studies
 
 # Settings of a run that may be given anew: where its images are, and how many processes read them.
@@ -98,6 +98,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="N",
         help="use N evenly spread queries in all retrieval studies, which is faster; default: all queries",
     )
+    add("--skip", nargs="+", choices=LONG, default=[], help="leave out studies that take minutes with 100,000 images")
     add("--batch_size", type=int, help="images at a time on each process; default: 256 on a GPU, 32 on a CPU")
     add(
         "--precision",
@@ -156,7 +157,7 @@ def evaluate(args: argparse.Namespace, process: Process) -> None:
     rows: list[Row] = []
     # Written after each run, so that a failure does not lose the rows of the runs before.
     for run in opened:
-        rows += run_studies(run, process.device, superclasses, args.max_queries)
+        rows += run_studies(run, process.device, superclasses, args.max_queries, args.skip)
         write_rows(rows, out / "results.jsonl")
     for run in opened:
         rows += transfer_studies(run, transfer, process.device, args.max_queries)

@@ -314,6 +314,14 @@ def test_max_queries_is_the_n_of_all_retrieval_rows_and_of_no_others(runs):
     assert {row for row in rows if row.study not in searches} == before
 
 
+def test_skipped_studies_are_the_only_rows_that_are_missing(runs):
+    before = untimed(runs / "eval" / "results.jsonl")
+    assert script.main(["--runs", str(runs / "mrl"), str(runs / "ff"), "--skip", "quantization", "baselines"]) == 0
+    baselines = {row.method for row in before if row.method.startswith("FF ")} - {"FF truncated"}
+    kept = [row for row in before if row.study != "quantization" and row.method not in baselines]
+    assert baselines and untimed(runs / "eval" / "results.jsonl") == kept
+
+
 def test_redraw_needs_the_rows_alone_and_gives_each_data_set_its_figures(finished, tmp_path, no_images, capsys):
     rows = read_rows(finished / "eval" / "results.jsonl")
     both = [*rows, *(dataclasses.replace(row, dataset="tiny_imagenet") for row in rows)]

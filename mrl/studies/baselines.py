@@ -37,12 +37,14 @@ def retrieval_baselines(
     num_random: int = 2,
     max_queries: int | None = None,
     device: torch.device | str = "cpu",
+    code: bool = True,
 ) -> list[Row]:
     """Return rows of the `retrieval` study at each size for four baselines of a fixed-feature model of full width.
 
     "FF PCA" (centered) and "FF SVD" (not centered) are fit on the database. "FF random coordinates" and "FF random
     projection" (Gaussian) are means over ``num_random`` random choices, which the run's seed determines. Embeddings
-    ``(Q, D)`` and ``(N, D)`` are raw; other arguments as in `retrieval`. "FF PCA" has rows of `quantization` too.
+    ``(Q, D)`` and ``(N, D)`` are raw; other arguments as in `retrieval`. With ``code``, "FF PCA" has rows of
+    `quantization` too.
     """
     from sklearn.random_projection import GaussianRandomProjection
 
@@ -64,7 +66,7 @@ def retrieval_baselines(
         for transform in transforms:
             arrays = (transform(queries), query_labels, transform(database), database_labels)
             found.append(retrieval(*arrays, {method: dims}, source, ks=(10,), max_queries=max_queries, device=device))
-            if method == "FF PCA" and faiss_installed():  # here, while the projected embeddings are in memory
+            if code and method == "FF PCA" and faiss_installed():  # here, while the projected embeddings are in memory
                 rows += quantization(*arrays, found[0], max_queries=max_queries, device=device)
         for same in zip(*found, strict=True):
             rows.append(replace(same[0], value=float(np.mean([row.value for row in same]))))

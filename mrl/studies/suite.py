@@ -21,14 +21,17 @@ from mrl.studies.quantization import quantization
 from mrl.studies.retrieval import interpolated_dims, retrieval
 from mrl.studies.run import OpenedRun
 
+LONG = ("quantization", "baselines")
+
 
 def run_studies(
     run: OpenedRun,
     device: torch.device,
     superclasses: Mapping[str, str] | None = None,
     max_queries: int | None = None,
+    skip: Sequence[str] = (),
 ) -> list[Row]:
-    """Return the rows of every study of a run.
+    """Return the rows of every study of a run, except those in ``skip``, which may name any of `LONG`.
 
     ``superclasses`` is ``{class: superclass}``; if None, the paper's on ImageNet, and no hierarchy study on other data.
     With ``max_queries``, all retrieval studies use only that many queries; see `mrl.studies.retrieval.thin_indices`.
@@ -48,7 +51,7 @@ def run_studies(
         rows += classification(vectors, labels, run.classifiers, source, "FF truncated", device=device)
     found = retrieval(*sets, by_method, source, max_queries=max_queries, device=device)
     rows += found
-    if faiss_installed():
+    if faiss_installed() and "quantization" not in skip:
         trained = [row for row in found if row.dim in dims or row.method == "FF truncated"]
         rows += quantization(*sets, trained, max_queries=max_queries, device=device)
     rows += similarity(vectors, labels, dims, source, method)
@@ -72,9 +75,11 @@ def run_studies(
         rows += hierarchy(single.classes, labels, dims, table, source, method)
         rows += within_superclasses(vectors, labels, classifiers, table, source, method, device=device)
 
-    if len(by_method.get("FF truncated", ())) > 1:
+    if len(by_method.get("FF truncated", ())) > 1 and "baselines" not in skip:
         sizes = by_method["FF truncated"]
-        rows += retrieval_baselines(*sets, sizes, source, max_queries=max_queries, device=device)
+        rows += retrieval_baselines(
+            *sets, sizes, source, max_queries=max_queries, device=device, code="quantization" not in skip
+        )
         rows += learned_baselines(*sets, sizes, source, max_queries=max_queries, device=device)
         of_train = (run.train.vectors, run.train.labels)
         rows += classification_baselines(*of_train, vectors, labels, classifiers[0], sizes, source, device=device)
