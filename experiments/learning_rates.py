@@ -28,9 +28,10 @@ def write_sweep(runs: Sequence[Run], out: Path) -> list[Path]:
         [last] = [row for row in run.rows() if any(key.startswith("top_1/") for key in row)][-1:]
         scores = {int(key.removeprefix("top_1/")): value for key, value in last.items() if key.startswith("top_1/")}
         method = method_name(list(scores) if dims == "auto" else dims, tied)
-        lines += [(method, dim, run.config.optim.lr, run.config.run.seed, top_1) for dim, top_1 in scores.items()]
-    frame = pd.DataFrame(lines, columns=["method", "dim", "lr", "seed", "top_1"])
-    frame = frame.sort_values(["method", "dim", "lr", "seed"])
+        about = (run.entry.name, method, run.config.optim.lr, run.config.run.seed)
+        lines += [(*about, dim, top_1) for dim, top_1 in scores.items()]
+    frame = pd.DataFrame(lines, columns=["name", "method", "lr", "seed", "dim", "top_1"])
+    frame = frame.sort_values(["name", "method", "dim", "lr", "seed"])
     out.mkdir(parents=True, exist_ok=True)
     atomic_write_text(out / RATES, frame.to_csv(index=False, float_format="%.5g"))
     draw(frame).savefig(out / "learning_rates.png", dpi=110)
