@@ -14,7 +14,7 @@ import pandas as pd
 from mrl.errors import UserError
 from mrl.rundir import atomic_write_text
 
-METHODS = ("MRL", "MRL-E", "FF", "FF truncated")
+METHODS = ("MRL", "MRL weighted", "MRL-E", "FF", "FF truncated")
 CLASS_STUDY, CLASSES_FILE = "per_class", "classes.csv"
 DATA_TITLES = {
     **{"digits": "handwritten digits", "imagenet": "ImageNet-1K", "tiny_imagenet": "Tiny-ImageNet"},
@@ -31,11 +31,14 @@ def data_title(dataset: str) -> str:
     return DATA_TITLES.get(dataset) or dataset.replace("tiny_imagenet", "Tiny-ImageNet").replace("_", " ")
 
 
-def method_name(nesting_list: Sequence[int], tied: bool) -> str:
-    """Return the paper's name of a model: "FF" if it has one size, else "MRL-E" if tied, else "MRL"."""
+def method_name(nesting_list: Sequence[int], tied: bool, weights: Sequence[float] | None = None) -> str:
+    """Return the paper's name of a model: "FF" if it has one size, else "MRL-E" if tied, else "MRL".
+
+    "MRL weighted" and "MRL-E weighted" were trained with loss ``weights``.
+    """
     if len(nesting_list) == 1:
         return "FF"
-    return "MRL-E" if tied else "MRL"
+    return ("MRL-E" if tied else "MRL") + " weighted" * (weights is not None)
 
 
 def method_order(method: str) -> tuple[int, str]:

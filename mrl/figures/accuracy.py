@@ -13,7 +13,7 @@ from mrl.figures import style
 from mrl.paper import paper_rows
 from mrl.results import METHODS, Row
 
-NESTED = ("MRL", "MRL-E")
+NESTED = ("MRL", "MRL weighted", "MRL-E", "MRL-E weighted")
 LINEAR, NEAREST, RETRIEVAL = ("classification", "top_1"), ("retrieval", "top_1"), ("retrieval", "map@10")
 CLASSES = ("hierarchy", "top_1")
 PANELS = {

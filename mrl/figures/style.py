@@ -36,6 +36,7 @@ WINE, INDIGO, OLIVE, BROWN, GRAY, BLACK = "#882255", "#332288", "#999933", "#8C5
 _LOOKS = {
     "MRL": (BLUE, "o", "-"),
     "MRL cascade": (BLUE, "o", "-"),
+    "MRL weighted": (ORANGE, "p", "-"),
     "MRL-E": (RED, "s", "--"),
     "MRL-E cascade": (RED, "s", "--"),
     "FF": (BLACK, "D", ":"),
@@ -54,7 +55,11 @@ METHOD_STYLES: dict[str, Style] = {
     name: dict(zip(("color", "marker", "linestyle"), look, strict=True)) for name, look in _LOOKS.items()
 }
 METHOD_STYLES["FF"]["markersize"] = 7  # large: others may cover it
-METHOD_LABELS = {"FF": "FF (one model per size)", "FF truncated": "FF, plain truncation"}
+METHOD_LABELS = {
+    "MRL weighted": "MRL, weighted loss",
+    "FF": "FF (one model per size)",
+    "FF truncated": "FF, plain truncation",
+}
 OTHER_COLORS = [PINK, SKY, ORANGE, GREEN, GRAY, WINE, INDIGO, OLIVE, BROWN, "#44AA99", "#B2182B", "#AA4499", "#DDCC77"]
 PAPER = "{} (paper)"
 INCHES_PER_DIGIT = 0.09  # of tick labels

@@ -90,10 +90,14 @@ class OpenedRun:
         return (*smaller, own) if smaller else default_nesting_list(own)
 
     @property
+    def trained_method(self) -> str:
+        """Method of the rows of the trained sizes."""
+        return method_name(self.head.nesting_list, self.head.tied, self.config.head.weights)
+
+    @property
     def method(self) -> str:
         """Method of the rows of `dims`."""
-        trained = self.head.nesting_list
-        return method_name(trained, self.head.tied) if len(trained) > 1 else "FF truncated"
+        return self.trained_method if len(self.head.nesting_list) > 1 else "FF truncated"
 
     @property
     def classifiers(self) -> list[Classifier]:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from mrl.matryoshka import default_nesting_list
-from mrl.results import Row, method_name
+from mrl.results import Row
 from mrl.retrieval.quantization import faiss_installed
 from mrl.studies.adaptive_classification import cascade, fixed_feature, oracle
 from mrl.studies.adaptive_retrieval import adaptive_retrieval
@@ -37,7 +37,7 @@ def run_studies(
     With ``max_queries``, all retrieval studies use only that many queries; see `mrl.studies.retrieval.thin_indices`.
     """
     dims, width, source = run.head.nesting_list, run.val.vectors.shape[1], run.source
-    method = method_name(dims, run.head.tied)
+    method = run.trained_method
     classifiers = [run.head.weight_and_bias(g) for g in range(len(dims))]
     vectors, labels = run.val.vectors, np.asarray(run.val.labels)
     sets = (vectors, labels, run.train.vectors, run.train.labels)

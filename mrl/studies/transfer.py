@@ -19,7 +19,7 @@ from mrl.engine import FastForward
 from mrl.errors import UserError
 from mrl.matryoshka import unit_prefix
 from mrl.progress import progress
-from mrl.results import Row, Source, method_name
+from mrl.results import Row, Source
 from mrl.retrieval.embeddings import embed_split
 from mrl.studies.adaptive_retrieval import adaptive_retrieval
 from mrl.studies.classification import Classifier, classification
@@ -182,7 +182,7 @@ def transfer_studies(
 ) -> list[Row]:
     """Return the rows of every study of ``images``, whose embeddings ``run`` holds; ``max_queries`` as `retrieval`."""
     dims, width = run.head.nesting_list, run.val.vectors.shape[1]
-    method = method_name(dims, run.head.tied)
+    method = run.trained_method
     by_method: dict[str, Sequence[int]] = {method: dims}
     if dims == (width,):
         by_method["FF truncated"] = run.dims
