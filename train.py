@@ -24,7 +24,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.profiler import record_function
 
-from mrl import distributed
+from mrl import distributed, rundir
 from mrl.config import Config, parse_command_line, to_yaml
 from mrl.data import BACKENDS, build_data
 from mrl.data.images import EvalImages
@@ -34,16 +34,6 @@ from mrl.errors import UserError
 from mrl.matryoshka import check_weights, nested_cross_entropy
 from mrl.model import MatryoshkaClassifier, ModelInfo, build_backbone, build_model, freeze, keep_head, save_model
 from mrl.progress import progress
-from mrl.rundir import (
-    atomic_write_text,
-    check_data,
-    check_run,
-    hold,
-    load_checkpoint,
-    open_run,
-    record_start,
-    save_checkpoint,
-)
 from mrl.training.augmentation import make_augmentation, seed_step
 from mrl.training.fit import check_fit, notes
 from mrl.training.frozen import TrunkCache
@@ -61,16 +51,15 @@ def train(config: Config, process: Process) -> int:
     optim, device, seed = config.optim, process.device, config.run.seed
     directory = Path(config.run.dir) / config.run.name
     if process.is_main:
-        check_run(directory, config.run.resume, to_yaml(config), to_yaml(Config()))
+        rundir.check_run(directory, config.run.resume, to_yaml(config), to_yaml(Config()))
     distributed.barrier()
-    resumed = load_checkpoint(directory)
+    resumed = rundir.load_checkpoint(directory)
     if not distributed.agree(resumed is not None):
         raise UserError(f"{directory} is not the same folder on all machines; run.dir must be shared")
 
     crop_seed = seed if config.train.cache_seed is None else config.train.cache_seed
     images: dict[str, Any] = dict(build_data(config.data, crop_seed, device, process.is_main))
-    unreadable = [reason for part in images.values() for reason in part.unreadable]
-    held_out = images["val"].held_out
+    unreadable, held_out = [reason for part in images.values() for reason in part.unreadable], images["val"].held_out
     num_images, classes = len(images["train"]), images["train"].classes
     data_seen = {"num_images": num_images, "classes": classes, "backend": BACKENDS[type(images["train"])]}
     accumulation_steps = config.train.accumulation_steps
@@ -113,7 +102,7 @@ def train(config: Config, process: Process) -> int:
 
     step = 0
     if resumed is not None:
-        check_data(directory, resumed["data"], data_seen)
+        rundir.check_data(directory, resumed["data"], data_seen)
         step = resumed["step"]
         for name, part in parts.items():
             part.load_state_dict(resumed[name])
@@ -124,14 +113,14 @@ def train(config: Config, process: Process) -> int:
         model.compile()
     parallel = distributed.data_parallel(model, process, config.train.gradient_precision)
     if process.is_main:
-        open_run(directory, to_yaml(config))
+        rundir.open_run(directory, to_yaml(config))
         if unreadable:
-            atomic_write_text(directory / "unreadable.txt", "\n".join(unreadable) + "\n")
+            rundir.atomic_write_text(directory / "unreadable.txt", "\n".join(unreadable) + "\n")
         if held_out is not None:
-            atomic_write_text(directory / "held_out.json", json.dumps(held_out, indent=0) + "\n")
+            rundir.atomic_write_text(directory / "held_out.json", json.dumps(held_out, indent=0) + "\n")
 
     with (
-        hold(directory) if process.is_main else contextlib.nullcontext(),
+        rundir.hold(directory) if process.is_main else contextlib.nullcontext(),
         Tracker(directory, process.is_main, step, total_steps, batch_size) as tracker,
         step_profiler(config.train.profile_steps, directory, process, tracker.log_line) as profile_step,
         StopSignals() as signals,
@@ -140,22 +129,15 @@ def train(config: Config, process: Process) -> int:
             about = {"name": config.run.name, "config": dataclasses.asdict(config)}
             tracker.start_wandb(**dataclasses.asdict(config.wandb), **about)
         if process.is_main:
-            record_start(directory, step, process.world_size, micro_batch_size)
+            rundir.record_start(directory, step, process.world_size, micro_batch_size)
         tracker.log_line(
             f"{directory}: {config.model.backbone} on {device.type}, prefixes {list(dims)}{' tied' * model.head.tied}; "
             f"steps {step} to {total_steps}, {steps_per_epoch} an epoch; {batch_size} images a step = "
             f"{process.world_size} processes x {accumulation_steps} micro-batches x {micro_batch_size}"
         )
-        if batch_size < config.data.batch_size:
-            tracker.log_line(
-                f"batch cut from {config.data.batch_size} to {batch_size} images, so that an epoch of {num_images:,} "
-                f"images has {config.data.min_steps_per_epoch} steps or more"
-            )
-        if warmup_epochs < optim.warmup_epochs:
-            tracker.log_line(f"warm-up shortened from {optim.warmup_epochs:g} to {warmup_epochs:g} epochs")
         if head_kept:
             tracker.log_line(f"the head is that of {config.model.init}, which has the same classes and sizes")
-        for note in notes(config, device):
+        for note in notes(config, device, num_images, batch_size, warmup_epochs):
             tracker.log_line(note)
         saved_at = logged_at = time.monotonic()
         logged_step, waited = step, 0.0
@@ -221,7 +203,9 @@ def train(config: Config, process: Process) -> int:
                     all_sums = distributed.all_reduce_sum(sums.values)
                     if process.is_main:
                         states = {name: part.state_dict() for name, part in parts.items()}
-                        save_checkpoint(directory, {"step": step, "sums": all_sums[:3], "data": data_seen, **states})
+                        rundir.save_checkpoint(
+                            directory, {"step": step, "sums": all_sums[:3], "data": data_seen, **states}
+                        )
                     saved_at = time.monotonic()
                 if stop:
                     number = signal.Signals(signals.number or signal.SIGTERM)
@@ -261,39 +245,29 @@ def make_model(config: Config, num_classes: int) -> MatryoshkaClassifier:
 
 def describe(config: Config, model: MatryoshkaClassifier, classes: list[str]) -> ModelInfo:
     """Return the content of model.json."""
-    return ModelInfo(
-        backbone=config.model.backbone,
-        kwargs=config.model.kwargs,
-        stem_stride=config.model.stem_stride,
-        blurpool=config.model.blurpool,
-        nesting_list=model.head.nesting_list,
-        tied=model.head.tied,
-        classes=tuple(classes),
-        resize_px=config.data.eval_resize_px,
-        crop_px=config.data.eval_px,
-        mean=config.data.mean,
-        std=config.data.std,
-        exif_rotation=config.data.exif_rotation,
-        interpolation=config.data.interpolation,
-    )
+    same = ("backbone", "kwargs", "stem_stride", "blurpool", "mean", "std", "exif_rotation", "interpolation")
+    fields: dict[str, Any] = vars(config.model) | vars(config.data)
+    about = {key: fields[key] for key in same} | {"resize_px": fields["eval_resize_px"], "crop_px": fields["eval_px"]}
+    about |= {"nesting_list": model.head.nesting_list, "tied": model.head.tied, "classes": tuple(classes)}
+    return ModelInfo(**about)
 
 
 @torch.no_grad()
 def validate(
-    model: MatryoshkaClassifier,
-    images: EvalImages,
-    batch_size: int,
-    process: Process,
-    autocast: torch.autocast,
+    model: MatryoshkaClassifier, images: EvalImages, batch_size: int, process: Process, autocast: torch.autocast
 ) -> dict[str, float]:
     """Return ``{top_1/dim, val_loss/dim}`` over the validation images, each counted once by one of the processes."""
     model.eval()
     indices = eval_indices(len(images), batch_size, process.rank, process.world_size)
     sums = MetricAccumulator(model.head.nesting_list, process.device)
-    batches = images.eval_batches(indices)
-    for inputs, labels in progress(
-        batches, show=process.is_main, desc="validate", total=len(indices), unit="batch", leave=False
-    ):
+    bar: dict[str, Any] = {
+        "show": process.is_main,
+        "desc": "validate",
+        "total": len(indices),
+        "unit": "batch",
+        "leave": False,
+    }
+    for inputs, labels in progress(images.eval_batches(indices), **bar):
         with autocast:
             z = model.embed(inputs)
         logits = model.head(z.float())  # in fp32, because many bfloat16 logits are equal

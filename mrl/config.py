@@ -35,6 +35,12 @@ def _require(condition: bool, key: str, value: Any, allowed: str) -> None:
         raise UserError(f"{key} is {value!r}; allowed: {allowed}")
 
 
+def _require_at_least(low: int, section: str, config: Any, *keys: str) -> None:
+    for key in keys:
+        value = getattr(config, key)
+        _require(value is None or value >= low, f"{section}.{key}", value, f"{low} or more")
+
+
 def _require_utf_8(key: str, path: str | None) -> None:
     allowed = "a name in UTF-8, as config.yaml holds it; for a folder named otherwise, give a link to it (ln -s)"
     _require(path is None or path == path.encode(errors="replace").decode(), key, path, allowed)
@@ -150,45 +156,29 @@ class DataConfig:
         allowed = "0 to below 1" if self.name == "folder" else f"0 with data.name {self.name}"
         possible = 0 <= self.val_share < 1 and (self.name == "folder" or self.val_share == 0)
         _require(possible, "data.val_share", self.val_share, allowed)
-        _require(self.min_steps_per_epoch >= 1, "data.min_steps_per_epoch", self.min_steps_per_epoch, "1 or more")
+        _require_at_least(1, "data", self, "batch_size", "min_steps_per_epoch")
+        _require_at_least(0, "data", self, "num_workers", "mixup", "cutmix")
         _expand(self, "root")
         _require(self.root != "", "data.root", self.root, "the folder that holds train/ and val/")
-        _require(self.batch_size >= 1, "data.batch_size", self.batch_size, "1 or more")
-        _require(self.num_workers is None or self.num_workers >= 0, "data.num_workers", self.num_workers, "0 or more")
         steps = [(0, self.train_px)] if isinstance(self.train_px, int) else self.train_px
         epochs = [epoch for epoch, _ in steps]
-        _require(
-            epochs[:1] == [0] and epochs == sorted(set(epochs)) and all(px >= 8 for _, px in steps),
-            "data.train_px",
-            self.train_px,
-            "8 or more pixels, or pairs [first epoch, pixels] in ascending order that begin with epoch 0",
-        )
+        possible = epochs[:1] == [0] and epochs == sorted(set(epochs)) and all(px >= 8 for _, px in steps)
+        allowed = "8 or more pixels, or pairs [first epoch, pixels] in ascending order that begin with epoch 0"
+        _require(possible, "data.train_px", self.train_px, allowed)
         low, high = self.crop_scale
         _require(0 < low <= high <= 1, "data.crop_scale", self.crop_scale, "0 < low <= high <= 1")
         low, high = self.crop_ratio
         _require(0 < low <= high, "data.crop_ratio", self.crop_ratio, "0 < low <= high")
-        _require(
-            self.rand_augment is None or bool(RAND_AUGMENT.fullmatch(self.rand_augment)),
-            "data.rand_augment",
-            self.rand_augment,
-            "null, or rand followed by any of -m9 (magnitude), -n2 (operations), -p0.5 (chance of each), -mstd0.5 "
-            "(std of the magnitude), -mmax10, -inc1 (harder with the magnitude), -tweights, -t3a, -t3aw",
-        )
+        possible = self.rand_augment is None or bool(RAND_AUGMENT.fullmatch(self.rand_augment))
+        allowed = "null, or rand followed by any of -m9 (magnitude), -n2 (operations), -p0.5 (chance of each), "
+        allowed += "-mstd0.5 (std of the magnitude), -mmax10, -inc1 (harder with the magnitude), -tweights, -t3a, -t3aw"
+        _require(possible, "data.rand_augment", self.rand_augment, allowed)
         _require(0 <= self.random_erasing <= 1, "data.random_erasing", self.random_erasing, "0 to 1")
-        _require(self.mixup >= 0, "data.mixup", self.mixup, "0 or more")
-        _require(self.cutmix >= 0, "data.cutmix", self.cutmix, "0 or more")
-        _require(
-            8 <= self.eval_px <= self.eval_resize_px,
-            "data.eval_px",
-            self.eval_px,
-            f"8 to data.eval_resize_px = {self.eval_resize_px}",
-        )
-        _require(
-            all(0 <= m <= 1 for m in self.mean), "data.mean", self.mean, "numbers from 0 to 1 (white is 1, not 255)"
-        )
-        _require(
-            all(0 < s <= 1 for s in self.std), "data.std", self.std, "numbers above 0, up to 1 (white is 1, not 255)"
-        )
+        allowed = f"8 to data.eval_resize_px = {self.eval_resize_px}"
+        _require(8 <= self.eval_px <= self.eval_resize_px, "data.eval_px", self.eval_px, allowed)
+        scale = "(white is 1, not 255)"
+        _require(all(0 <= m <= 1 for m in self.mean), "data.mean", self.mean, f"numbers from 0 to 1 {scale}")
+        _require(all(0 < s <= 1 for s in self.std), "data.std", self.std, f"numbers above 0, up to 1 {scale}")
 
     def px_at(self, epoch: int) -> int:
         """Return the side of training images in pixels during ``epoch``.
@@ -269,10 +259,8 @@ class OptimConfig:
     def __post_init__(self) -> None:
         _require(self.lr > 0, "optim.lr", self.lr, "above 0")
         _require(0 <= self.momentum < 1, "optim.momentum", self.momentum, "0 to below 1")
-        _require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "0 or more")
+        _require_at_least(0, "optim", self, "weight_decay", "warmup_epochs", "clip_norm")
         _require(0 < self.layer_decay <= 1, "optim.layer_decay", self.layer_decay, "above 0, up to 1 (off)")
-        _require(self.warmup_epochs >= 0, "optim.warmup_epochs", self.warmup_epochs, "0 or more")
-        _require(self.clip_norm >= 0, "optim.clip_norm", self.clip_norm, "0 (off) or more")
 
 
 @dataclass(frozen=True)
@@ -314,16 +302,12 @@ class TrainConfig:
     is off."""
 
     def __post_init__(self) -> None:
-        _require(self.epochs >= 1, "train.epochs", self.epochs, "1 or more")
+        _require_at_least(1, "train", self, "epochs", "accumulation_steps", "eval_every_epochs", "log_every_steps")
+        _require_at_least(0, "train", self, "checkpoint_minutes", "profile_steps")
         _require(0 <= self.label_smoothing < 1, "train.label_smoothing", self.label_smoothing, "0 to below 1")
-        _require(self.accumulation_steps >= 1, "train.accumulation_steps", self.accumulation_steps, "1 or more")
         _require(0 <= self.ema_decay < 1, "train.ema_decay", self.ema_decay, "0 (off) to below 1")
         allowed = f"0 (off) to train.epochs = {self.epochs}"
         _require(0 <= self.cache_views <= self.epochs, "train.cache_views", self.cache_views, allowed)
-        _require(self.eval_every_epochs >= 1, "train.eval_every_epochs", self.eval_every_epochs, "1 or more")
-        _require(self.checkpoint_minutes >= 0, "train.checkpoint_minutes", self.checkpoint_minutes, "0 or more")
-        _require(self.log_every_steps >= 1, "train.log_every_steps", self.log_every_steps, "1 or more")
-        _require(self.profile_steps >= 0, "train.profile_steps", self.profile_steps, "0 (off) or more")
 
 
 @dataclass(frozen=True)
@@ -370,11 +354,7 @@ RECIPES = Path(__file__).resolve().parent.parent / "configs"
 
 
 def parse_command_line(argv: Sequence[str] | None, description: str) -> Config:
-    """Return the `Config` of ``--config recipe.yaml --section.key value ...``; later arguments win.
-
-    Raises:
-        UserError: There is no such recipe, a key is unknown, or a value has the wrong type or is not allowed.
-    """
+    """Return the `Config` of ``--config recipe.yaml --section.key value ...``; later arguments win."""
     found = list(sys.argv[1:] if argv is None else argv)
     for i, word in enumerate(found):
         if word.startswith("--config="):
@@ -385,11 +365,7 @@ def parse_command_line(argv: Sequence[str] | None, description: str) -> Config:
 
 
 def read_config(path: str | Path, settings: Sequence[str] = ()) -> Config:
-    """Return the `Config` in a YAML file such as a run directory's config.yaml, with changes as on a command line.
-
-    Raises:
-        UserError: There is no such file, or as `parse_command_line`.
-    """
+    """Return the `Config` in a YAML file such as a run directory's config.yaml, with changes as on a command line."""
     if not Path(path).is_file():
         raise UserError(f"{path} does not exist, so there is no run configuration to read")
     return _parse("", ["--config", str(path), *settings])
@@ -402,11 +378,7 @@ def to_yaml(config: Config) -> str:
 
 
 def find_recipe(name: str) -> str:
-    """Return the path of a recipe given as a path or as a name in ``configs/``, with or without ``.yaml``.
-
-    Raises:
-        UserError: There is no such file; the message lists the recipes.
-    """
+    """Return the path of a recipe given as a path or as a name in ``configs/``, with or without ``.yaml``."""
     for path in (Path(name).expanduser(), RECIPES / name, RECIPES / f"{name}.yaml"):
         if path.is_file():
             return str(path)
@@ -414,21 +386,13 @@ def find_recipe(name: str) -> str:
     raise UserError(f"--config {name!r} is neither a file nor a recipe in {RECIPES}; recipes: {known}")
 
 
-class _HelpFormatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
-    """Keep the line breaks of the description, whose examples one copies."""
-
-
 def _parse(description: str, argv: Sequence[str]) -> Config:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    # The formatter keeps the line breaks of the description, whose examples one copies.
+    formatter = type("Formatter", (argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter), {})
     usage = "train.py [--config RECIPE] [--section.key VALUE ...]"
-    parser = ArgumentParser(
-        prog="train.py",
-        usage=usage,
-        description=description,
-        formatter_class=_HelpFormatter,
-        exit_on_error=False,
-        allow_abbrev=False,
-    )
+    how: dict[str, Any] = {"formatter_class": formatter, "exit_on_error": False, "allow_abbrev": False}
+    parser = ArgumentParser(prog="train.py", usage=usage, description=description, **how)
     parser.add_argument("--config", action="config", help="a YAML recipe: a path, or a name in configs/")
     sections = {section.name: section.default_factory for section in dataclasses.fields(Config)}
     for name, section in sections.items():
@@ -442,12 +406,12 @@ def _parse(description: str, argv: Sequence[str]) -> Config:
             namespace = parser.parse_args(argv)
         namespace = parser.instantiate(namespace)
     except ArgumentError as error:
-        message = str(error)
-        unknown = re.search(r"(?:arguments: --|Key '|[Oo]ption ')([\w.]+).*", message)
+        message = " ".join(str(error).split())
         settings = {f"{name}.{f.name}": f for name, section in sections.items() for f in dataclasses.fields(section)}  # type: ignore[arg-type]
-        close = difflib.get_close_matches(unknown[1], settings, n=3, cutoff=0.5) if unknown else []
-        hint = f"; did you mean {' or '.join(close)}?" if close else ""
-        raise UserError(" ".join(message.split()) + hint + _as_yaml(argv, message, settings)) from error
+        if unknown := re.search(r"(?:arguments: --|Key '|[Oo]ption ')([\w.]+)", message):
+            close = difflib.get_close_matches(unknown[1], settings, n=3, cutoff=0.5)
+            message += f"; did you mean {' or '.join(close)}?" * bool(close)
+        raise UserError(message + _as_yaml(argv, message, settings)) from error
     return Config(**{name: namespace[name] for name in sections})
 
 
@@ -481,15 +445,15 @@ def images_of_weights(backbone: str, init: str) -> dict[str, Any]:
     try:
         if Path(init).is_dir():
             info = json.loads((Path(init) / "model.json").read_text())
+            mean, std, interpolation = info["mean"], info["std"], info.get("interpolation", "bilinear")
             sizes = {"eval_px": info["crop_px"], "eval_resize_px": info["resize_px"]}
-            interpolation = info.get("interpolation", "bilinear")
-            return {"mean": info["mean"], "std": info["std"], "interpolation": interpolation, **sizes}
-        described = timm.get_pretrained_cfg(backbone)
-        if described is None:
+        elif described := timm.get_pretrained_cfg(backbone):
+            mean, std, interpolation = described.mean, described.std, described.interpolation
+            interpolation = "bilinear" if interpolation == "bilinear" else "bicubic"
+            px = described.input_size[-1]
+            sizes = {"train_px": px, "eval_px": px, "eval_resize_px": math.floor(px / described.crop_pct)}
+        else:
             return {}
-        px, interpolation = described.input_size[-1], described.interpolation
-        sizes = {"train_px": px, "eval_px": px, "eval_resize_px": math.floor(px / described.crop_pct)}
-        interpolation = "bilinear" if interpolation == "bilinear" else "bicubic"
-        return {"mean": described.mean, "std": described.std, "interpolation": interpolation, **sizes}
+        return {"mean": mean, "std": std, "interpolation": interpolation, **sizes}
     except (OSError, ValueError, KeyError, RuntimeError):  # such a run or backbone is refused when the model is built
         return {}

@@ -50,19 +50,17 @@ class ElsewhereError(UserError):
     """Raised when another process failed."""
 
 
-def _local_rank() -> int:
-    return int(os.environ.get("LOCAL_RANK", 0))
-
-
 def start() -> Process:
     """Return this process, after joining the others if torchrun started it (nccl on GPUs, gloo on CPUs)."""
-    device = torch.device("cuda", _local_rank()) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
-        if device.index >= torch.cuda.device_count():
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        index, num_gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if index >= num_gpus:
             raise UserError(
-                f"{device.index + 1} or more processes were started on a machine with {torch.cuda.device_count()} "
-                "GPUs; allowed: torchrun --nproc_per_node up to the number of GPUs"
+                f"{index + 1} or more processes were started on a machine with {num_gpus} GPUs; allowed: torchrun "
+                "--nproc_per_node up to the number of GPUs"
             )
+        device = torch.device("cuda", index)
         torch.cuda.set_device(device)
     if "WORLD_SIZE" not in os.environ:
         return Process(rank=0, world_size=1, device=device)
@@ -116,25 +114,25 @@ def run(main: Callable[[], int | None], interrupted: str) -> int:
 def _advice(error: Exception, message: str) -> str:
     """Return what to change if a process, memory or a disk was not large enough for the run, else ""."""
     fewer = "give fewer worker processes (data.num_workers or --num_workers; 0 starts none)"
+    number = getattr(error, "errno", None)
     if "shared memory" in message or "Bus error" in message:
         return f"/dev/shm is too small: make it larger (docker run --shm-size 8g, or --ipc host), or {fewer}"
     if "DataLoader worker" in message and "Traceback" not in message:
         return f"a worker process that reads images was killed, most often because the memory was full: {fewer}"
-    if "Too many open files" in message or getattr(error, "errno", None) == errno.EMFILE:
+    if "Too many open files" in message or number == errno.EMFILE:
         return f"raise the limit (ulimit -n 65536), or {fewer}"
     if isinstance(error, torch.cuda.OutOfMemoryError):
         return "a GPU ran out of memory: lower --batch_size"
     if isinstance(error, MemoryError) or "can't allocate memory" in message:
         return f"lower --batch_size, or {fewer}"
-    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-        return "free some disk space and start again; files that were finished are kept"
-    return ""
+    full = number in (errno.ENOSPC, errno.EDQUOT)
+    return "free some disk space and start again; files that were finished are kept" if full else ""
 
 
 def _report(message: str) -> None:
     """Print ``message`` if this is the first process of a machine; torchrun prints the others' error files."""
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if error_file is None or _local_rank() == 0:
+    if error_file is None or os.environ.get("LOCAL_RANK", "0") == "0":
         sys.stderr.write(f"\n{message}\n")  # one write, on a line after the progress bar
     if error_file is not None:
         content = {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}

@@ -125,24 +125,25 @@ class MatryoshkaClassifier(
 
         PIL images become RGB as files do: see `mrl.rgb`.
         """
-        if self.info is None:
-            raise UserError("this model was not saved with its image size and normalization; load it with mrl.load")
-        return v2.Compose(
-            [
-                partial(_upright_rgb, exif_rotation=self.info.exif_rotation),
-                v2.ToImage(),
-                v2.RGB(),
-                v2.Resize(self.info.resize_px, v2.InterpolationMode(self.info.interpolation), antialias=True),
-                v2.CenterCrop(self.info.crop_px),
-                v2.ToDtype(torch.float32, scale=True),
-                v2.Normalize(self.info.mean, self.info.std),
-            ]
-        )
+        info = self._known_info()
+        steps = [
+            partial(_upright_rgb, exif_rotation=info.exif_rotation),
+            v2.ToImage(),
+            v2.RGB(),
+            v2.Resize(info.resize_px, v2.InterpolationMode(info.interpolation), antialias=True),
+            v2.CenterCrop(info.crop_px),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(info.mean, info.std),
+        ]
+        return v2.Compose(steps)
 
-    def _save_pretrained(self, save_directory: Path) -> None:
+    def _known_info(self) -> ModelInfo:
         if self.info is None:
             raise UserError("this model has no info (sizes, classes, image preparation); load it with mrl.load")
-        save_model(self, self.info, save_directory)
+        return self.info
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        save_model(self, self._known_info(), save_directory)
         if self.card:
             atomic_write_text(save_directory / "README.md", self.card)
 
@@ -151,17 +152,13 @@ class MatryoshkaClassifier(
         cls,
         *,
         model_id: str,
-        revision: str | None,
-        cache_dir: str | Path | None,
-        force_download: bool,
-        local_files_only: bool,
-        token: str | bool | None,
-        **_: Any,  # entries of config.json; `load` reads model.json
+        **given: Any,  # also entries of config.json; `load` reads model.json
     ) -> MatryoshkaClassifier:
-        where: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "force_download": force_download}
-        where |= {"local_files_only": local_files_only, "token": token}
-        is_local = Path(model_id).is_dir()
-        return load(model_id if is_local else snapshot_download(model_id, allow_patterns=[*HUB_FILES], **where))
+        if Path(model_id).is_dir():
+            return load(model_id)
+        keys = ("revision", "cache_dir", "force_download", "local_files_only", "token")
+        where = {key: given[key] for key in keys}
+        return load(snapshot_download(model_id, allow_patterns=[*HUB_FILES], **where))
 
     def train(self, mode: bool = True) -> MatryoshkaClassifier:
         """Set training mode, except for frozen BatchNorms, whose statistics must not move."""
@@ -179,11 +176,7 @@ def _upright_rgb(image: Any, exif_rotation: str) -> Any:
 def build_model(
     backbone: nn.Module, num_classes: int, nesting_list: Sequence[int] | None = None, tied: bool = False
 ) -> MatryoshkaClassifier:
-    """Put a new nested head on ``backbone``; without a ``nesting_list`` the dims are halvings of its width.
-
-    Raises:
-        UserError: The nesting list does not fit the backbone's width.
-    """
+    """Put a new nested head on ``backbone``; without a ``nesting_list`` the dims are halvings of its width."""
     width: int = backbone.head_hidden_size  # type: ignore[assignment]
     dims = default_nesting_list(width) if nesting_list is None else check_nesting_list(nesting_list, width)
     return MatryoshkaClassifier(backbone, NestedLinear(dims, num_classes, tied))
@@ -196,11 +189,7 @@ def build_backbone(
     blurpool: bool = False,
     kwargs: dict[str, Any] | None = None,
 ) -> nn.Module:
-    """Return a timm backbone without classifier; for the arguments see `mrl.config.ModelConfig`.
-
-    Raises:
-        UserError: The name is unknown, or arguments or weights do not fit the backbone.
-    """
+    """Return a timm backbone without classifier; for the arguments see `mrl.config.ModelConfig`."""
     if init == "pretrained" and blurpool:
         raise UserError("model.init pretrained: timm's weights were trained without blur; give model.blurpool false")
     backbone = _create_timm(name, init == "pretrained", kwargs or {})
@@ -224,10 +213,8 @@ def _create_timm(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Modu
     try:
         timm.get_pretrained_cfg(name)
     except RuntimeError as error:
-        tags = [weights.partition(".")[2] for weights in timm.list_pretrained(f"{name.partition('.')[0]}.*")]
-        raise UserError(
-            f"model.backbone {name!r}: timm has no such weights; tags: {', '.join(tags) or 'none'}"
-        ) from error
+        tags = ", ".join(each.partition(".")[2] for each in timm.list_pretrained(f"{name.partition('.')[0]}.*"))
+        raise UserError(f"model.backbone {name!r}: timm has no such weights; tags: {tags or 'none'}") from error
     for key, setting in SET_ELSEWHERE.items():
         if key in kwargs:
             raise UserError(f"model.kwargs {key} is not allowed; it is set by {setting}")
@@ -251,14 +238,6 @@ def _create_timm(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Modu
         raise UserError(f"model.init pretrained: timm's weights of {name} could not be loaded: {reason}") from error
 
 
-def find_culprit(attempt: Callable[[dict[str, Any]], Any], kwargs: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the one of ``kwargs`` without which ``attempt(kwargs)`` raises no error; None if there is none."""
-    for key, value in kwargs.items():
-        if works(attempt, {other: kwargs[other] for other in kwargs if other != key}):
-            return {key: value}
-    return None
-
-
 def works(attempt: Callable[..., Any], *arguments: Any) -> bool:
     """Whether ``attempt(*arguments)`` raises no error."""
     try:
@@ -266,6 +245,14 @@ def works(attempt: Callable[..., Any], *arguments: Any) -> bool:
     except Exception:
         return False
     return True
+
+
+def find_culprit(attempt: Callable[[dict[str, Any]], Any], kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the one of ``kwargs`` without which ``attempt(kwargs)`` raises no error; None if there is none."""
+    for key, value in kwargs.items():
+        if works(attempt, {other: kwargs[other] for other in kwargs if other != key}):
+            return {key: value}
+    return None
 
 
 def _load_weights_file(backbone: nn.Module, path: Path) -> None:
@@ -289,9 +276,13 @@ def _load_run(backbone: nn.Module, run: Path, changes: dict[str, Any]) -> None:
         theirs = getattr(info, key)
         if theirs != value:
             raise UserError(f"model.init: the run {run} has model.{key} {theirs}, not {value}; use the same")
-    state = {key.removeprefix("backbone."): value for key, value in state.items() if key.startswith("backbone.")}
+    state = _part(state, "backbone.")
     check_fits(state, backbone.state_dict(), f"model.init: the run {run} holds another backbone")
     backbone.load_state_dict(state)
+
+
+def _part(state: Mapping[str, Tensor], start: str) -> dict[str, Tensor]:
+    return {key.removeprefix(start): value for key, value in state.items() if key.startswith(start)}
 
 
 def keep_head(model: MatryoshkaClassifier, run: Path, classes: Sequence[str]) -> bool:
@@ -300,16 +291,12 @@ def keep_head(model: MatryoshkaClassifier, run: Path, classes: Sequence[str]) ->
     head = model.head
     if (info.classes, info.nesting_list, info.tied) != (tuple(classes), head.nesting_list, head.tied):
         return False
-    head.load_state_dict({k.removeprefix("head."): value for k, value in state.items() if k.startswith("head.")})
+    head.load_state_dict(_part(state, "head."))
     return True
 
 
 def check_fits(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], failure: str) -> None:
-    """Check that ``state`` has exactly the names and shapes of ``expected``.
-
-    Raises:
-        UserError: It does not; the message begins with ``failure``.
-    """
+    """Check that ``state`` has exactly the names and shapes of ``expected``."""
     missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     wrong = sorted(key for key in expected.keys() & state.keys() if state[key].shape != expected[key].shape)
     for what, keys in (("lacks", missing), ("has the unknown", extra), ("has other shapes for", wrong)):
@@ -318,11 +305,7 @@ def check_fits(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], fail
 
 
 def freeze(model: MatryoshkaClassifier, trainable: str | Sequence[str]) -> None:
-    """Keep gradients for the head and ``trainable`` only: "all", "head", or names of backbone modules.
-
-    Raises:
-        UserError: The backbone has no module of such a name.
-    """
+    """Keep gradients for the head and ``trainable`` only: "all", "head", or names of backbone modules."""
     if trainable == "all":
         return
     model.backbone.requires_grad_(False)
@@ -340,9 +323,6 @@ def save_model(
     """Write model.safetensors and model.json, which `load` reads.
 
     ``frozen`` holds entries that ``model`` lacks if it is only the tail of a network (see `mrl.training.frozen`).
-
-    Raises:
-        UserError: They cannot be written, e.g. because the disk is full; existing files are kept.
     """
     content = save({key: value.contiguous() for key, value in {**(frozen or {}), **model.state_dict()}.items()})
     atomic_write(directory / "model.safetensors", lambda file: file.write(content))
@@ -350,11 +330,7 @@ def save_model(
 
 
 def read_saved(directory: Path) -> tuple[ModelInfo, dict[str, Tensor]]:
-    """Return the content of model.json and of model.safetensors.
-
-    Raises:
-        UserError: A file is missing or cannot be read, or its format is another version's.
-    """
+    """Return the content of model.json and of model.safetensors."""
     for name in ("model.json", "model.safetensors"):
         if not (directory / name).is_file():
             raise UserError(f"{directory} has no {name}, so it is not a finished run directory")
@@ -390,24 +366,15 @@ def load(run: str | Path) -> MatryoshkaClassifier:
 class BlurConv2d(nn.Conv2d):
     """Blur the input with a fixed [1,2,1]x[1,2,1]/16, zero-padded, then convolve: FFCV's BlurPool.
 
-    Parameters keep the plain convolution's names, so plain weights load. timm's ``resnetblur50`` blurs in other
-    places and is another function.
+    It takes over the parameters of a plain convolution under their names, so plain weights load. timm's
+    ``resnetblur50`` blurs in other places and is another function.
     """
 
     blur: Tensor
 
     def __init__(self, conv: nn.Conv2d):
-        super().__init__(
-            conv.in_channels,
-            conv.out_channels,
-            conv.kernel_size,  # type: ignore[arg-type]
-            conv.stride,  # type: ignore[arg-type]
-            conv.padding,  # type: ignore[arg-type]
-            conv.dilation,  # type: ignore[arg-type]
-            conv.groups,
-            conv.bias is not None,
-        )
-        self.weight, self.bias = conv.weight, conv.bias
+        nn.Module.__init__(self)
+        self.__dict__.update(conv.__dict__)
         line = torch.tensor([1.0, 2.0, 1.0]) / 4
         kernel = torch.outer(line, line).expand(conv.in_channels, 1, 3, 3).clone()
         self.register_buffer("blur", kernel, persistent=False)
@@ -417,27 +384,22 @@ class BlurConv2d(nn.Conv2d):
 
 
 def add_blurpool(backbone: nn.Module) -> int:
-    """Blur before each convolution of stride > 1 and at least 16 input channels; return how many there are.
-
-    Raises:
-        UserError: There is none, as in a ViT, or one is more than a plain convolution.
-    """
-    found = [
-        (parent, name, child)
-        for parent in backbone.modules()
-        for name, child in parent.named_children()
-        if isinstance(child, nn.Conv2d) and max(child.stride) > 1 and child.in_channels >= 16
-    ]
+    """Blur before each convolution of stride > 1 and at least 16 input channels; return how many there are."""
+    found = {
+        name: module
+        for name, module in backbone.named_modules()
+        if isinstance(module, nn.Conv2d) and max(module.stride) > 1 and module.in_channels >= 16
+    }
     if not found:
         raise UserError("model.blurpool is true, but the backbone has no strided convolution to blur; set it to false")
-    special = sorted({type(child).__name__ for _, _, child in found if type(child) is not nn.Conv2d})
+    special = sorted({type(conv).__name__ for conv in found.values() if type(conv) is not nn.Conv2d})
     if special:  # what they do to weights or borders would be lost, under the same parameter names
         raise UserError(
             f"model.blurpool is true, but the backbone's strided convolutions are {', '.join(special)}; only plain "
             "Conv2d can be blurred; set it to false"
         )
-    for parent, name, child in found:
-        setattr(parent, name, BlurConv2d(child))
+    for name, conv in found.items():
+        backbone.set_submodule(name, BlurConv2d(conv))
     return len(found)
 
 
@@ -445,9 +407,6 @@ def set_stem_stride(backbone: nn.Module, stem_stride: int) -> None:
     """Let a ResNet's stem keep more of a small image: 2 removes the max-pool, 1 also the first convolution's stride.
 
     A plain 7x7 first convolution becomes a new 3x3 one; the 3x3 of a deep stem keeps its weights.
-
-    Raises:
-        UserError: The backbone is not a timm ResNet.
     """
     if stem_stride == 4:
         return

@@ -20,10 +20,8 @@ DATA_TITLES = {
     **{"digits": "handwritten digits", "imagenet": "ImageNet-1K", "tiny_imagenet": "Tiny-ImageNet"},
     **{f"imagenet_{name}": f"ImageNet-{name.title()}" for name in ("v2", "a", "r", "sketch")},
 }
-_CLASS_COLUMNS = (
-    *("study", "dataset", "run", "method", "dim", "group", "metric"),
-    *("value", "n", "seed", "resize_px", "crop_px", "flip"),
-)
+_CLASS_COLUMNS = ["study", "dataset", "run", "method", "dim", "group", "metric", "value", "n", "seed"]
+_CLASS_COLUMNS += ["resize_px", "crop_px", "flip"]
 
 
 def data_title(dataset: str) -> str:
@@ -48,61 +46,36 @@ def method_order(method: str) -> tuple[int, str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One measured number.
+    """One measured number."""
 
-    Attributes:
-        study: Name of the experiment, e.g. "classification".
-        dataset: Name of the evaluated data.
-        run: Name of the trained model.
-        method: One of `METHODS`, or a baseline's name.
-        dim: Prefix size; None if several are in use (adaptive retrieval).
-        shortlist_dim: Adaptive retrieval: prefix size of the first search.
-        shortlist_size: Adaptive retrieval, quantization: number of neighbors that it passes on.
-        rerank_dim: Adaptive retrieval, quantization: prefix size of the last reranking.
-        code: Quantization: how a prefix is stored, e.g. "int8"; see `mrl.retrieval.quantization`.
-        group: The class, superclass or trend that the row is about; None if it is about all images.
-        metric: Name of the metric, e.g. "top_1".
-        value: In [0, 1]; for a metric whose name begins with "cosine", in [-1, 1].
-        cost: Million multiply-adds per query of a search; None outside retrieval, and for codes.
-        expected_dim: Mean prefix size per image if it differs between images, else None.
-        ms_per_query: Measured CPU milliseconds per query for the operations that `cost` counts, all queries in one
-            batch; None if not measured. provenance.json names the CPU.
-        bytes: Quantization: bytes per vector that a search reads; None elsewhere.
-        n: Number of images that `value` is a mean over.
-        seed: Seed of the training run.
-        resize_px: Shorter side of an image after resizing.
-        crop_px: Side of its center crop.
-        flip: Whether the logits of the mirrored image were added.
-    """
-
-    study: str
-    dataset: str
-    run: str
-    method: str
-    dim: int | None = None
-    shortlist_dim: int | None = None
-    shortlist_size: int | None = None
-    rerank_dim: int | None = None
-    code: str | None = None
-    group: str | None = None
-    metric: str
-    value: float
-    cost: float | None = None
-    expected_dim: float | None = None
+    study: str  # the experiment, e.g. "classification"
+    dataset: str  # the evaluated data
+    run: str  # the trained model
+    method: str  # one of `METHODS`, or a baseline's name
+    dim: int | None = None  # prefix size; None if several are in use (adaptive retrieval)
+    shortlist_dim: int | None = None  # adaptive retrieval: prefix size of the first search
+    shortlist_size: int | None = None  # adaptive retrieval, quantization: number of neighbors that it passes on
+    rerank_dim: int | None = None  # adaptive retrieval, quantization: prefix size of the last reranking
+    code: str | None = None  # quantization: how a prefix is stored, e.g. "int8"; see `mrl.retrieval.quantization`
+    group: str | None = None  # the class, superclass or trend that the row is about; None for all images
+    metric: str  # e.g. "top_1"
+    value: float  # in [0, 1]; for a metric whose name begins with "cosine", in [-1, 1]
+    cost: float | None = None  # million multiply-adds per query of a search; None outside retrieval, and for codes
+    expected_dim: float | None = None  # mean prefix size per image if it differs between images
+    # CPU milliseconds per query for the operations that ``cost`` counts, all queries in one batch.
     ms_per_query: float | None = None
-    bytes: int | None = None
-    n: int
-    seed: int
-    resize_px: int
-    crop_px: int
-    flip: bool
+    bytes: int | None = None  # quantization: bytes per vector that a search reads
+    n: int  # number of images that ``value`` is a mean over
+    seed: int  # of the training run
+    resize_px: int  # shorter side of an image after resizing
+    crop_px: int  # side of its center crop
+    flip: bool  # whether the logits of the mirrored image were added
 
     def __post_init__(self) -> None:
         lowest = -1 if self.metric.startswith("cosine") else 0
-        if not lowest <= self.value <= 1:
-            raise UserError(
-                f"{self.metric} of {self.run} ({self.study}) is {self.value}; allowed are values from {lowest} to 1"
-            )
+        if not (isinstance(self.value, int | float) and lowest <= self.value <= 1):
+            which = f"{self.metric} of {self.run} ({self.study})"
+            raise UserError(f"{which} is {self.value!r}; allowed are values from {lowest} to 1")
 
 
 @dataclass(frozen=True)
@@ -128,64 +101,45 @@ class Source:
 
 def write_rows(rows: Iterable[Row], path: str | Path) -> None:
     """Write rows to ``path``, one JSON object a line, and those of single classes to classes.csv beside it."""
-    path, rows = Path(path), list(rows)
-    of_classes = [vars(row) for row in rows if _is_of_class(row)]
-    classes_file = path.with_name(CLASSES_FILE)
+    lines, of_classes = [], []
+    for row in rows:
+        if row.study == CLASS_STUDY and row.dim is not None:
+            of_classes.append(vars(row))
+        else:
+            lines.append(json.dumps(vars(row)) + "\n")
+    classes_file = Path(path).with_name(CLASSES_FILE)
     if of_classes:
-        atomic_write_text(classes_file, pd.DataFrame(of_classes)[list(_CLASS_COLUMNS)].to_csv(index=False))
+        atomic_write_text(classes_file, pd.DataFrame(of_classes)[_CLASS_COLUMNS].to_csv(index=False))
     else:
         classes_file.unlink(missing_ok=True)
-    lines = [json.dumps(vars(row)) + "\n" for row in rows if not _is_of_class(row)]
-    atomic_write_text(path, "".join(lines))
-
-
-def _is_of_class(row: Row) -> bool:
-    return row.study == CLASS_STUDY and row.dim is not None
+    atomic_write_text(Path(path), "".join(lines))
 
 
 def read_rows(path: str | Path) -> list[Row]:
-    """Return the rows that `write_rows` wrote: those in ``path``, then those in classes.csv beside it, if it exists.
-
-    Raises:
-        UserError: ``path`` does not exist, or one of the files holds something other than rows.
-    """
+    """Return the rows that `write_rows` wrote: those in ``path``, then those in classes.csv beside it, if it exists."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path} does not exist, so there are no results to read")
-    lines = path.read_text(encoding="utf-8").splitlines()
-    rows = [_parse_row(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if line.strip():
+            try:
+                rows.append(Row(**json.loads(line)))  # files of before a column existed have no such key
+            except (ValueError, TypeError) as error:
+                raise UserError(f"{path}, line {number} is not a row: {error}") from error
     classes_file = path.with_name(CLASSES_FILE)
-    return rows + (_read_classes(classes_file) if classes_file.is_file() else [])
-
-
-def _parse_row(line: str, place: str) -> Row:
-    try:
-        values = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{place}: not JSON ({error})") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{place}: a row is a JSON object, but this is of type {type(values).__name__}")
-    known = {field.name for field in dataclasses.fields(Row)}
-    # Files that were written before a column existed have no such key.
-    needed = {field.name for field in dataclasses.fields(Row) if field.default is dataclasses.MISSING}
-    for problem, keys in (("unknown", values.keys() - known), ("missing", needed - values.keys())):
-        if keys:
-            raise UserError(f"{place}: {problem} keys {sorted(keys)}; a row has {sorted(known)}")
-    if isinstance(values["value"], bool) or not isinstance(values["value"], int | float):
-        raise UserError(f"{place}: value is {values['value']!r}; allowed is a number from 0 to 1")
-    return Row(**values)
-
-
-def _read_classes(path: Path) -> list[Row]:
+    if not classes_file.is_file():
+        return rows
     # A class may be called "1", "NA" or "true".
     types = {field.name: field.type.split()[0] for field in dataclasses.fields(Row)}
     try:
-        table = pd.read_csv(path, dtype=types, keep_default_na=False)
-        if tuple(table.columns) != _CLASS_COLUMNS:
-            raise ValueError(f"has {', '.join(map(str, table.columns))}")
+        table = pd.read_csv(classes_file, dtype=types, keep_default_na=False)
+        if list(table.columns) != _CLASS_COLUMNS:
+            raise ValueError(f"it has {', '.join(table.columns)}")
+        return rows + [Row(**values) for values in table.to_dict("records")]
     except ValueError as error:
-        raise UserError(f"{path} must be a table with the columns {', '.join(_CLASS_COLUMNS)}, but {error}") from error
-    return [Row(**values) for values in table.to_dict("records")]
+        needed = ", ".join(_CLASS_COLUMNS)
+        raise UserError(f"{classes_file} must be a table with the columns {needed}, but {error}") from error
 
 
 def text_table(rows: Sequence[Row]) -> str:

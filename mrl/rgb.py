@@ -17,9 +17,6 @@ def to_rgb(image: Image.Image, exif_rotation: str = "apply") -> Image.Image:
     Args:
         image: It is not changed.
         exif_rotation: "apply" turns it upright as its EXIF data say; "ignore" takes the pixels as they are stored.
-
-    Raises:
-        ValueError: Its pixels are numbers of which none is defined to be white.
     """
     tags: Any = getattr(image, "tag_v2", {})
     kind = image.format

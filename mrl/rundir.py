@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
+import math
 import os
 import platform
 import re
@@ -26,14 +28,11 @@ SECONDS_OF_ORPHANS = 6.0  # workers of a killed run end within five seconds
 
 # Settings that may change when a run is resumed: they say where and how, not what is computed.
 RESUME_OVERRIDABLE = {
-    *(f"run.{key}" for key in ("resume", "dir")),
-    *(f"data.{key}" for key in ("root", "num_workers", "backend")),  # check_data compares the backend in use
-    *(f"train.{key}" for key in ("accumulation_steps", "gradient_precision", "compile")),
-    *(f"train.{key}" for key in ("checkpoint_minutes", "log_every_steps", "profile_steps")),
-    *(f"wandb.{key}" for key in ("mode", "project", "entity")),
+    *("run.resume", "run.dir", "data.root", "data.num_workers", "wandb.mode", "wandb.project", "wandb.entity"),
+    *("train.accumulation_steps", "train.gradient_precision", "train.compile"),
+    *("train.checkpoint_minutes", "train.log_every_steps", "train.profile_steps"),
+    "data.backend",  # check_data compares the one in use
 }
-
-
 # Settings that a run of before them was trained with, where that is not the default.
 OLD_SETTINGS = {"data.exif_rotation": "ignore", "data.interpolation": "bilinear"}
 
@@ -74,20 +73,17 @@ def check_run(directory: Path, resume: str, config_yaml: str, default_yaml: str)
     """Check that a run may start or resume in ``directory``, without writing anything.
 
     A run that ended before its first checkpoint is no obstacle.
-
-    Raises:
-        UserError: The directory exists and ``resume`` is "never", or it holds a run with other settings, or another
-            process trains in it.
     """
     resuming, trained = checkpoint_path(directory).exists(), (directory / "model.safetensors").exists()
     if directory.exists() and not directory.is_dir():
         raise UserError(f"{directory} is a file, so it cannot be the run directory; choose another --run.name")
     if directory.exists():
         with hold(directory):
-            pass
-    failed = (directory / "config.yaml").exists() and not resuming and not trained
-    if resume == "never" and directory.exists() and any(directory.iterdir()) and not failed:
-        raise UserError(f"{directory} already holds a run; choose another --run.name, or resume it: --run.resume auto")
+            failed = (directory / "config.yaml").exists() and not resuming and not trained
+            if resume == "never" and any(directory.iterdir()) and not failed:
+                raise UserError(
+                    f"{directory} already holds a run; choose another --run.name, or resume it: --run.resume auto"
+                )
     if resuming:
         longer = (
             "to train longer, start another run from its weights; the head is kept if classes and sizes are the same: "
@@ -103,24 +99,21 @@ def check_settings(directory: Path, config_yaml: str, default_yaml: str, way_out
 
     A setting that is newer than the run had its default, or what `OLD_SETTINGS` has. ``longer`` is the way out if
     train.epochs differs.
-
-    Raises:
-        UserError: It was started with other settings, or its config.yaml is gone.
     """
+
+    def flat(yaml_text: str) -> dict[str, Any]:
+        sections = yaml.safe_load(yaml_text)
+        return {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
+
     path = directory / "config.yaml"
     if not path.exists():
         raise UserError(f"{directory} has a checkpoint but no config.yaml, so its settings are unknown")
-    old, new = _flatten(default_yaml) | OLD_SETTINGS | _flatten(path.read_text()), _flatten(config_yaml)
+    old, new = flat(default_yaml) | OLD_SETTINGS | flat(path.read_text()), flat(config_yaml)
     changed = [key for key in new if key not in RESUME_OVERRIDABLE and old.get(key) != new[key]]
     if changed:
         changes = ", ".join(f"{key} was {old.get(key)!r}, now {new[key]!r}" for key in changed)
         way_out = longer if longer and "train.epochs" in changed else way_out
         raise UserError(f"{directory} was started with other settings ({changes}); {way_out}")
-
-
-def _flatten(config_yaml: str) -> dict[str, Any]:
-    sections = yaml.safe_load(config_yaml)
-    return {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
 
 
 def open_run(directory: Path, config_yaml: str) -> None:
@@ -135,31 +128,23 @@ def open_run(directory: Path, config_yaml: str) -> None:
 
 
 @contextlib.contextmanager
-def hold(directory: Path) -> Iterator[None]:
-    """Keep other processes from training in ``directory``; the lock ends with this process.
-
-    Raises:
-        UserError: Another process holds it.
-    """
+def hold(path: Path, patient: bool = False) -> Iterator[None]:
+    """Keep other processes from working in the folder ``path``; the lock ends with this process."""
+    folder, deadline = os.open(path, os.O_RDONLY), time.monotonic() + SECONDS_OF_ORPHANS
     try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    folder, deadline = os.open(directory, os.O_RDONLY), time.monotonic() + SECONDS_OF_ORPHANS
-    try:
-        while True:
-            try:
-                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError as error:
-                if time.monotonic() > deadline:
-                    raise UserError(
-                        f"another process is training in {directory}; wait for its end, or choose another --run.name"
-                    ) from error
-                time.sleep(0.2)
-            except OSError:  # a disk without locks
-                break
+        with contextlib.suppress(OSError):  # a disk without locks
+            while True:
+                try:
+                    fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError as error:
+                    if patient and deadline < math.inf:
+                        print(f"waiting for another run that holds {path}", flush=True)
+                        deadline = math.inf
+                    if time.monotonic() > deadline:
+                        message = f"another process is training in {path}; wait for its end, or choose another"
+                        raise UserError(f"{message} --run.name") from error
+                    time.sleep(0.2)
         yield
     finally:
         with contextlib.suppress(OSError):
@@ -174,11 +159,7 @@ def save_checkpoint(directory: Path, state: dict[str, Any]) -> None:
 
 
 def load_checkpoint(directory: Path) -> dict[str, Any] | None:
-    """Return the state that `save_checkpoint` wrote, on the CPU; None if there is none yet.
-
-    Raises:
-        UserError: The file is truncated, or is not a checkpoint of this package.
-    """
+    """Return the state that `save_checkpoint` wrote, on the CPU; None if there is none yet."""
     path = checkpoint_path(directory)
     if not path.exists():
         return None

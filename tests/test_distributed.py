@@ -1,11 +1,7 @@
 """Two processes: their gradients, and what is left and shown when one of them fails."""
 
-import multiprocessing
 import os
 import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
 from datetime import timedelta
@@ -19,36 +15,10 @@ from mrl.data.transforms import train_indices
 from mrl.distributed import Process
 from mrl.errors import UserError
 from mrl.model import build_backbone, build_model
-from tests.test_train import REPOSITORY, TINY, TORCHRUN, make_folder, run  # noqa: F401
+from tests.test_train import TINY, _on_the_cpu, fork_two, make_folder, run, torchrun_two  # noqa: F401
 
 NUM_MICRO_BATCHES = 3
 ARGV = [*TINY, "--data.name", "folder", "--data.num_classes", "2", "--train.epochs", "1", "--data.batch_size", "4"]
-
-
-def fork_two(function, *arguments):
-    """Run ``function(rank, *arguments)`` in two processes; return what they put on a queue, and their exit codes."""
-    fork = multiprocessing.get_context("fork")
-    queue = fork.Queue()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-
-    def work(rank):
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        torch.set_num_threads(1)
-        torch.cuda.is_available = lambda: False
-        function(rank, queue, *arguments)
-
-    processes = [fork.Process(target=work, args=(rank,)) for rank in (0, 1)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(timeout=60)
-    found = []
-    while not queue.empty():
-        found.append(queue.get())
-    return found, [process.exitcode for process in processes]
 
 
 def make_model_and_batches():
@@ -56,8 +26,9 @@ def make_model_and_batches():
     return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)), torch.randn(2, NUM_MICRO_BATCHES, 2, 6)
 
 
-def accumulate(rank, queue):
+def accumulate(rank, folder):
     process = distributed.start()
+    found = []
     for precision in ("fp32", "bf16"):
         model, batches = make_model_and_batches()
         parallel = distributed.data_parallel(model, process, precision)
@@ -68,60 +39,47 @@ def accumulate(rank, queue):
                     (parallel(images).square().mean() / NUM_MICRO_BATCHES).backward()
                 distributed.barrier()
             reduced.append(any("all_reduce" in event.name for event in profile.events()))
-        queue.put((precision, reduced, [p.grad.tolist() for p in model.parameters()]))
-    distributed.stop()
+        found.append((precision, reduced, [p.grad for p in model.parameters()]))
+    torch.save(found, folder / f"found{rank}.pt")
 
 
-def test_gradients_are_averaged_once_per_step():
-    found, _ = fork_two(accumulate)
-    assert len(found) == 4
+def test_gradients_are_averaged_once_per_step(tmp_path):
+    assert fork_two(tmp_path, accumulate, tmp_path)[0] == [0, 0]
     model, batches = make_model_and_batches()
     model(batches.flatten(0, 2)).square().mean().backward()
-    for precision, reduced, gradients in found:
-        assert reduced == [False, False, True]
-        for gradient, parameter in zip(gradients, model.parameters(), strict=True):
-            gradient = torch.tensor(gradient)
-            if precision == "fp32":
-                torch.testing.assert_close(gradient, parameter.grad)
-            else:
-                assert torch.equal(gradient, gradient.bfloat16().float())
-                torch.testing.assert_close(gradient, parameter.grad, rtol=2**-6, atol=1e-3)
-    first, second = (gradients for precision, _, gradients in found if precision == "bf16")
-    assert first == second
+    for rank in (0, 1):
+        for precision, reduced, gradients in torch.load(tmp_path / f"found{rank}.pt"):
+            assert reduced == [False, False, True]
+            for gradient, parameter in zip(gradients, model.parameters(), strict=True):
+                if precision == "fp32":
+                    torch.testing.assert_close(gradient, parameter.grad)
+                else:
+                    assert torch.equal(gradient, gradient.bfloat16().float())
+                    torch.testing.assert_close(gradient, parameter.grad, rtol=2**-6, atol=1e-3)
 
 
-def wait_long(rank, queue):
-    torch.distributed.distributed_c10d.default_pg_timeout = timedelta(seconds=3)
+def wait_long(rank):
+    torch.distributed.distributed_c10d.default_pg_timeout = timedelta(seconds=1)
     distributed.start()
     if rank == 1:  # it lists files
-        time.sleep(4.5)
-    agreed = distributed.agree(7), distributed.all_reduce_any(rank == 1)
-    if rank == 0:
-        try:
-            threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGINT]).start()
-            distributed.barrier()
-        except KeyboardInterrupt:
-            agreed += ("interrupted",)
-    else:
         time.sleep(2)
-    queue.put((rank, agreed))
-    queue.close()
-    queue.join_thread()
-    os._exit(0)
+    assert distributed.agree(7) and distributed.all_reduce_any(rank == 1, False) == [True, False]
+    assert not distributed.agree(rank)
+    if rank == 0:
+        threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGINT]).start()
+        return distributed.run(distributed.barrier, "interrupted")
+    time.sleep(1.5)
+    return 0
 
 
-def test_processes_wait_for_one_that_lists_files_without_a_limit_and_react_to_ctrl_c():
-    found, exit_codes = fork_two(wait_long)
-    assert exit_codes == [0, 0]
-    assert sorted(found) == [(0, (True, [True], "interrupted")), (1, (True, [True]))]
+def test_processes_wait_for_one_that_lists_files_without_a_limit_and_react_to_ctrl_c(tmp_path):
+    assert fork_two(tmp_path, wait_long)[0] == [130, 0]
 
 
-def fail(rank, queue, failure, log):
+def fail(rank, failure):
     distributed.SECONDS_TO_BE_ENDED = 0.1
     distributed.start()
-    queue.put((rank, distributed.agree(7), distributed.agree(rank), distributed.all_reduce_any(rank == 1, False)))
     distributed.barrier()
-    sys.stderr = log.with_name(f"stderr{rank}").open("w", buffering=1)
     if rank == 1 and failure == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -131,19 +89,18 @@ def fail(rank, queue, failure, log):
         while True:
             distributed.barrier()
 
-    os._exit(distributed.run(work, "interrupted"))
+    return distributed.run(work, "interrupted")
 
 
 @pytest.mark.parametrize(
-    ("failure", "exit_code", "message"),
+    ("failure", "status", "message"),
     [("kill", -signal.SIGKILL, ""), ("error", 2, "error: a broken image"), ("interrupt", 130, "interrupted")],
 )
-def test_a_process_that_waits_for_one_that_is_gone_ends_too(tmp_path, failure, exit_code, message):
-    found, exit_codes = fork_two(fail, failure, tmp_path / "log")
-    assert exit_codes == [2, exit_code]
-    assert set(map(str, found)) == {"(0, True, False, [True, False])", "(1, True, False, [True, False])"}
-    assert "error: lost the connection to another process (" in (tmp_path / "stderr0").read_text()
-    assert (tmp_path / "stderr1").read_text().strip() == message
+def test_a_process_that_waits_for_one_that_is_gone_ends_too(tmp_path, failure, status, message):
+    statuses, (waiting, failing) = fork_two(tmp_path, fail, failure)
+    assert statuses == [2, status]
+    assert "error: lost the connection to another process (" in waiting
+    assert failing.strip() == message
 
 
 def test_an_image_that_only_one_process_cannot_read_ends_both_with_that_error(make_folder):  # noqa: F811
@@ -153,15 +110,7 @@ def test_an_image_that_only_one_process_cannot_read_ends_both_with_that_error(ma
     assert number not in [index for indices in of_main for index in indices]
     path = sorted((root / "train").rglob("*.png"))[number]
     path.write_bytes(b"no image")
-    argv = [*ARGV, "--data.num_workers", "1", "--data.root", str(root), "--run.dir", str(root)]
-    result = subprocess.run(
-        [*TORCHRUN, "train.py", *argv],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        timeout=200,
-    )
+    result = torchrun_two(root, *ARGV, "--data.num_workers", "1", "--data.root", str(root))
     assert result.returncode != 0
     assert result.stderr.count(f"error: {path} cannot be read as an image") == 1
     assert "[rank" not in result.stderr, "no traceback, neither of the one that failed nor of the one that lost it"
@@ -182,14 +131,6 @@ def test_torchrun_shows_the_error_of_all_but_the_first_process_of_a_machine(tmp_
     assert distributed.run(fail, "interrupted") == 2
     assert capsys.readouterr().err == ("" if local_rank == 3 else "\nerror: mine\n")
     assert (tmp_path / "error.json").exists() == (local_rank is not None)
-
-
-def test_a_bug_keeps_its_traceback():
-    def fail():
-        raise RuntimeError("a bug")
-
-    with pytest.raises(RuntimeError, match="a bug"):
-        distributed.run(fail, "interrupted")
 
 
 def test_unusable_data_leaves_no_run_directory(make_folder, capsys):  # noqa: F811

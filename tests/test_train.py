@@ -2,11 +2,16 @@
 
 import gzip
 import json
+import multiprocessing
 import os
+import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import pytest
@@ -24,6 +29,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
 TIMES = {"images_per_second", "data_wait"}
 # A ViT of one block, 32 wide: no BatchNorm, so that any number of processes computes the same.
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2, "dynamic_img_size": True}
+SMALL = {"channels": [8, 16, 32, 64], "stem_width": 8}  # a narrow ResNet
 TINY = [
     *("--config", "digits_mrl.yaml", "--train.precision", "fp32", "--train.epochs", "2", "--data.batch_size", "256"),
     *("--train.log_every_steps", "2", "--optim.warmup_epochs", "0.5", "--optim.name", "adamw", "--optim.lr", "0.01"),
@@ -34,26 +40,10 @@ EVERYTHING = [
     *("--config", "digits_mrl_e.yaml", "--train.precision", "fp32", "--train.epochs", "2", "--data.batch_size", "256"),
     *("--train.log_every_steps", "3", "--train.ema_decay", "0.8", "--train.accumulation_steps", "2"),
     *("--data.mixup", "0.4", "--data.cutmix", "1.0", "--optim.clip_norm", "1.0", "--data.train_px", "[[0,32],[1,40]]"),
-    *("--data.random_erasing", "0.5", "--optim.layer_decay", "0.8", "--model.kwargs", '{"drop_path_rate": 0.2}'),
-    *("--head.nesting_list", "auto"),
+    *("--data.random_erasing", "0.5", "--optim.layer_decay", "0.8"),
+    *("--model.kwargs", json.dumps({**SMALL, "drop_path_rate": 0.2}), "--head.nesting_list", "auto"),
 ]
 STEPS = 10  # 2 epochs of 5 steps
-# train.py, of which process 1 gets SIGTERM after its third step.
-STOPPED = """
-import os, signal, sys
-sys.path.insert(0, os.getcwd())
-import train
-from mrl.training.logging import Tracker
-
-def advance(self, real=Tracker.advance, done=[]):
-    real(self)
-    done.append(1)
-    if os.environ["RANK"] == "1" and len(done) == 3:
-        os.kill(os.getpid(), signal.SIGTERM)
-
-Tracker.advance = advance
-sys.exit(train.main())
-"""
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -70,11 +60,78 @@ def run(directory, *argv, name="a"):
     return train.main([*argv, "--run.dir", str(directory), "--run.name", name])
 
 
-def run_two(directory, *argv, name="a"):
+def torchrun_two(directory, *argv, name="a"):
     command = [*TORCHRUN, "train.py", *argv, "--run.dir", str(directory), "--run.name", name]
-    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return result
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+
+
+def fork(log, function, *arguments):
+    """Start ``function(*arguments)`` in a process, without the seconds that a new Python imports for.
+
+    What it returns is the exit status; what it prints goes to the file ``log``.
+    """
+
+    def work():
+        torch.set_num_threads(1)
+        os.dup2(os.open(log, os.O_CREAT | os.O_WRONLY), 1)
+        os.dup2(1, 2)
+        sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115
+        try:
+            status = function(*arguments)
+        except BaseException:
+            traceback.print_exc()
+            status = 1
+        sys.stdout.flush()
+        os._exit(status or 0)
+
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    return process
+
+
+def fork_two(folder, function, *arguments):
+    """Run ``function(rank, *arguments)`` in two processes; return their exit statuses and what they printed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def work(rank):
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "RANK": str(rank)}
+        os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
+        return function(rank, *arguments)
+
+    logs = [folder / f"log{rank}" for rank in (0, 1)]
+    processes = [fork(log, work, rank) for rank, log in enumerate(logs)]
+    for process in processes:
+        process.join(timeout=300)
+    return [process.exitcode for process in processes], [log.read_text() for log in logs]
+
+
+def run_two(directory, *argv, name="a", stop_after=None):
+    """Train in two processes; process 1 gets SIGTERM after ``stop_after`` steps. Return what the main one printed."""
+
+    def work(rank):
+        with pytest.MonkeyPatch.context() as patch:
+            if rank == 1 and stop_after is not None:
+                stop_at(patch, stop_after, signal.SIGTERM)
+            return run(directory, *argv, name=name)
+
+    statuses, (printed, other) = fork_two(directory, work)
+    assert set(statuses) == {0 if stop_after is None else 128 + signal.SIGTERM}, printed + other
+    return printed
+
+
+def stop_at(patch, steps, number):
+    """Send this process a signal when so many steps are done."""
+    advance, done = Tracker.advance, []
+
+    def advance_and_stop(self):
+        advance(self)
+        done.append(1)
+        if len(done) == steps:
+            os.kill(os.getpid(), number)
+
+    patch.setattr(Tracker, "advance", advance_and_stop)
 
 
 def rows(directory, name="a"):
@@ -103,24 +160,33 @@ def assert_same_runs(directory, left, right):
     assert untimed(directory, left) == untimed(directory, right)
 
 
+def run_until(steps, directory, *argv, name="a", number=signal.SIGTERM):
+    """Run until so many steps are done, and a signal."""
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, steps, number)
+        assert run(directory, *argv, name=name) == 128 + number
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """The folder of a finished run "a", which no test changes."""
+    folder = tmp_path_factory.mktemp("straight")
+    assert run(folder, *TINY) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def _stopped(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stopped")
+    run_until(2, folder, *TINY)
+    return folder
+
+
 @pytest.fixture
-def run_until(monkeypatch):
-    """Run and send this process a signal when so many steps are done."""
-
-    def arrange(steps, directory, *argv, name="a", number=signal.SIGTERM):
-        advance, done = Tracker.advance, []
-
-        def advance_and_stop(self):
-            advance(self)
-            done.append(1)
-            if len(done) == steps:
-                os.kill(os.getpid(), number)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(Tracker, "advance", advance_and_stop)
-            assert run(directory, *argv, name=name) == 128 + number
-
-    return arrange
+def stopped(_stopped, tmp_path):
+    """The folder of a run "a" that was stopped after two steps."""
+    shutil.copytree(_stopped / "a", tmp_path / "a")
+    return tmp_path
 
 
 @pytest.fixture
@@ -137,24 +203,16 @@ def make_folder(tmp_path):
     return make
 
 
-def test_a_run_fills_its_directory_and_the_model_loads(tmp_path, capsys):
-    assert run(tmp_path, *TINY) == 0
-    found = sorted(str(path.relative_to(tmp_path / "a")) for path in (tmp_path / "a").rglob("*") if path.is_file())
-    assert found == [
-        "checkpoints/last.pt",
-        "config.yaml",
-        "metrics.jsonl",
-        "model.json",
-        "model.safetensors",
-        "provenance.json",
-    ]
-    model = mrl.load(tmp_path / "a")
-    dims = [8, 16, 32]
+def test_a_run_fills_its_directory_and_the_model_loads(straight):
+    found = sorted(str(path.relative_to(straight / "a")) for path in (straight / "a").rglob("*") if path.is_file())
+    written = "checkpoints/last.pt config.yaml metrics.jsonl model.json model.safetensors provenance.json"
+    assert found == written.split()
+    model, dims = mrl.load(straight / "a"), [8, 16, 32]
     assert list(model.head.nesting_list) == dims
     assert model.encode(torch.zeros(2, 3, 32, 32), dim=16).shape == (2, 16)
 
-    training = [row for row in rows(tmp_path) if "lr" in row]
-    validation = [row for row in rows(tmp_path) if "top_1/8" in row]
+    training = [row for row in rows(straight) if "lr" in row]
+    validation = [row for row in rows(straight) if "top_1/8" in row]
     assert [row["step"] for row in training] == [2, 4, 5, 6, 8, 10]
     assert [row["step"] for row in validation] == [5, 10]
     images = train.build_data(train.parse_command_line(TINY, "").data, 0, torch.device("cpu"), False)["val"]
@@ -165,12 +223,11 @@ def test_a_run_fills_its_directory_and_the_model_loads(tmp_path, capsys):
     assert set(training[0]) == keys
     assert set(validation[0]) == {"step", "epoch"} | {f"{k}/{d}" for k in ("top_1", "val_loss") for d in dims}
     assert training[-1]["loss/32"] < training[0]["loss/32"]
-    (start,) = json.loads((tmp_path / "a" / "provenance.json").read_text())
+    (start,) = json.loads((straight / "a" / "provenance.json").read_text())
     assert (start["start_step"], start["world_size"], start["micro_batch_size"]) == (0, 1, 256)
-    assert "top-1" in capsys.readouterr().out
 
 
-def test_fault_23_a_stopped_and_resumed_run_equals_the_straight_one_bitwise(tmp_path, run_until, capsys):
+def test_fault_23_a_stopped_and_resumed_run_equals_the_straight_one_bitwise(tmp_path, capsys):
     """Stopped in mid-epoch, at an epoch's end, and again in mid-epoch."""
     assert run(tmp_path, *EVERYTHING) == 0
     argv = [*EVERYTHING, "--run.resume", "auto"]
@@ -186,55 +243,21 @@ def test_fault_23_a_stopped_and_resumed_run_equals_the_straight_one_bitwise(tmp_
     assert [start["start_step"] for start in starts] == [0, 2, 5, 7]
 
 
-def start_and_wait_for_a_checkpoint(directory, argv):
-    command = [sys.executable, "train.py", *argv, "--run.dir", str(directory), "--run.name", "b"]
-    child = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def test_kill_9_then_resume_equals_the_straight_run(straight, tmp_path):
+    argv = [*TINY, "--train.checkpoint_minutes", "0", "--run.resume", "auto"]
+    child = fork(tmp_path / "log", run, tmp_path, *argv)
     deadline = time.monotonic() + 120
-    while not (directory / "b" / "checkpoints" / "last.pt").exists() and time.monotonic() < deadline:
+    while not (tmp_path / "a" / "checkpoints" / "last.pt").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
-    return child
-
-
-def test_kill_9_then_resume_equals_the_straight_run(tmp_path):
-    assert run(tmp_path, *TINY) == 0
-    argv = [*TINY, "--train.checkpoint_minutes", "0", "--run.resume", "auto"]
-    child = start_and_wait_for_a_checkpoint(tmp_path, argv)
     child.kill()
-    child.communicate()
-    assert child.returncode == -signal.SIGKILL
-    assert run(tmp_path, *argv, name="b") == 0
-    assert_same_runs(tmp_path, "a", "b")
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    assert run(tmp_path, *argv) == 0
+    assert_same(weights(straight), weights(tmp_path))
+    assert untimed(straight) == untimed(tmp_path)
 
 
-def test_repeated_ctrl_c_loses_no_checkpoint_and_says_so(tmp_path):
-    assert run(tmp_path, *TINY) == 0
-    argv = [*TINY, "--train.checkpoint_minutes", "0", "--run.resume", "auto"]
-    child = start_and_wait_for_a_checkpoint(tmp_path, [*argv, "--train.epochs", "2000"])
-    for _ in range(2):
-        child.send_signal(signal.SIGINT)
-        time.sleep(0.05)
-    output, errors = child.communicate()
-    assert child.returncode in (130, -signal.SIGINT)  # the latter if the second comes while Python exits
-    assert "saved after step" in output or "interrupted; the last checkpoint, if there is one, is kept" in errors
-    assert torch.load(tmp_path / "b" / "checkpoints" / "last.pt")["step"] >= 1
-
-
-def test_ctrl_c_during_the_start_of_a_resumed_run(tmp_path, run_until, monkeypatch, capsys):
-    run_until(2, tmp_path, *TINY)
-    before = checkpoint(tmp_path)
-
-    def interrupt(*args):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "build_data", interrupt)
-        assert run(tmp_path, *TINY, "--run.resume", "auto") == 130
-    assert "interrupted; the last checkpoint, if there is one, is kept" in capsys.readouterr().err
-    assert checkpoint(tmp_path) == before
-    assert run(tmp_path, *TINY, "--run.resume", "auto") == 0
-
-
-def test_two_processes_equal_one_also_when_they_take_over_in_mid_epoch(tmp_path, run_until):
+def test_two_processes_equal_one_also_when_they_take_over_in_mid_epoch(tmp_path):
     """Sample order and crops do not depend on the number of processes (BatchNorm-free model)."""
     argv = [*TINY, "--train.log_every_steps", "1"]
     assert run(tmp_path, *argv) == 0
@@ -263,31 +286,51 @@ def test_two_processes_equal_one_also_when_they_take_over_in_mid_epoch(tmp_path,
 def test_two_processes_stop_within_ten_steps_of_a_signal_to_one_and_resume_bitwise(tmp_path):
     argv = [*TINY, "--data.batch_size", "64", "--train.epochs", "1", "--run.resume", "auto"]
     run_two(tmp_path, *argv)
-    (tmp_path / "script.py").write_text(STOPPED)
-    command = [*TORCHRUN, str(tmp_path / "script.py"), *argv, "--run.dir", str(tmp_path), "--run.name", "b"]
-    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
-    assert "stopped by SIGTERM, saved after step 10;" in result.stdout
+    assert "stopped by SIGTERM, saved after step 10;" in run_two(tmp_path, *argv, name="b", stop_after=3)
     run_two(tmp_path, *argv, name="b")
     assert_same_runs(tmp_path, "a", "b")
 
 
-def test_fault_09_a_non_finite_loss_ends_the_run_at_the_next_log_and_keeps_the_checkpoint(
-    tmp_path, run_until, monkeypatch, capsys
+def not_finite(*args):
+    return torch.nn.functional.cross_entropy(args[0][0], args[1]) * torch.tensor([1.0, float("nan"), 1.0])
+
+
+def out_of_memory(*args):
+    raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1.00 GiB free.")
+
+
+def interrupted(*args):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("name", "function", "status", "message"),
+    [
+        ("nested_cross_entropy", not_finite, 2, r"loss at step 2 is not finite for prefix sizes \[16\].*--optim.lr"),
+        (
+            "nested_cross_entropy",
+            out_of_memory,
+            2,
+            r"error: a GPU ran out of memory \(CUDA out of memory\) on 256 images at a time; raise .*"
+            "train.accumulation_steps, now 1.*data.batch_size, now 256.*data.train_px, now 32",
+        ),
+        ("build_data", interrupted, 130, "interrupted; the last checkpoint, if there is one, is kept"),
+    ],
+    ids=["fault_09_non_finite_loss", "full GPU", "Ctrl-C at the start"],
+)
+def test_a_resumed_run_that_ends_keeps_its_checkpoint_and_goes_on(
+    stopped, monkeypatch, capsys, name, function, status, message
 ):
-    run_until(2, tmp_path, *TINY)
-    before, real = checkpoint(tmp_path), train.nested_cross_entropy
-    poison = torch.tensor([1.0, float("nan"), 1.0])
+    before = checkpoint(stopped)
     with monkeypatch.context() as patch:
-        patch.setattr(train, "nested_cross_entropy", lambda *args: real(*args) * poison)
-        assert run(tmp_path, *TINY, "--run.resume", "auto") == 2
-    error = capsys.readouterr().err
-    assert "the loss at step 2 is not finite for prefix sizes [16]" in error and "optim.lr" in error
-    assert checkpoint(tmp_path) == before
-    assert run(tmp_path, *TINY, "--run.resume", "auto") == 0
+        patch.setattr(train, name, function)
+        assert run(stopped, *TINY, "--run.resume", "auto") == status
+    assert re.search(message, capsys.readouterr().err.strip().splitlines()[-1])
+    assert checkpoint(stopped) == before
+    assert run(stopped, *TINY, "--run.resume", "auto", "--train.accumulation_steps", "2") == 0
 
 
-def test_other_data_is_refused_when_a_run_resumes(tmp_path, run_until, monkeypatch, capsys):
-    run_until(2, tmp_path, *TINY)
+def test_other_data_is_refused_when_a_run_resumes(stopped, monkeypatch, capsys):
     build = train.build_data
 
     def fewer(*args):
@@ -296,7 +339,7 @@ def test_other_data_is_refused_when_a_run_resumes(tmp_path, run_until, monkeypat
         return images
 
     monkeypatch.setattr(train, "build_data", fewer)
-    assert run(tmp_path, *TINY, "--run.resume", "auto") == 2
+    assert run(stopped, *TINY, "--run.resume", "auto") == 2
     error = capsys.readouterr().err
     assert "was trained on 1,442 images of 10 classes" in error and "now there are 1,400 images" in error
 
@@ -310,7 +353,8 @@ def test_the_imagenet_recipe_trains_on_a_folder_with_two_processes(make_folder):
     argv += ["--optim.warmup_epochs", "1", "--data.rand_augment", "rand-m9-mstd0.5-inc1"]
     argv += ["--data.random_erasing", "0.25", "--train.gradient_precision", "bf16", "--train.profile_steps", "2"]
     argv += ["--train.ema_decay", "0.5", "--optim.clip_norm", "1", "--data.num_workers", "1"]
-    result = run_two(root / "runs", *argv)
+    result = torchrun_two(root / "runs", *argv)
+    assert result.returncode == 0, result.stderr
     assert "8 images a step = 2 processes x 2 micro-batches x 2" in result.stdout
     assert [row["step"] for row in rows(root / "runs") if "top_1/8" in row] == [3, 6]
     assert mrl.load(root / "runs" / "a").width == 512
@@ -319,26 +363,14 @@ def test_the_imagenet_recipe_trains_on_a_folder_with_two_processes(make_folder):
     assert b"all_reduce" in trace and b'"data wait"' in trace
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_half_precision_trains_and_resumes(tmp_path, run_until, precision):
+def test_half_precision_trains_and_resumes(tmp_path):
     """Loss scaling with clipping and accumulation; the same bits after a stop."""
-    argv = [*TINY, "--train.precision", precision, "--optim.clip_norm", "1", "--train.accumulation_steps", "2"]
+    argv = [*TINY, "--train.precision", "fp16", "--optim.clip_norm", "1", "--train.accumulation_steps", "2"]
     assert run(tmp_path, *argv) == 0
     run_until(3, tmp_path, *argv, name="b")
     assert run(tmp_path, *argv, "--run.resume", "auto", name="b") == 0
     assert_same(weights(tmp_path, "a"), weights(tmp_path, "b"))
     assert rows(tmp_path)[-2]["loss/32"] < rows(tmp_path)[0]["loss/32"]
-
-
-def test_a_corrupt_image_ends_the_run_with_one_sentence_although_workers_are_busy(make_folder):
-    root = make_folder(["cat", "dog"], 32, 32)
-    (root / "train" / "cat" / "7.png").write_bytes(b"no image")
-    argv = [*TINY, "--data.name", "folder", "--data.root", str(root), "--data.num_classes", "2"]
-    argv += ["--data.batch_size", "4", "--data.num_workers", "2", "--run.dir", str(root), "--run.name", "a"]
-    command = [sys.executable, "train.py", *argv]
-    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=200)
-    assert result.returncode == 2 and "Traceback" not in result.stderr
-    assert f"error: {root}/train/cat/7.png cannot be read as an image" in result.stderr
 
 
 def test_unreadable_images_are_left_out_and_listed_in_the_run_directory(make_folder):
@@ -356,15 +388,14 @@ def test_unreadable_images_are_left_out_and_listed_in_the_run_directory(make_fol
     assert about.classes == ("cat", "ch\\xe2t") and about.exif_rotation == "apply"
 
 
-def test_an_existing_run_is_refused_and_a_finished_one_is_left_alone(tmp_path, capsys):
-    assert run(tmp_path, *TINY) == 0
-    before = {path: path.read_bytes() for path in (tmp_path / "a").rglob("*.safetensors")}
-    assert run(tmp_path, *TINY) == 2
+def test_an_existing_run_is_refused_and_a_finished_one_is_left_alone(straight, capsys):
+    before = weights(straight)
+    assert run(straight, *TINY) == 2
     assert "already holds a run" in capsys.readouterr().err
-    assert run(tmp_path, *TINY, "--run.resume", "auto") == 0
-    assert {path: path.read_bytes() for path in (tmp_path / "a").rglob("*.safetensors")} == before
-    assert run(tmp_path, *TINY, "--run.resume", "auto", "--optim.lr", "0.5") == 2
+    assert run(straight, *TINY, "--run.resume", "auto", "--optim.lr", "0.5") == 2
     assert "optim.lr was 0.01, now 0.5" in capsys.readouterr().err
+    assert run(straight, *TINY, "--run.resume", "auto") == 0
+    assert_same(weights(straight), before)
 
 
 def test_accumulated_micro_batches_equal_one_batch(tmp_path):
@@ -397,27 +428,7 @@ def test_fault_24_a_model_that_does_not_compile_ends_the_run_with_the_way_out(tm
     assert run(tmp_path, *TINY, "--train.epochs", "1", "--run.resume", "auto") == 0
 
 
-def test_a_full_gpu_ends_the_run_with_advice_that_works_and_keeps_the_checkpoint(
-    tmp_path, run_until, monkeypatch, capsys
-):
-    run_until(2, tmp_path, *TINY)
-    before = checkpoint(tmp_path)
-
-    def full(*args):
-        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1.00 GiB free.")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "nested_cross_entropy", full)
-        assert run(tmp_path, *TINY, "--run.resume", "auto") == 2
-    (error,) = capsys.readouterr().err.strip().splitlines()[-1:]
-    assert error.startswith("error: a GPU ran out of memory (CUDA out of memory) on 256 images at a time; raise")
-    assert "train.accumulation_steps, now 1" in error
-    assert "data.batch_size, now 256" in error and "data.train_px, now 32" in error
-    assert checkpoint(tmp_path) == before
-    assert run(tmp_path, *TINY, "--run.resume", "auto", "--train.accumulation_steps", "2") == 0
-
-
-def test_wandb_offline_keeps_one_run_across_a_restart(tmp_path, run_until, monkeypatch):
+def test_wandb_offline_keeps_one_run_across_a_restart(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
     argv = [*TINY, "--wandb.mode", "offline", "--train.epochs", "1"]
     run_until(2, tmp_path, *argv)

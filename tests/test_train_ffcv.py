@@ -11,8 +11,7 @@ from mrl.data import write_ffcv
 from mrl.distributed import Process
 from mrl.studies.run import embed_runs
 from mrl.studies.transfer import TransferImages
-from tests import test_train
-from tests.test_train import VIT, _on_the_cpu, assert_same_runs, run_two, run_until, untimed  # noqa: F401
+from tests.test_train import VIT, _on_the_cpu, assert_same_runs, run, run_two, run_until, untimed  # noqa: F401
 
 pytestmark = pytest.mark.ffcv
 WNIDS = ["n01440764", "n01443537", "n02099601"]
@@ -48,11 +47,11 @@ def argv(imagenet, backend, *rest):
 
 
 @pytest.mark.parametrize("backend", ["folder", "ffcv"])
-def test_the_imagenet_recipe_trains_stops_and_resumes(tmp_path, imagenet, backend, run_until, capsys):  # noqa: F811
+def test_the_imagenet_recipe_trains_stops_and_resumes(tmp_path, imagenet, backend, capsys):
     """Interrupted once in mid-epoch: the same bits as the straight run, crops and all."""
-    assert test_train.run(tmp_path, *argv(imagenet, backend)) == 0
+    assert run(tmp_path, *argv(imagenet, backend)) == 0
     run_until(STEPS_PER_EPOCH + 1, tmp_path, *argv(imagenet, backend), name="b")
-    assert test_train.run(tmp_path, *argv(imagenet, backend, "--run.resume", "auto"), name="b") == 0
+    assert run(tmp_path, *argv(imagenet, backend, "--run.resume", "auto"), name="b") == 0
     assert f"train 33 + val 7 images of 3 classes, {backend} backend" in capsys.readouterr().out
     assert_same_runs(tmp_path, "a", "b")
     scores = [row["top_1/32"] * 7 for row in untimed(tmp_path) if "top_1/32" in row]
@@ -60,10 +59,10 @@ def test_the_imagenet_recipe_trains_stops_and_resumes(tmp_path, imagenet, backen
     assert json.loads((tmp_path / "a" / "model.json").read_text())["classes"] == WNIDS
 
 
-def test_two_processes_take_over_with_the_same_backend_only(tmp_path, imagenet, run_until, capsys):  # noqa: F811
-    assert test_train.run(tmp_path, *argv(imagenet, "ffcv")) == 0
+def test_two_processes_take_over_with_the_same_backend_only(tmp_path, imagenet, capsys):
+    assert run(tmp_path, *argv(imagenet, "ffcv")) == 0
     run_until(1, tmp_path, *argv(imagenet, "auto"), name="b")
-    assert test_train.run(tmp_path, *argv(imagenet, "folder", "--run.resume", "auto"), name="b") == 2
+    assert run(tmp_path, *argv(imagenet, "folder", "--run.resume", "auto"), name="b") == 2
     assert "--data.backend ffcv: other backends decode to other pixels" in capsys.readouterr().err
     run_two(tmp_path, *argv(imagenet, "ffcv", "--run.resume", "auto"), name="b")
     one, two = untimed(tmp_path, "a"), untimed(tmp_path, "b")
@@ -75,7 +74,7 @@ def test_two_processes_take_over_with_the_same_backend_only(tmp_path, imagenet, 
 
 
 def test_both_backends_give_the_same_validation_embeddings(tmp_path, imagenet, capsys):
-    assert test_train.run(tmp_path, *argv(imagenet, "folder", "--train.epochs", "1")) == 0
+    assert run(tmp_path, *argv(imagenet, "folder", "--train.epochs", "1")) == 0
     sets = {}
     for backend in ("folder", "ffcv"):
         config = tmp_path / "a" / "config.yaml"

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -27,7 +27,7 @@ from mrl.data.folder import (
 )
 from mrl.data.imagenet import list_imagenet
 from mrl.data.images import Images, cores_per_process, default_workers
-from mrl.data.memory import DIGIT_CLASSES, MemoryImages, check_memory, decode_images, load_digits
+from mrl.data.memory import DIGIT_CLASSES, MemoryImages, check_memory, load_digits, read_into_memory
 from mrl.data.transforms import Transform
 from mrl.errors import UserError
 
@@ -80,35 +80,34 @@ def build_data(
         reason += f", {num_threads} threads"
     else:
         lists = list_splits(data, splits, is_main, held_out)
-        start = len(str(Path(str(data.root)))) + 1
-        held_out = [path[start:] for path in lists["val"].paths] if holds_out(data) and "val" in lists else None
         left_out = align_classes(lists, data, classes)
-        unreadable: dict[str, list[str]] = {}
-        for split in splits:
+        if backend == "memory":
+            check_memory(sum(len(found.paths) for found in lists.values()), data.eval_resize_px, device)
+        else:
+            reason += f", {num_workers} worker processes"
+        for split, found in lists.items():
+            unreadable, names = list[str](), found.paths
             # Else a broken validation image would be found only after an epoch.
             first_pass = backend == "folder" and split != "train" and "train" in splits
             if data.max_unreadable > 0 or first_pass:
-                lists[split], unreadable[split] = leave_out_unreadable(
-                    lists[split], split, data.max_unreadable, data.exif_rotation, cores_per_process(), is_main
-                )
-        left_out += sum((found.left_out for found in lists.values()), LeftOut())
-        if backend == "memory":
-            check_memory(sum(len(found.paths) for found in lists.values()), data.eval_resize_px, device)
-            how = data.eval_resize_px, data.interpolation, data.exif_rotation, cores_per_process()
-            for split, (paths, labels, names, _) in lists.items():
-                decoded = decode_images(paths, *how, f"decode {split}", is_main)
-                images[split] = MemoryImages(decoded, labels, names, transform, device)
-        else:
-            reason += f", {num_workers} worker processes"
-            images |= {split: FolderImages(found, transform, device, num_workers) for split, found in lists.items()}
-        if held_out is not None:
-            images["val"].held_out = held_out
-            reason += f"; val is held out of train, because {data.root} has no val/"
-        for split, reasons in unreadable.items():
-            images[split].unreadable = reasons
+                how = split, data.max_unreadable, data.exif_rotation, cores_per_process(), is_main
+                found, unreadable = leave_out_unreadable(found, *how)
+            left_out += found.left_out
+            if backend == "memory":
+                images[split] = read_into_memory(found, transform, device, split, is_main)
+            else:
+                images[split] = FolderImages(found, transform, device, num_workers)
+            images[split].unreadable = unreadable
+            if split == "val" and holds_out(data):
+                images[split].held_out = [name[len(str(Path(str(data.root)))) + 1 :] for name in names]
+                reason += f"; val is held out of train, because {data.root} has no val/"
     if is_main:
-        described = _describe(data.name, images, f"{backend} backend ({reason})")
-        print(described + describe_left_out(left_out), flush=True)
+        sizes = " + ".join(f"{split} {len(part):,}" for split, part in images.items())
+        classes = images[splits[0]].classes
+        line = f"data: {data.name}, {sizes} images of {len(classes)} classes, {backend} backend ({reason})"
+        if num_bytes := sum(part.num_bytes for part in images.values() if isinstance(part, MemoryImages)):
+            line += f", {num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 / 10 else f", {num_bytes / 2**20:.1f} MiB"
+        print(line + describe_left_out(left_out), flush=True)
     return images
 
 
@@ -144,15 +143,20 @@ def _open_ffcv_files(data: DataConfig, splits: Sequence[str]) -> dict[str, FFCVF
         if not path.is_file():
             command = f"python -m mrl.data.write_ffcv --root {root} --split {split}"
             raise UserError(f"{path} is missing; write it with {command}, or use data.backend folder")
-        files[split] = FFCVFile(path)
-        if files[split].exif_rotation != data.exif_rotation:
+        file = files[split] = FFCVFile(path)
+        if file.exif_rotation != data.exif_rotation:
             raise UserError(
-                f"{path} was written with --exif_rotation {files[split].exif_rotation}, but data.exif_rotation is "
-                f"{data.exif_rotation}; write the file again, or give --data.exif_rotation {files[split].exif_rotation}"
+                f"{path} was written with --exif_rotation {file.exif_rotation}, but data.exif_rotation is "
+                f"{data.exif_rotation}; write the file again, or give --data.exif_rotation {file.exif_rotation}"
             )
-    if not distributed.agree(_digest(*(json.dumps(file.description).encode() for file in files.values()))):
+    if not _agree(*(json.dumps(file.description).encode() for file in files.values())):
         raise UserError(f"data.root {root} does not hold the same .beton files on all machines; copy them again")
     return files
+
+
+def _agree(*parts: bytes) -> bool:
+    """Return whether all processes give the same bytes."""
+    return distributed.agree(int.from_bytes(hashlib.sha256(b"".join(parts)).digest()[:7], "big"))
 
 
 def holds_out(data: DataConfig) -> bool:
@@ -163,11 +167,7 @@ def holds_out(data: DataConfig) -> bool:
 def list_splits(
     data: DataConfig, splits: Sequence[str], show_progress: bool = False, held_out: Sequence[str] | None = None
 ) -> dict[str, ImageList]:
-    """List the image files of each split; all processes must call this, and find the same.
-
-    Raises:
-        UserError: The root is not given, something below it is missing, or it is not the same for all processes.
-    """
+    """List the image files of each split; all processes must call this, and find the same."""
     if data.root is None:
         raise UserError(f"data.root is not given; data.name {data.name} needs the folder that holds train/ and val/")
     how = show_progress, data.missing_classes
@@ -178,14 +178,10 @@ def list_splits(
         list_split = list_imagenet if data.name == "imagenet" else list_images
         lists = {split: list_split(data.root, split, *how) for split in splits}
     start = len(str(Path(data.root)))
-    parts = [os.fsencode("\0".join(path[start:] for path in found.paths)) for found in lists.values()]
-    if not distributed.agree(_digest(*parts, *(found.labels.numpy().tobytes() for found in lists.values()))):
+    names = [os.fsencode("\0".join(path[start:] for path in found.paths)) for found in lists.values()]
+    if not _agree(*names, *(found.labels.numpy().tobytes() for found in lists.values())):
         raise UserError(f"data.root {data.root} does not hold the same images on all machines; copy them there again")
     return lists
-
-
-def _digest(*parts: bytes) -> int:
-    return int.from_bytes(hashlib.sha256(b"".join(parts)).digest()[:7], "big")
 
 
 def _check_num_classes(split: str, classes: Sequence[str], expected: int | None) -> None:
@@ -199,18 +195,17 @@ def _check_num_classes(split: str, classes: Sequence[str], expected: int | None)
 
 
 def align_classes(
-    found: dict[str, ImageList] | dict[str, FFCVFile], data: DataConfig, classes: Sequence[str] | None
+    found: Mapping[str, ImageList | FFCVFile], data: DataConfig, classes: Sequence[str] | None
 ) -> LeftOut:
     """Let the labels of all splits be positions in the same classes; return the classes that a split lacks."""
     first, *_ = found
     _check_num_classes(first, found[first].classes, data.num_classes)
-    trained = classes is not None and data.missing_classes == "allow"
-    expected = [unicode_name(name) for name in classes] if trained else found[first].classes  # type: ignore[union-attr]
-    of_expected = "the trained model" if trained else first
+    expected, of_expected = found[first].classes, first
+    if classes is not None and data.missing_classes == "allow":
+        expected, of_expected = [unicode_name(name) for name in classes], "the trained model"
     left_out = LeftOut()
     for split, images in found.items():
-        absent = sorted(set(expected) - set(images.classes))
-        extra = sorted(set(images.classes) - set(expected))
+        absent, extra = (sorted(set(a) - set(b)) for a, b in ((expected, images.classes), (images.classes, expected)))
         if extra or (absent and data.missing_classes == "refuse"):
             hint = "" if extra else "; to go on and leave those out of the metrics, give --data.missing_classes allow"
             raise UserError(
@@ -218,19 +213,7 @@ def align_classes(
                 f"only in {split}: {shown(extra)}{hint}"
             )
         position = {name: index for index, name in enumerate(expected)}
-        labels = torch.tensor([position[name] for name in images.classes])[images.labels]
-        if isinstance(images, FFCVFile):
-            images.labels, images.classes = labels, expected
-        else:
-            found[split] = images._replace(labels=labels, classes=expected)  # type: ignore[assignment]
+        images.labels = torch.tensor([position[name] for name in images.classes])[images.labels]
+        images.classes = expected
         left_out.update((f"classes without {split} images", name) for name in absent)
     return left_out
-
-
-def _describe(name: str, images: dict[str, Images], how: str) -> str:
-    sizes = " + ".join(f"{split} {len(part):,}" for split, part in images.items())
-    line = f"data: {name}, {sizes} images of {len(next(iter(images.values())).classes)} classes, {how}"
-    num_bytes = sum(part.num_bytes for part in images.values() if isinstance(part, MemoryImages))
-    if num_bytes:
-        line += f", {num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 / 10 else f", {num_bytes / 2**20:.1f} MiB"
-    return line

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from functools import partial
 from pathlib import Path
 
 from mrl import distributed
@@ -29,10 +28,9 @@ def check(folder: Path, name: str, num_threads: int) -> int:
     """Print what is wrong with the images below ``folder``; return the number of faults that would stop a training."""
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder")
-    left_out = LeftOut()
+    left_out, faults, without_end = LeftOut(), 0, 0
     paths = [str(folder / image) for image in find_images(folder, left_out, show_progress=True)]
-    faults = without_end = 0
-    checked = map_ahead(partial(_fault, "apply"), paths, num_threads)
+    checked = map_ahead(_fault, paths, num_threads)
     for path, found in zip(paths, progress(checked, desc="check", total=len(paths), unit="image"), strict=True):
         if found == "":
             without_end += 1
@@ -49,17 +47,15 @@ def check(folder: Path, name: str, num_threads: int) -> int:
         except UserError as error:
             faults += 1
             print(error)
-    print(
-        f"{folder}: {len(paths):,} images, {faults:,} faults, {without_end:,} JPEGs without an end marker"
-        f"{describe_left_out(left_out)}"
-    )
+    counts = f"{len(paths):,} images, {faults:,} faults, {without_end:,} JPEGs without an end marker"
+    print(f"{folder}: {counts}{describe_left_out(left_out)}")
     return faults
 
 
-def _fault(exif_rotation: str, path: str) -> str | None:
+def _fault(path: str) -> str | None:
     """Return why an image cannot be read, "" if only its end marker is missing, None if it is whole."""
     try:
-        return "" if decode_and_mend(path, exif_rotation)[1] else None
+        return "" if decode_and_mend(path, "apply")[1] else None
     except UserError as error:
         return str(error)
 
@@ -70,15 +66,10 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m mrl.data.check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", metavar="DIR", type=Path, help="a folder of images, at any depth")
-    parser.add_argument(
-        "--name",
-        choices=("folder", "imagenet"),
-        default="folder",
-        help="as data.name: imagenet also knows Kaggle's layout and a flat val/ with its ground truth",
-    )
-    parser.add_argument(
-        "--num_threads", type=int, default=cores_per_process(), help="images at once; default: the CPU cores"
-    )
+    names = "as data.name: imagenet also knows Kaggle's layout and a flat val/ with its ground truth"
+    parser.add_argument("--name", choices=("folder", "imagenet"), default="folder", help=names)
+    cores = cores_per_process()
+    parser.add_argument("--num_threads", type=int, default=cores, help="images at once; default: the CPU cores")
     args = parser.parse_args(expand_home(argv))
     return distributed.run(lambda: int(check(args.folder, args.name, max(1, args.num_threads)) > 0), "stopped")
 

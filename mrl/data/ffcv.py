@@ -31,11 +31,7 @@ FIELDS = [("image", "RGBImageField"), ("label", "IntField")]
 
 
 def import_ffcv() -> Any:
-    """Import ``ffcv`` without its change of torch's number of threads.
-
-    Raises:
-        UserError: It is not installed, or its libraries are missing.
-    """
+    """Import ``ffcv`` without its change of torch's number of threads."""
     num_threads = torch.get_num_threads()
     try:
         import ffcv.libffcv
@@ -58,15 +54,11 @@ class FFCVFile:
         sizes: ``(N, 2)`` int64, height and width of the images as stored, in pixels.
         is_jpeg: ``(N,)`` bool; False for raw pixels.
         exif_rotation: Whether the images were turned upright: "apply" or "ignore".
-
-    Raises:
-        UserError: FFCV is not installed, or the file is damaged or does not match its description.
     """
 
     def __init__(self, path: Path):
         ffcv = import_ffcv()
-        self.path = path
-        self._imdecode = ffcv.libffcv.imdecode
+        self.path, self._imdecode = path, ffcv.libffcv.imdecode
         try:
             self.description = json.loads(Path(f"{path}.json").read_text())
             self.classes, expected, described = (self.description[key] for key in ("classes", "counts", "num_bytes"))
@@ -77,10 +69,8 @@ class FFCVFile:
         self.exif_rotation = self.description.get("settings", {}).get("exif_rotation", "ignore")
         num_bytes = path.stat().st_size
         if num_bytes != described:
-            raise self._unusable(
-                f"{path} has {num_bytes:,} bytes, but {path.name}.json says {described:,}: "
-                "it is cut short or another file"
-            )
+            has = f"{path} has {num_bytes:,} bytes, but {path.name}.json says {described:,}"
+            raise self._unusable(f"{has}: it is cut short or another file")
         try:
             reader = ffcv.reader.Reader(str(path))
             if [(name, type(field).__name__) for name, field in reader.handlers.items()] != FIELDS:
@@ -94,11 +84,10 @@ class FFCVFile:
             complete = np.array_equal(self._starts, images["data_ptr"]) and (self._ends <= num_bytes).all()
             if not complete or (table["size"] != 3 * num_pixels)[~self.is_jpeg].any():
                 raise ValueError("its table of contents does not match its images")
-            counts = np.bincount(labels, minlength=len(self.classes)).tolist()
+            if np.bincount(labels, minlength=len(self.classes)).tolist() != expected:
+                raise ValueError(f"it has other classes, or images of each, than {path.name}.json says")
         except Exception as error:  # of many kinds on bad data
             raise self._unusable(f"{path} is damaged or of another version of FFCV ({error!r})") from error
-        if counts != expected:
-            raise self._unusable(f"{path} does not have the classes, or images of each, that {path.name}.json says")
         self.labels = torch.from_numpy(labels)
         self._max_pixels = int(num_pixels.max(initial=0))
         self._content = np.memmap(path, np.uint8, mode="r").view(np.ndarray)
@@ -134,12 +123,8 @@ class FFCVImages(Images):
 
     def __init__(self, file: FFCVFile, transform: Transform, device: torch.device, num_threads: int):
         super().__init__(file.labels, file.classes, transform, device)
-        self._file = file
-        self._num_threads = num_threads
+        self._file, self._num_threads = file, num_threads
         self._resize_crop = import_ffcv().libffcv.resize_crop
-        import cv2  # which FFCV needs
-
-        self._cv2 = cv2
 
     def _content(self) -> bytes:
         return json.dumps(self._file.description).encode()
@@ -151,22 +136,22 @@ class FFCVImages(Images):
         return torch.empty(num_images, px, px, 3, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
 
     def _train_crops(self, indices: np.ndarray, epoch: int, px: int) -> Tensor:
+        import cv2  # which FFCV needs
+
         boxes, flipped = self.transform.train_boxes(epoch, indices, self._file.sizes[indices])
         crops, scratch = self._empty(len(indices), px), self._file.scratch()
-        for index, (top, left, height, width), mirror, out in zip(
-            indices, boxes.tolist(), flipped, crops.numpy(), strict=True
-        ):
+        for index, box, mirror, out in zip(indices, boxes.tolist(), flipped, crops.numpy(), strict=True):
+            top, left, height, width = box
             self._resize_crop(self._file.decode(index, scratch), top, top + height, left, left + width, out)
             if mirror:
-                self._cv2.flip(out, 1, out)
+                cv2.flip(out, 1, out)
         return crops.permute(0, 3, 1, 2)
 
     def _center_crops(self, indices: np.ndarray) -> Tensor:
+        how = self.transform.eval_resize_px, self.transform.eval_px, self.transform.interpolation
         crops, scratch = self._empty(len(indices), self.transform.eval_px), self._file.scratch()
         for index, out in zip(indices, crops, strict=True):
             pixels = np.require(self._file.decode(index, scratch), requirements="W")  # as torch wants it
             image = torch.from_numpy(pixels).permute(2, 0, 1)
-            px = self.transform.eval_resize_px, self.transform.eval_px
-            center = resize_and_center_crop(image, *px, self.transform.interpolation)
-            out.copy_(center.permute(1, 2, 0))
+            out.copy_(resize_and_center_crop(image, *how).permute(1, 2, 0))
         return crops.permute(0, 3, 1, 2)

@@ -15,12 +15,12 @@ import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 from torchvision.transforms.v2 import InterpolationMode, functional
@@ -44,7 +44,7 @@ except (ImportError, OSError, RuntimeError) as error:  # e.g. its CUDA build bes
     )
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif", ".avif")
-JPEG_START, EXIF_MARKS = b"\xff\xd8\xff", (b"Exif", b"eXIf", b"EXIF")  # of JPEG, PNG, WebP
+JPEG_START = b"\xff\xd8\xff"
 MAX_SHOWN = 5
 # Folders that NAS boxes, desktops, archivers and editors leave among images, in lower case; so are all hidden ones.
 TOOL_FOLDERS = re.compile(
@@ -63,7 +63,8 @@ NO_END_MARKER = (
 )
 
 
-class ImageList(NamedTuple):
+@dataclass
+class ImageList:
     """The image files of a split, by class, then by path."""
 
     paths: list[str]
@@ -78,37 +79,32 @@ def list_images(
     """List the images below ``root/split/<class>/`` at any depth, without hidden files and folders of tools.
 
     Class folders without images are left out if ``missing_classes`` is "allow".
-
-    Raises:
-        UserError: The root, the split, its class folders or the images of a class are missing, or the tree is not one
-            of classes.
     """
     return list_classes(split_folder(root, split), split, show_progress, missing_classes)
 
 
-def list_classes(top: Path, split: str, show_progress: bool = False, missing_classes: str = "refuse") -> ImageList:
+def list_classes(top: Path, split: str, show_progress: bool, missing_classes: str) -> ImageList:
     """List the images below ``top/<class>/``; see `list_images`."""
     left_out = LeftOut()
     _, folders, files = next(walk(top, left_out))
     if not folders:
         raise UserError(f"{top} has no class folders, only {shown(files)}; put the images into {top}/<class>/")
     beside = sum(map(is_image, files))
-    left_out += LeftOut({(BESIDE, ""): beside})
+    left_out[BESIDE, ""] += beside
     count_other_files(files, left_out)
-    folder_of = {unicode_name(folder): folder for folder in folders}
-    if len(folder_of) < len(folders):
-        same = next(folder for folder in folders if folder_of[unicode_name(folder)] != folder)
-        both = ascii(same), ascii(folder_of[unicode_name(same)])
-        raise UserError(f"{top} has two folders for one class, written in two ways: {' and '.join(both)}; join them")
-    paths: list[str] = []
+    found = ImageList([], torch.empty(0), [], left_out)
     labels: list[int] = []
-    classes: list[str] = []
+    folder_of: dict[str, str] = {}
+    for folder in folders:
+        if (other := folder_of.setdefault(unicode_name(folder), folder)) != folder:
+            both = f"{other!a} and {folder!a}"
+            raise UserError(f"{top} has two folders for one class, written in two ways: {both}; join them")
     for name, folder in progress(sorted(folder_of.items()), show=show_progress, desc=f"list {split}", unit="class"):
         images = find_images(top / folder, left_out)
         if images:
-            paths += [f"{top}/{folder}/{image}" for image in images]
-            labels += [len(classes)] * len(images)
-            classes.append(name)
+            found.paths += [f"{top}/{folder}/{image}" for image in images]
+            labels += [len(found.classes)] * len(images)
+            found.classes.append(name)
         elif missing_classes == "allow":
             left_out[EMPTY, name] += 1
         else:
@@ -116,14 +112,15 @@ def list_classes(top: Path, split: str, show_progress: bool = False, missing_cla
                 f"class folder {top / folder} has no images; allowed: {' '.join(IMAGE_EXTENSIONS)}; to go on without "
                 "such classes, give --data.missing_classes allow"
             )
-    if len(classes) < 2:
+    if len(found.classes) < 2:
         _refuse_deeper_classes(top, folders)
-    if beside > len(paths):
+    if beside > len(labels):
         raise UserError(
-            f"{top} has {beside:,} images beside its class folders and only {len(paths):,} in them; only those in "
+            f"{top} has {beside:,} images beside its class folders and only {len(labels):,} in them; only those in "
             f"{top}/<class>/ are used, so move the others there"
         )
-    return ImageList(paths, torch.tensor(labels, dtype=torch.int64), classes, left_out)
+    found.labels = torch.tensor(labels, dtype=torch.int64)
+    return found
 
 
 def list_and_hold_out(
@@ -138,9 +135,6 @@ def list_and_hold_out(
     Of a class of n images, the ``share * n`` whose names have the smallest hashes are val, at least 1 and at most
     n - 1, so that images that come later move few others from one split to the other. If ``held_out`` is given, val are
     those of the images instead. Both are paths relative to ``root``.
-
-    Raises:
-        UserError: As `list_images`, or ``root`` holds splits under other names.
     """
     root = Path(root)
     if not root.is_dir():
@@ -168,8 +162,7 @@ def list_and_hold_out(
     lists = {}
     for split, chosen in (("train", ~is_val), ("val", is_val)):
         present, labels = np.unique(found.labels[chosen], return_inverse=True)
-        paths = [found.paths[index] for index in np.flatnonzero(chosen)]
-        classes = [found.classes[label] for label in present]
+        paths, classes = [found.paths[i] for i in np.flatnonzero(chosen)], [found.classes[i] for i in present]
         left_out = found.left_out if split == "train" else LeftOut()
         lists[split] = ImageList(paths, torch.from_numpy(labels), classes, left_out)
     return lists
@@ -297,25 +290,14 @@ def decode_and_mend(path: str, exif_rotation: str) -> tuple[Tensor, bool]:
 
 
 def _decode(content: bytearray, exif_rotation: str) -> Tensor:
-    # torchcodec always turns images upright.
-    if torchcodec is not None and (exif_rotation == "apply" or _is_stored_upright(content)):
-        try:
+    if torchcodec is not None and exif_rotation == "apply":  # it always turns images upright
+        with contextlib.suppress(RuntimeError, ValueError):  # Pillow reads more formats and has clearer messages
             encoded = torch.frombuffer(content, dtype=torch.uint8)
             if content.startswith(JPEG_START):
                 return torchcodec.decode_jpeg(encoded)  # type: ignore[return-value]
             return _over_white(torchcodec.decode_image(encoded, mode="RGB_ALPHA"))
-        except (RuntimeError, ValueError):
-            pass  # Pillow reads more formats and has clearer messages
     with Image.open(io.BytesIO(content)) as image:
         return functional.pil_to_tensor(to_rgb(image, exif_rotation))
-
-
-def _is_stored_upright(content: bytearray) -> bool:
-    start_of_scan = content.find(b"\xff\xda") if content.startswith(JPEG_START) else len(content)
-    if not any(mark in content[:start_of_scan] for mark in EXIF_MARKS):
-        return True
-    with Image.open(io.BytesIO(content)) as image:
-        return image.getexif().get(ExifTags.Base.Orientation, 1) == 1
 
 
 def _over_white(images: Tensor) -> Tensor:
@@ -341,11 +323,7 @@ def _with_end_marker(content: bytearray) -> bytearray | None:
 def leave_out_unreadable(
     images: ImageList, what: str, max_share: float, exif_rotation: str, num_threads: int, show_progress: bool
 ) -> tuple[ImageList, list[str]]:
-    """Decode every image once, all processes together; return the list without the unreadable, and why they are that.
-
-    Raises:
-        UserError: More than ``max_share`` of the images cannot be read.
-    """
+    """Decode every image once, all processes together; return the readable ones, and why others are not that."""
 
     def why(index: int) -> str | None:
         try:
@@ -357,9 +335,8 @@ def leave_out_unreadable(
     share = distributed.own_share(len(images.paths))
     is_bad = torch.zeros(len(images.paths), dtype=torch.int32)
     checked = map_ahead(why, share, max(1, num_threads))
-    for index, reason in zip(
-        share, progress(checked, show=show_progress, total=len(share), desc=f"check {what}", unit="image"), strict=True
-    ):
+    bar = progress(checked, show=show_progress, total=len(share), desc=f"check {what}", unit="image")
+    for index, reason in zip(share, bar, strict=True):
         is_bad[index] = reason is not None
     is_bad = distributed.all_reduce_sum(is_bad)
     reasons = [why(index) or images.paths[index] for index in is_bad.nonzero()[:, 0].tolist()]
@@ -392,15 +369,14 @@ class FolderImages(Images):
     def _decode(self, index: int) -> Tensor:
         return decode(os.fsdecode(self._paths[index]), self.transform.exif_rotation)
 
-    def _train_crop(self, index: int, epoch: int, px: int) -> Tensor:
-        image = self._decode(index)
-        [box], [mirror] = self.transform.train_boxes(epoch, np.array([index]), np.array([image.shape[1:]]))
-        how = InterpolationMode(self.transform.interpolation)
-        crop = functional.resized_crop(image, *box.tolist(), [px, px], how, antialias=True)
-        return self.transform.augment(crop.flip(2) if mirror else crop, epoch, index)
-
     def _train_crops(self, indices: np.ndarray, epoch: int, px: int) -> Tensor:
-        return torch.stack([self._train_crop(index, epoch, px) for index in indices.tolist()])
+        how, crops = InterpolationMode(self.transform.interpolation), []
+        for index in indices.tolist():
+            image = self._decode(index)
+            [box], [mirror] = self.transform.train_boxes(epoch, np.array([index]), np.array([image.shape[1:]]))
+            crop = functional.resized_crop(image, *box.tolist(), [px, px], how, antialias=True)
+            crops.append(self.transform.augment(crop.flip(2) if mirror else crop, epoch, index))
+        return torch.stack(crops)
 
     def _center_crops(self, indices: np.ndarray) -> Tensor:
         how = self.transform.eval_resize_px, self.transform.eval_px, self.transform.interpolation
@@ -458,9 +434,6 @@ _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 @contextlib.contextmanager
 def _stop_signals_blocked() -> Iterator[None]:
     """Delay stop signals; workers started meanwhile inherit that until they ignore them."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
     try:
         yield

@@ -24,20 +24,16 @@ WNID = re.compile(r"n\d{8}")
 def list_imagenet(
     root: str | Path, split: str, show_progress: bool = False, missing_classes: str = "refuse"
 ) -> ImageList:
-    """List the images of ``split`` below ``root``, or below ``root``'s ILSVRC/Data/CLS-LOC.
-
-    Raises:
-        UserError: Files are missing, classes are not wnids, or flat validation images have no reliable labels.
-    """
+    """List the images of ``split`` below ``root``, or below ``root``'s ILSVRC/Data/CLS-LOC."""
     root = Path(root)
     root = root / KAGGLE_FOLDER if (root / KAGGLE_FOLDER).is_dir() else root
     top, left_out = split_folder(root, split), LeftOut()
     _, folders, files = next(walk(top, left_out))
     beside = [file for file in files if is_image(file)]
     if split == "val" and beside and not folders:
+        count_other_files(files, left_out)
         inside = root.resolve()
         above = [inside.parents[2]] if inside.parts[-3:] == KAGGLE_FOLDER.parts else []
-        count_other_files(files, left_out)
         found = _label_flat(top, beside, left_out, [top, root, root / DEVKIT_FOLDER, *above])
     else:
         found = list_images(root, split, show_progress, missing_classes)
@@ -64,15 +60,14 @@ def _label_flat(top: Path, images: list[str], left_out: LeftOut, places: list[Pa
             f"allowed in {' or '.join(map(str, places[1:]))}: {' or '.join(GROUND_TRUTHS)} with the devkit's meta.mat"
         )
     wnid_of = read_devkit(truth) if truth.name == DEVKIT_TRUTH else read_wnids(truth)
-    unlabeled = [image for image in images if Path(image).stem not in wnid_of]
-    if unlabeled:
+    name_of = {image: Path(image).stem for image in images}
+    if unlabeled := [image for image, name in name_of.items() if name not in wnid_of]:
         raise UserError(f"{truth} does not label {len(unlabeled):,} images of {top}: {shown(unlabeled)}")
-    missing = sorted(wnid_of.keys() - {Path(image).stem for image in images})
-    if missing:
+    if missing := sorted(wnid_of.keys() - name_of.values()):
         raise UserError(f"{top} lacks {len(missing):,} of the {len(wnid_of):,} images in {truth}: {shown(missing)}")
-    images = sorted(images, key=lambda image: (wnid_of[Path(image).stem], image))
-    classes, labels = np.unique([wnid_of[Path(image).stem] for image in images], return_inverse=True)
-    return ImageList([f"{top}/{image}" for image in images], torch.from_numpy(labels), classes.tolist(), left_out)
+    labeled = sorted((wnid_of[name], f"{top}/{image}") for image, name in name_of.items())
+    classes, labels = np.unique([wnid for wnid, _ in labeled], return_inverse=True)
+    return ImageList([path for _, path in labeled], torch.from_numpy(labels), classes.tolist(), left_out)
 
 
 def read_wnids(path: Path) -> dict[str, str]:

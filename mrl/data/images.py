@@ -38,25 +38,13 @@ class Images(ABC):
 
     A batch is ``(images, labels)``: ``(B, 3, H, W)`` float32, normalized, channels_last, and ``(B,)`` int64, both on
     ``device``. `mrl.data.transforms` chooses the indices of each batch.
-
-    Args:
-        labels: ``(N,)`` int64, positions in ``classes``.
-        classes: Class names.
-        transform: Crops and normalization.
-        device: Where batches are wanted.
-
-    Attributes:
-        unreadable: Why images were left out, one sentence each.
-        held_out: Which images of the training set these are, as paths below data.root; None if they are not.
     """
 
     def __init__(self, labels: Tensor, classes: Sequence[str], transform: Transform, device: torch.device):
-        self.labels = labels
-        self.classes = list(classes)
-        self.transform = transform
-        self.device = device
-        self.unreadable: list[str] = []
-        self.held_out: list[str] | None = None
+        self.labels, self.classes = labels, list(classes)  # (N,) int64 positions in the class names
+        self.transform, self.device = transform, device
+        self.unreadable: list[str] = []  # why images were left out, one sentence each
+        self.held_out: list[str] | None = None  # which images of the training set these are, as paths below data.root
 
     def __len__(self) -> int:
         return len(self.labels)

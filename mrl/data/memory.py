@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
-from mrl.data.folder import CHECK, decode
-from mrl.data.images import Images, map_ahead
+from mrl.data.folder import CHECK, ImageList, decode
+from mrl.data.images import Images, cores_per_process, map_ahead
 from mrl.data.transforms import Transform, crop_and_resize, resize_and_center_crop
 from mrl.errors import UserError
 from mrl.progress import progress
@@ -45,35 +45,28 @@ class MemoryImages(Images):
         return functional.center_crop(self._take(indices), [self.transform.eval_px])
 
 
-def decode_images(
-    paths: Sequence[str],
-    px: int,
-    interpolation: str,
-    exif_rotation: str,
-    num_threads: int,
-    title: str,
-    show_progress: bool,
-) -> Tensor:
-    """Read images as ``(N, 3, px, px)`` uint8: shorter side resized to ``px``, center cut out.
+def read_into_memory(
+    found: ImageList, transform: Transform, device: torch.device, split: str, show_progress: bool
+) -> MemoryImages:
+    """Return image files as a split in memory: the shorter side resized, the center cut out."""
+    px = transform.eval_resize_px
+    images = torch.empty(len(found.paths), 3, px, px, dtype=torch.uint8)
 
-    Raises:
-        UserError: An image cannot be read.
-    """
-    images = torch.empty(len(paths), 3, px, px, dtype=torch.uint8)
-
-    def decode_some(start: int) -> int:
-        some = paths[start : start + IMAGES_PER_TASK]
-        for index, path in enumerate(some, start):
-            images[index] = resize_and_center_crop(decode(path, exif_rotation), px, px, interpolation)
+    def decode_some(some: range) -> int:
+        for index in some:
+            image = decode(found.paths[index], transform.exif_rotation)
+            images[index] = resize_and_center_crop(image, px, px, transform.interpolation)
         return len(some)
 
+    whole = range(len(images))
+    tasks = [whole[start : start + IMAGES_PER_TASK] for start in whole[::IMAGES_PER_TASK]]
     try:
-        with progress(show=show_progress, total=len(paths), desc=title, unit="image") as bar:
-            for done in map_ahead(decode_some, range(0, len(paths), IMAGES_PER_TASK), num_threads):
+        with progress(show=show_progress, total=len(images), desc=f"decode {split}", unit="image") as bar:
+            for done in map_ahead(decode_some, tasks, cores_per_process()):
                 bar.update(done)
     except UserError as error:
         raise UserError(f"{error}; {CHECK}") from error
-    return images
+    return MemoryImages(images, found.labels, found.classes, transform, device)
 
 
 def check_memory(num_images: int, px: int, device: torch.device) -> None:

@@ -28,35 +28,23 @@ from mrl.config import expand_home
 from mrl.errors import UserError
 from mrl.progress import progress
 
-NUM_SHARDS = 5
 OFFICIAL_FOLDER = "tiny-imagenet-200"
 # Only names of this form are written, so no archive can reach outside --out.
 IMAGE = re.compile(r"(train|val)/n\d{8}/\w[\w.-]*\.JPEG")
 
 
-def prepare(
-    source: Path, out: Path, shards: int | None = None, expected: tuple[int, int, int] = (200, 500, 50)
-) -> dict[str, int]:
-    """Fill the new folder ``out`` from the first ``shards`` of ``source`` (default: all); return images per split.
+def prepare(source: Path, out: Path, expected: tuple[int, int, int] = (200, 500, 50)) -> dict[str, int]:
+    """Fill the new folder ``out``; return images per split.
 
-    ``expected`` are the numbers of classes and of train and val images per class in all of the source.
-
-    Raises:
-        UserError: ``out`` exists, the source is not Tiny-ImageNet with that many images, or writing failed.
+    ``expected`` are the numbers of classes and of train and val images per class.
     """
-    num_classes, train_per_class, val_per_class = expected
+    num_classes, per_class = expected[0], {"train": expected[1], "val": expected[2]}
     if out.exists():
         raise UserError(f"{out} already exists; remove it, or give another --out")
     if not source.exists():
         raise UserError(f"--source {source} does not exist")
-    tars = sorted(source.glob("train-*.tar.gz"), key=lambda path: (len(path.name), path.name))
-    if shards is not None and not 1 <= shards <= len(tars):
-        allowed = f"; allowed: 1 to {len(tars)}, the" if tars else ", but there are no"
-        raise UserError(f"--shards is {shards}{allowed} train-*.tar.gz in {source}")
-    if tars:
-        train_per_class = train_per_class * len(tars[:shards]) // NUM_SHARDS
-    files = _files_in_shards(source, tars[:shards]) if tars else _official_files(source)
-    per_class = {"train": train_per_class, "val": val_per_class}
+    tars = [*sorted(source.glob("train-*.tar.gz")), source / "val.tar.gz"]
+    files = _files_in_shards(source, tars) if len(tars) > 1 else _official_files(source)
     counts: Counter[str] = Counter()
     unfinished = out.parent / f".{out.name}.{os.getpid()}.unfinished"
     try:
@@ -86,7 +74,7 @@ def _files_in_shards(source: Path, tars: list[Path]) -> Iterator[tuple[str, byte
     """Yield the name split/wnid/image and the content of each file."""
     if (source / "words.txt").is_file():
         yield "words.txt", (source / "words.txt").read_bytes()
-    for path in [*tars, source / "val.tar.gz"]:
+    for path in tars:
         with tarfile.open(path, "r|gz") as tar:
             for member in tar:
                 if member.isfile():
@@ -106,8 +94,7 @@ def _official_files(source: Path) -> Iterator[tuple[str, bytes]]:
             f"{source} is not Tiny-ImageNet; allowed: tiny-imagenet-200.zip, the folder it unpacks to (with train/ and "
             "val/val_annotations.txt), or a folder with train-0.tar.gz, ... and val.tar.gz"
         )
-    lines = read["val/val_annotations.txt"]().decode().splitlines()
-    val_wnids = dict(line.split("\t")[:2] for line in lines)
+    val_wnids = dict(line.split("\t")[:2] for line in read["val/val_annotations.txt"]().decode().splitlines())
     for name in read:
         match name.split("/"):
             case ["words.txt"]:
@@ -123,11 +110,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", type=Path, required=True, help="zip, unpacked folder, or folder of shards")
     parser.add_argument("--out", type=Path, required=True, help="folder to make, e.g. data/tiny_imagenet")
-    parser.add_argument("--shards", type=int, help="take only the first train shards (100 images a class each)")
     args = parser.parse_args(expand_home(argv))
 
     def prepare_and_count() -> None:
-        written = prepare(args.source, args.out, args.shards)
+        written = prepare(args.source, args.out)
         print(f"{args.out}: train {written['train']:,} + val {written['val']:,} images of 200 classes, counts checked")
 
     return distributed.run(prepare_and_count, f"stopped; nothing was left at {args.out}")

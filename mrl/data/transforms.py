@@ -37,9 +37,6 @@ def train_indices(
 
     Step s takes the global batch ``order[s * batch_size : (s + 1) * batch_size]``. Each process takes a contiguous
     share of it and splits that into ``accumulation_steps`` micro-batches. The last, incomplete batch is dropped.
-
-    Raises:
-        UserError: The global batch cannot be split evenly, or there are fewer images than one batch.
     """
     shares = world_size * accumulation_steps
     if batch_size % shares:

@@ -5,8 +5,8 @@
 
 The defaults are the paper's: longer side at most 500 px, half of the training images as JPEG of quality 90 and the
 other half as raw pixels, validation images raw. --out (default: ROOT/SPLIT.beton, where train.py looks for it)
-appears only once it is complete and has been read back; class names, counts and settings are in SPLIT.beton.json
-beside it. ImageNet takes about 350 GB for train and 25 GB for val.
+appears only once it is complete; class names, counts and settings are in SPLIT.beton.json beside it. ImageNet takes
+about 350 GB for train and 25 GB for val.
 """
 
 from __future__ import annotations
@@ -34,26 +34,17 @@ from mrl.errors import UserError
 from mrl.progress import progress
 from mrl.rundir import atomic_write_text
 
-NUM_READ_BACK = 100
 MIN_PAGE_BYTES = 8 << 20  # FFCV's default
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How images are stored: longer side at most ``max_px``, a share as JPEGs of a quality, the rest as raw pixels.
-
-    For ``exif_rotation`` see `mrl.config.DataConfig`.
-    """
+    """How images are stored: longer side at most ``max_px``, a share as JPEGs of a quality, the rest as raw pixels."""
 
     max_px: int = 500
     jpeg_share: float = 0.5
     quality: int = 90
-    exif_rotation: str = "apply"
-
-    def __post_init__(self) -> None:
-        for name, low, high in (("max_px", 32, 8192), ("jpeg_share", 0, 1), ("quality", 1, 100)):
-            if not low <= getattr(self, name) <= high:
-                raise UserError(f"--{name} is {getattr(self, name)}; allowed: {low} to {high}")
+    exif_rotation: str = "apply"  # see `mrl.config.DataConfig`
 
     def is_jpeg(self, index: int) -> bool:
         """Whether the image at ``index`` is stored as JPEG; those are spread evenly."""
@@ -61,22 +52,16 @@ class Settings:
 
 
 def write(images: ImageList, split: str, out: Path, settings: Settings, num_threads: int) -> FFCVFile:
-    """Write ``out`` and its description <out>.json; they appear after they have been read back.
-
-    Raises:
-        UserError: ``out`` exists, FFCV is not installed, an image cannot be read, or writing failed.
-    """
-    check_out(out)
+    """Write ``out`` and its description <out>.json; they appear after they have been opened and checked."""
     unfinished = out.with_name(f".{out.name}.unfinished")
     counts = images.labels.bincount(minlength=len(images.classes)).tolist()
     description: dict[str, Any] = {"split": split, "classes": images.classes, "counts": counts}
-    description["settings"] = asdict(settings)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         _write_file(unfinished, images, settings, num_threads)
-        description["num_bytes"] = unfinished.stat().st_size
+        description |= {"settings": asdict(settings), "num_bytes": unfinished.stat().st_size}
         atomic_write_text(Path(f"{unfinished}.json"), json.dumps(description) + "\n")
-        _read_back(FFCVFile(unfinished), images, settings)
+        FFCVFile(unfinished)
         os.replace(f"{unfinished}.json", f"{out}.json")
         os.replace(unfinished, out)
     except OSError as error:
@@ -85,13 +70,6 @@ def write(images: ImageList, split: str, out: Path, settings: Settings, num_thre
         unfinished.unlink(missing_ok=True)
         Path(f"{unfinished}.json").unlink(missing_ok=True)
     return FFCVFile(out)
-
-
-def check_out(out: Path) -> None:
-    """Check that FFCV is installed and ``out`` does not exist."""
-    import_ffcv()
-    if out.exists():
-        raise UserError(f"{out} already exists; remove it, or give another --out")
 
 
 def encode(images: ImageList, settings: Settings, index: int) -> tuple[Any, np.ndarray]:
@@ -149,50 +127,37 @@ def _write_file(path: Path, images: ImageList, settings: Settings, num_threads: 
         os.fsync(file.fileno())
 
 
-def _read_back(file: FFCVFile, images: ImageList, settings: Settings) -> None:
-    """Check every label, and a sample of the images against encoding them again."""
-    intact = np.array_equal(file.labels, images.labels)
-    for index in np.unique(np.linspace(0, len(images.paths) - 1, NUM_READ_BACK).astype(int)).tolist():
-        file.decode(index, file.scratch())
-        if not intact or not np.array_equal(file.stored(index), encode(images, settings, index)[1]):
-            raise UserError(f"{images.paths[index]} was written with wrong bytes or label; is the disk sound?")
-
-
 def main(argv: list[str] | None = None) -> int:
     """Write a split from a command line; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", type=Path, required=True, help="folder that holds train/<class>/ and val/<class>/")
-    parser.add_argument("--split", choices=("train", "val"), required=True)
-    parser.add_argument(
-        "--name",
-        choices=("folder", "imagenet"),
-        default="folder",
-        help="as data.name: imagenet also reads a flat val/ with its ground truth, and checks that classes are wnids",
-    )
-    parser.add_argument("--out", type=Path, help="file to make; default: ROOT/SPLIT.beton")
-    parser.add_argument("--max_px", type=int, default=500, help="longer side at most, in pixels; default: 500")
-    parser.add_argument("--jpeg_share", type=float, help="share stored as JPEG; default: 0.5 for train, 0 for val")
-    parser.add_argument("--quality", type=int, default=90, help="JPEG quality, 1 to 100; default: 90")
-    parser.add_argument("--exif_rotation", choices=("apply", "ignore"), default="apply", help="as data.exif_rotation")
-    parser.add_argument(
-        "--missing_classes", choices=("refuse", "allow"), default="refuse", help="as data.missing_classes"
-    )
-    parser.add_argument("--max_unreadable", type=float, default=0.0, help="as data.max_unreadable")
-    parser.add_argument(
-        "--num_threads", type=int, default=cores_per_process(), help="images encoded at once; default: the CPU cores"
-    )
+    add = parser.add_argument
+    add("--root", type=Path, required=True, help="folder that holds train/<class>/ and val/<class>/")
+    add("--split", choices=("train", "val"), required=True)
+    names = "as data.name: imagenet also reads a flat val/ with its ground truth, and checks that classes are wnids"
+    add("--name", choices=("folder", "imagenet"), default="folder", help=names)
+    add("--out", type=Path, help="file to make; default: ROOT/SPLIT.beton")
+    add("--max_px", type=int, default=500, help="longer side at most, in pixels; default: 500")
+    add("--jpeg_share", type=float, help="share stored as JPEG; default: 0.5 for train, 0 for val")
+    add("--quality", type=int, default=90, help="JPEG quality, 1 to 100; default: 90")
+    add("--exif_rotation", choices=("apply", "ignore"), default="apply", help="as data.exif_rotation")
+    add("--missing_classes", choices=("refuse", "allow"), default="refuse", help="as data.missing_classes")
+    add("--max_unreadable", type=float, default=0.0, help="as data.max_unreadable")
+    cores = cores_per_process()
+    add("--num_threads", type=int, default=cores, help="images encoded at once; default: the CPU cores")
     args = parser.parse_args(expand_home(argv))
     out = args.out or args.root / f"{args.split}.beton"
 
     def list_and_write() -> None:
-        default_share = 0.5 if args.split == "train" else 0.0
-        jpeg_share = default_share if args.jpeg_share is None else args.jpeg_share
-        settings = Settings(args.max_px, jpeg_share, args.quality, args.exif_rotation)
-        if args.num_threads < 1:
-            raise UserError(f"--num_threads is {args.num_threads}; allowed: 1 or more")
-        if not 0 <= args.max_unreadable < 1:
-            raise UserError(f"--max_unreadable is {args.max_unreadable}; allowed: 0 to below 1")
-        check_out(out)  # before a million files are listed
+        share = args.jpeg_share if args.jpeg_share is not None else 0.5 if args.split == "train" else 0.0
+        args.jpeg_share = share
+        settings = Settings(args.max_px, share, args.quality, args.exif_rotation)
+        limits = {"max_px": (32, 8192), "jpeg_share": (0, 1), "quality": (1, 100), "num_threads": (1, 1024)}
+        for name, (low, high) in {**limits, "max_unreadable": (0, 0.99)}.items():
+            if not low <= getattr(args, name) <= high:
+                raise UserError(f"--{name} is {getattr(args, name)}; allowed: {low} to {high}")
+        import_ffcv()
+        if out.exists():  # asked before a million files are listed
+            raise UserError(f"{out} already exists; remove it, or give another --out")
         list_split = list_imagenet if args.name == "imagenet" else list_images
         images = list_split(args.root, args.split, True, args.missing_classes)
         if args.max_unreadable > 0:
@@ -202,8 +167,7 @@ def main(argv: list[str] | None = None) -> int:
         written = write(images, args.split, out, settings, args.num_threads)
         print(
             f"{out}: {len(written.labels):,} images of {len(written.classes):,} classes, "
-            f"{out.stat().st_size / 2**30:.2f} GiB, labels and a sample of the pixels checked"
-            f"{describe_left_out(images.left_out)}"
+            f"{out.stat().st_size / 2**30:.2f} GiB{describe_left_out(images.left_out)}"
         )
 
     return distributed.run(list_and_write, f"stopped; nothing was left at {out}")

@@ -19,9 +19,6 @@ def check_fit(model: MatryoshkaClassifier, config: Config, micro_batch_size: int
 
     On a GPU with as many images as in training, so that a full memory shows now, on a CPU with two. The model does not
     change.
-
-    Raises:
-        UserError: One of them failed; the message names the setting, and what makes it work if that was found.
     """
     on_gpu = next(model.parameters()).device.type == "cuda"
     num_images = micro_batch_size if on_gpu else min(2, micro_batch_size)
@@ -66,8 +63,8 @@ def _try(model: MatryoshkaClassifier, num_images: int, key: str, px: int, precis
 
 def _remedy(model: MatryoshkaClassifier, config: Config, micro_batch_size: int) -> str:
     """Return the first change of settings that was found to work, as the end of a sentence, or ""."""
-    wanted, data = config.model, config.data
-    given, sizes = wanted.kwargs, _sizes(config)
+    wanted, data, sizes = config.model, config.data, _sizes(config)
+    given, largest = wanted.kwargs, max(px for _, px in sizes)
 
     def attempt(kwargs: dict[str, Any], sizes: list[tuple[str, int]] = sizes) -> None:
         # With its weights, which do not fit all arguments.
@@ -75,17 +72,19 @@ def _remedy(model: MatryoshkaClassifier, config: Config, micro_batch_size: int) 
         for key, px in sizes:
             _try(build_model(backbone, 2), 2, key, px)
 
+    def yaml_of(kwargs: dict[str, Any]) -> str:
+        return yaml.safe_dump(kwargs, default_flow_style=True, width=math.inf, sort_keys=False).strip()
+
     if micro_batch_size == 1 and works(attempt, given):
         return (
             f"; BatchNorm needs more than one image at a time: raise data.batch_size, now {data.batch_size}, or lower "
             f"train.accumulation_steps, now {config.train.accumulation_steps}, or the number of processes"
         )
     if culprit := find_culprit(attempt, given):
-        return f"; take {_yaml(culprit)} out of model.kwargs"
-    largest = max(px for _, px in sizes)
+        return f"; take {yaml_of(culprit)} out of model.kwargs"
     for more in ({"img_size": largest}, {"dynamic_img_size": True}, {"strict_img_size": False}):
         if works(attempt, kwargs := {**given, **more}):
-            return f"; give --model.kwargs '{_yaml(kwargs)}'"
+            return f"; give --model.kwargs '{yaml_of(kwargs)}'"
     own = given.get("img_size", model.backbone.pretrained_cfg["input_size"][-1])  # type: ignore[index]
     if isinstance(own, int) and works(attempt, given, [("data.train_px", own), ("data.eval_px", own)]):
         resize = max(own, round(own * data.eval_resize_px / data.eval_px))
@@ -93,19 +92,22 @@ def _remedy(model: MatryoshkaClassifier, config: Config, micro_batch_size: int) 
     return ""
 
 
-def _yaml(kwargs: dict[str, Any]) -> str:
-    return yaml.safe_dump(kwargs, default_flow_style=True, width=math.inf, sort_keys=False).strip()
-
-
-def notes(config: Config, device: torch.device) -> list[str]:
-    """Return sentences on settings that work, but perhaps not as the user expects."""
-    found, data = [], config.data
+def notes(config: Config, device: torch.device, num_images: int, batch_size: int, warmup_epochs: float) -> list[str]:
+    """Return sentences on settings that were changed, or work, but perhaps not as the user expects."""
+    found, data, precision = [], config.data, config.train.precision
+    if batch_size < data.batch_size:
+        found.append(
+            f"batch cut from {data.batch_size} to {batch_size} images, so that an epoch of {num_images:,} images has "
+            f"{data.min_steps_per_epoch} steps or more"
+        )
+    if warmup_epochs < config.optim.warmup_epochs:
+        found.append(f"warm-up shortened from {config.optim.warmup_epochs:g} to {warmup_epochs:g} epochs")
     own = images_of_weights(config.model.backbone, config.model.init)
     if own and not np.allclose([own["mean"], own["std"]], [data.mean, data.std], atol=1e-3):
         found.append(
             f"note: data.mean {list(data.mean)} and data.std {list(data.std)} are not those of the weights in "
             f"model.init, {list(own['mean'])} and {list(own['std'])}"
         )
-    if config.train.precision == "bf16" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+    if precision == "bf16" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         found.append("note: this GPU has no bfloat16 arithmetic; --train.precision fp16 is faster")
     return found

@@ -31,6 +31,7 @@ from mrl.engine import FastForward, good_batch_size
 from mrl.errors import UserError
 from mrl.model import MatryoshkaClassifier
 from mrl.retrieval.embeddings import EmbeddingMetadata, embed_split
+from mrl.rundir import hold
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -40,8 +41,7 @@ class Trunk(nn.Module):
 
     def __init__(self, backbone: nn.Module, whole: bool):
         super().__init__()
-        self.backbone = backbone
-        self.whole = whole
+        self.backbone, self.whole = backbone, whole
 
     def outputs(self, images: Tensor) -> Tensor:
         """Return what the tail reads."""
@@ -69,17 +69,10 @@ class _Pooled(nn.Module):
 
 
 def split_frozen(model: MatryoshkaClassifier, px: int) -> tuple[Trunk, MatryoshkaClassifier]:
-    """Cut ``model`` in front of its first trainable layer, so that ``tail(trunk.outputs(x)) == model(x)``.
+    """Cut a frozen ``model`` in front of its first trainable layer, so that ``tail(trunk.outputs(x)) == model(x)``.
 
-    Trunk and tail share their parameters with ``model``: training the tail trains the model.
-
-    Args:
-        model: Frozen by `mrl.model.freeze`.
-        px: Side of the images in pixels, with which the cut is checked.
-
-    Raises:
-        UserError: Nothing is frozen in front of the trainable layers, a frozen layer follows a trainable one, or the
-            backbone's layers do not run one after the other.
+    Trunk and tail share their parameters with ``model``: training the tail trains the model. The cut is checked with
+    images of ``px`` pixels.
     """
     backbone = model.backbone
     layers = _layers(backbone)
@@ -101,8 +94,22 @@ def split_frozen(model: MatryoshkaClassifier, px: int) -> tuple[Trunk, Matryoshk
             setattr(tail.backbone, name, None)  # the class token and position embedding of a ViT
     else:
         trunk, tail = Trunk(backbone, whole=True), MatryoshkaClassifier(_Pooled(model.width), model.head)
-    _check(model, trunk, tail, px)
-    return trunk, tail
+    device, training = next(model.parameters()).device, model.training
+    images = torch.randn(2, 3, px, px, device=device, generator=torch.Generator(device).manual_seed(0))
+    for part in (model, trunk, tail):
+        part.eval()
+    try:
+        with torch.no_grad():
+            if not torch.allclose(tail.embed(trunk.outputs(images)), model.embed(images), atol=1e-4, rtol=1e-3):
+                raise RuntimeError("the parts give another embedding")
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise UserError(
+            "train.cache_views: the layers of this backbone do not run one after the other "
+            f"({str(error).splitlines()[0]}); give 0"
+        ) from error
+    model.train(training)
+    tail.train(training)
+    return trunk.eval(), tail
 
 
 def _layers(backbone: nn.Module, prefix: str = "") -> list[str]:
@@ -123,56 +130,56 @@ def _without(backbone: nn.Module, names: Sequence[str]) -> nn.Module:
     return part
 
 
-@torch.no_grad()
-def _check(model: MatryoshkaClassifier, trunk: Trunk, tail: MatryoshkaClassifier, px: int) -> None:
-    device = next(model.parameters()).device
-    images = torch.randn(2, 3, px, px, device=device, generator=torch.Generator(device).manual_seed(0))
-    training = model.training
-    for part in (model, trunk, tail):
-        part.eval()
-    try:
-        if not torch.allclose(tail.embed(trunk.outputs(images)), model.embed(images), atol=1e-4, rtol=1e-3):
-            raise RuntimeError("the parts give another embedding")
-    except (RuntimeError, TypeError, AttributeError) as error:
-        raise UserError(
-            "train.cache_views: the layers of this backbone do not run one after the other "
-            f"({str(error).splitlines()[0]}); give 0"
-        ) from error
-    model.train(training)
-    tail.train(training)
-    trunk.eval()
+class TrunkCache:
+    """A model cut into its frozen trunk, whose outputs are stored, and its trainable ``tail``.
+
+    Args:
+        model: Frozen by `mrl.model.freeze`, on the device of ``process``.
+        directory: Where outputs are stored, for all runs with the same frozen layers.
+        precision: fp32, bf16 or fp16: of the stored numbers.
+    """
+
+    def __init__(self, model: MatryoshkaClassifier, config: Config, directory: Path, precision: str, process: Process):
+        self.trunk, self.tail = split_frozen(model, config.data.eval_px)
+        self.num_views, self.directory, self.process = config.train.cache_views, directory, process
+        self.engines: dict[int, FastForward] = {}  # by the side of the images in pixels
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.trunk.state_dict().items()):
+            digest.update(name.encode() + tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        self.metadata = EmbeddingMetadata(
+            checkpoint_sha256=digest.hexdigest(),
+            dataset=config.data.name,
+            split="",
+            resize_px=config.data.eval_resize_px,
+            crop_px=config.data.eval_px,
+            normalization=f"mean {config.data.mean}, std {config.data.std}",
+            interpolation=config.data.interpolation,
+            flip=False,
+            classes_sha256="",
+            precision=precision,
+        )
+
+    def images(self, split: str, images: Images) -> CachedImages:
+        """Return the batches of a split that the tail reads; ``split`` is train, val, or the name of other images."""
+        return CachedImages(self, split, images)
+
+    def shape(self, px: int) -> tuple[int, ...]:
+        """Return the shape of what the tail reads of one image."""
+        with torch.inference_mode():
+            return tuple(self.trunk.outputs(torch.zeros(1, 3, px, px, device=self.process.device)).shape[1:])
 
 
 class CachedImages:
-    """A split as a trunk's outputs: the batches that the tail reads in place of images.
+    """A split as a trunk's outputs, which the tail reads in place of images.
 
-    Outputs are computed when they are first asked for and stored in ``directory``, which several runs may share.
-
-    Args:
-        images: The split.
-        split: train, val, or the name of other images.
-        num_views: Epoch e reads the crops and flips of epoch ``e % num_views``.
-        trunk: In eval mode, on the device of ``images``.
-        metadata: Of the split, with the hash of the trunk's weights. The numbers are stored in its precision.
-        engines: Of the trunk, by the side of the images in pixels, shared by all splits.
+    They are computed when they are first asked for. Epoch e reads the crops and flips of epoch ``e % num_views``.
     """
 
-    def __init__(
-        self,
-        images: Images,
-        num_views: int,
-        trunk: Trunk,
-        directory: Path,
-        metadata: EmbeddingMetadata,
-        process: Process,
-        engines: dict[int, FastForward],
-    ):
+    def __init__(self, cache: TrunkCache, split: str, images: Images):
         self.labels, self.classes = images.labels, images.classes
-        self._images, self._num_views, self._trunk = images, num_views, trunk
-        self._directory, self._metadata, self._process = directory, metadata, process
-        self._engines = engines
+        self._cache, self._images = cache, images
+        self._metadata = dataclasses.replace(cache.metadata, split=split, classes_sha256=images.sha256())
         self._outputs: dict[str, np.ndarray] = {}
-        self._shapes: dict[int, tuple[int, ...]] = {}
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -187,22 +194,22 @@ class CachedImages:
 
     def view(self, epoch: int, px: int) -> np.ndarray:
         """Return the stored outputs for the random crops of an epoch ``(N, F)``, computed if need be."""
-        view, transform = epoch % self._num_views, self._images.transform
-        crops = _View(self._images, view, px)
-        return self._stored(f"{self._metadata.split}_view{view}", crops, px, dataclasses.asdict(transform))
+        view = epoch % self._cache.num_views
+        crops = dataclasses.asdict(self._images.transform)
+        return self._stored(f"_view{view}", _View(self._images, self.labels, view, px), px, crops)
 
     def center(self, flip: bool = False) -> np.ndarray:
         """Return the stored outputs for the center crops ``(N, F)``, computed if need be."""
-        name, px = self._metadata.split + "_flip" * flip, self._images.transform.eval_px
-        return self._stored(name, self._images, px, {}, flip)
+        return self._stored("_flip" * flip, self._images, self._images.transform.eval_px, {}, flip)
 
-    def _stored(self, name: str, images: EvalImages, px: int, crops: dict[str, Any], flip: bool = False) -> np.ndarray:
-        if name in self._outputs:
-            return self._outputs[name]
-        metadata, process = dataclasses.replace(self._metadata, flip=flip), self._process
+    def _stored(self, view: str, images: EvalImages, px: int, crops: dict[str, Any], flip: bool = False) -> np.ndarray:
+        if view in self._outputs:
+            return self._outputs[view]
+        cache, process = self._cache, self._cache.process
+        metadata = dataclasses.replace(self._metadata, flip=flip)
         key = hashlib.sha256(json.dumps([dataclasses.asdict(metadata), px, crops]).encode()).hexdigest()
-        directory = self._directory / f"{name}_{key[:12]}"
-        width, dtype = math.prod(self._shape(px)), DTYPES[metadata.precision]
+        directory = cache.directory / f"{metadata.split}{view}_{key[:12]}"
+        width, dtype = math.prod(cache.shape(px)), DTYPES[metadata.precision]
         size = width * dtype.itemsize * len(self) / 2**30
 
         def report(engine: str) -> None:
@@ -211,23 +218,18 @@ class CachedImages:
                     f"computing the frozen layers once, with {engine}: {directory}, {size:.2f} GiB for each view"
                 )
 
-        forward = self._engines.setdefault(px, FastForward(self._trunk, len(self) * self._num_views, report))
-        batch_size = good_batch_size(process.device)
-        with _locked(directory, process):
+        forward = cache.engines.setdefault(px, FastForward(cache.trunk, len(self) * cache.num_views, report))
+        lock = directory.with_suffix(".lock")  # runs that start together share what one of them computes
+        cache.directory.mkdir(parents=True, exist_ok=True)
+        lock.touch()
+        with hold(lock, patient=True) if process.is_main else contextlib.nullcontext():
+            batch_size = good_batch_size(process.device)
             found = embed_split(directory, metadata, images, forward, width, process, batch_size, dtype)
-        self._outputs[name] = found.vectors
+        self._outputs[view] = found.vectors
         return found.vectors
 
-    def _shape(self, px: int) -> tuple[int, ...]:
-        """Return the shape of what the tail reads of one image."""
-        if px not in self._shapes:
-            with torch.inference_mode():
-                images = torch.zeros(1, 3, px, px, device=self._process.device)
-                self._shapes[px] = tuple(self._trunk.outputs(images).shape[1:])
-        return self._shapes[px]
-
     def _batches(self, outputs: np.ndarray, px: int, indices: Sequence[np.ndarray]) -> Iterator[tuple[Tensor, Tensor]]:
-        shape, device = self._shape(px), self._process.device
+        shape, device = self._cache.shape(px), self._cache.process.device
         for batch in indices:
             out = torch.from_numpy(outputs[batch]).view(DTYPES[self._metadata.precision]).to(device).float()
             if len(shape) == 3:
@@ -235,83 +237,17 @@ class CachedImages:
             yield out.view(-1, *shape), self.labels[torch.from_numpy(np.asarray(batch))].to(device)
 
 
+@dataclasses.dataclass
 class _View:
     """The random crops of one epoch, in the order of `embed_split`."""
 
-    def __init__(self, images: Images, epoch: int, px: int):
-        self.labels = images.labels
-        self._images, self._epoch, self._px = images, epoch, px
+    images: Images
+    labels: Tensor
+    epoch: int
+    px: int
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.images)
 
     def eval_batches(self, indices: Sequence[np.ndarray], flip: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
-        return self._images.train_batches(indices, self._epoch, self._px)
-
-
-@contextlib.contextmanager
-def _locked(directory: Path, process: Process) -> Iterator[None]:
-    """Let one run at a time compute what is in ``directory``, so that runs which start together share it."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    if not process.is_main:
-        yield
-        return
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with directory.with_suffix(".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            tqdm.write(f"waiting for another run that computes {directory}")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-class TrunkCache:
-    """A model cut into its frozen trunk, whose outputs are stored, and its trainable ``tail``.
-
-    Args:
-        model: Frozen by `mrl.model.freeze`, on the device of ``process``.
-        config: Of the run.
-        directory: Where outputs are stored, for all runs with the same frozen layers.
-        precision: fp32, bf16 or fp16: of the stored numbers.
-
-    Raises:
-        UserError: As `split_frozen`.
-    """
-
-    def __init__(
-        self,
-        model: MatryoshkaClassifier,
-        config: Config,
-        directory: Path,
-        precision: str,
-        process: Process,
-    ):
-        self._trunk, self.tail = split_frozen(model, config.data.eval_px)
-        self._num_views, self._directory, self._process = config.train.cache_views, directory, process
-        self._engines: dict[int, FastForward] = {}
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self._trunk.state_dict().items()):
-            digest.update(name.encode() + tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-        self._metadata = EmbeddingMetadata(
-            checkpoint_sha256=digest.hexdigest(),
-            dataset=config.data.name,
-            split="",
-            resize_px=config.data.eval_resize_px,
-            crop_px=config.data.eval_px,
-            normalization=f"mean {config.data.mean}, std {config.data.std}",
-            interpolation=config.data.interpolation,
-            flip=False,
-            classes_sha256="",
-            precision=precision,
-        )
-
-    def images(self, split: str, images: Images) -> CachedImages:
-        """Return the batches of a split that the tail reads."""
-        metadata = dataclasses.replace(self._metadata, split=split, classes_sha256=images.sha256())
-        where = self._directory, metadata, self._process
-        return CachedImages(images, self._num_views, self._trunk, *where, self._engines)
+        return self.images.train_batches(indices, self.epoch, self.px)

@@ -8,7 +8,6 @@ import math
 import secrets
 import signal
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
@@ -75,7 +74,11 @@ class Tracker(contextlib.AbstractContextManager):
         self.batch_size = batch_size
         self.wandb_run: Any = None
         if is_main:
-            self.rows_before = [row for row in _read_rows(self.path) if row["step"] <= start_step]
+            rows = []
+            for line in self.path.read_text().splitlines() if self.path.exists() else []:
+                with contextlib.suppress(json.JSONDecodeError):  # the last line of a killed run
+                    rows.append(json.loads(line))
+            self.rows_before = [row for row in rows if row["step"] <= start_step]
             atomic_write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows_before))
             self.file = self.path.open("a")
             self.bar = progress(total=total_steps * batch_size, initial=start_step * batch_size, unit="image", delay=0)
@@ -133,16 +136,6 @@ class Tracker(contextlib.AbstractContextManager):
             self.wandb_run.finish(exit_code=int(kind is not None))
 
 
-def _read_rows(path: Path) -> list[dict[str, Any]]:
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:  # the last line of a killed run
-            break
-    return rows
-
-
 class StopSignals(contextlib.AbstractContextManager):
     """Receives SIGINT and SIGTERM; true after the first, whose number is ``number``.
 
@@ -150,18 +143,14 @@ class StopSignals(contextlib.AbstractContextManager):
     """
 
     number = 0
-    _waiting_since = math.inf
+    _is_waiting = False
 
     def __enter__(self) -> StopSignals:
-        numbers = {signal.SIGINT: self._stop, signal.SIGTERM: self._stop}
-        if hasattr(signal, "SIGALRM"):  # not on Windows
-            numbers[signal.SIGALRM] = self._end_a_wait
-        self._before = {number: signal.signal(number, handler) for number, handler in numbers.items()}
+        handlers = {signal.SIGINT: self._stop, signal.SIGTERM: self._stop, signal.SIGALRM: self._end_the_wait}
+        self._before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         return self
 
     def __exit__(self, *_: object) -> None:
-        if hasattr(signal, "SIGALRM"):
-            signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -170,24 +159,24 @@ class StopSignals(contextlib.AbstractContextManager):
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Let a signal end what runs inside if that takes longer than ten seconds: raise KeyboardInterrupt(number)."""
-        self._waiting_since = time.monotonic()
+        """Raise KeyboardInterrupt(number) in what runs inside ten seconds after a signal, if it takes so long."""
+        self._is_waiting = True
+        signal.setitimer(signal.ITIMER_REAL, SECONDS_TO_WAIT * bool(self))
         try:
             yield
         finally:
-            self._waiting_since = math.inf
+            self._is_waiting = False
+            signal.setitimer(signal.ITIMER_REAL, 0)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         if self.number and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.number = self.number or number
-        if hasattr(signal, "SIGALRM"):
-            signal.setitimer(signal.ITIMER_REAL, 0.01, 0.5)
+        if not self.number:
+            self.number = number
+            signal.setitimer(signal.ITIMER_REAL, SECONDS_TO_WAIT * self._is_waiting)
 
-    def _end_a_wait(self, number: int, frame: FrameType | None) -> None:
-        if time.monotonic() - self._waiting_since > SECONDS_TO_WAIT:
-            self._waiting_since = math.inf
-            raise KeyboardInterrupt(self.number)
+    def _end_the_wait(self, number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt(self.number)
 
 
 @contextlib.contextmanager
