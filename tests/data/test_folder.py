@@ -6,7 +6,6 @@ import signal
 import struct
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +15,7 @@ from PIL import Image
 from torchcodec.encoders import JpegEncoder, PngEncoder
 
 from mrl.data import build_data
-from mrl.data.folder import LeftOut, decode, describe_left_out, find_images, list_images, warn_once
-from mrl.data.folder import _start_worker as start_worker
+from mrl.data.folder import decode, describe_left_out, list_images, warn_once
 from mrl.data.transforms import train_indices
 from mrl.errors import UserError
 
@@ -31,20 +29,18 @@ def touch(folder, *names):
         (folder / name).write_bytes(b"")
 
 
-def test_images_are_listed_by_class_then_path(tmp_path):
-    touch(tmp_path / "train", "b/2.png", "b/10.JPEG", "a/x.jpg", "a/deeper/y.webp", "c/z.PNG")
+def test_images_are_listed_by_class_then_path_and_other_files_counted(tmp_path):
+    """Names of any bytes, links to classes; hidden files are not counted."""
+    strange, latin = os.fsdecode(b"caf\xe9\n1.jpg"), os.fsdecode(b"caf\xe9")
+    touch(tmp_path / "train", "b/2.png", "b/10.JPEG", "a/x.jpg", "a/deeper/y.webp", f"a/{strange}", f"{latin}/z.PNG")
+    touch(tmp_path / "train", "a/notes.txt", "a/Thumbs.db", "a/.2.png", "a/.DS_Store", "readme.md")
+    touch(tmp_path / "elsewhere", "5.jpg")
+    (tmp_path / "train" / "z").symlink_to(tmp_path / "elsewhere")
     found = list_images(tmp_path, "train")
-    expected = ["a/x.jpg", "a/deeper/y.webp", "b/10.JPEG", "b/2.png", "c/z.PNG"]
+    expected = [f"a/{strange}", "a/x.jpg", "a/deeper/y.webp", "b/10.JPEG", "b/2.png", f"{latin}/z.PNG", "z/5.jpg"]
     assert found.paths == [str(tmp_path / "train" / name) for name in expected]
-    assert found.labels.tolist() == [0, 0, 1, 1, 2] and found.labels.dtype == torch.int64
-    assert found.classes == ["a", "b", "c"]
-    assert find_images(tmp_path / "train", LeftOut()) == expected
-
-
-def test_stray_files_are_counted_and_hidden_ones_are_not(tmp_path):
-    touch(tmp_path / "train", "a/1.png", "a/notes.txt", "a/Thumbs.db", "a/.2.png", "a/.DS_Store", "readme.md")
-    found = list_images(tmp_path, "train")
-    assert found.classes == ["a"] and len(found.paths) == 1
+    assert found.labels.tolist() == [0, 0, 0, 1, 1, 2, 3] and found.labels.dtype == torch.int64
+    assert found.classes == ["a", "b", "caf\\xe9", "z"]
     assert describe_left_out(found.left_out) == "; left out: 3 files of other types (.db, .md, .txt)"
 
 
@@ -55,28 +51,25 @@ RECYCLER Previews.lrdata
 """
 
 
-@pytest.mark.parametrize("tool", [*TOOL_NAMES.split(), "System Volume Information"])
-def test_folders_of_tools_are_skipped_and_counted_at_any_depth(tmp_path, tool):
+def test_folders_of_tools_are_skipped_and_counted_at_any_depth(tmp_path):
+    tools = [*TOOL_NAMES.split(), "System Volume Information"]
     touch(tmp_path / "train", "a/1.png", "b/2.png", "b/deep/3.png")
-    touch(tmp_path / "train", f"{tool}/a/1.png", f"b/{tool}/2.png/thumb.jpg", f"b/deep/{tool}/3.png")
+    for tool in tools:
+        touch(tmp_path / "train", f"{tool}/a/1.png", f"b/{tool}/2.png/thumb.jpg", f"b/deep/{tool}/3.png")
     found = list_images(tmp_path, "train")
     assert found.classes == ["a", "b"] and len(found.paths) == 3
-    assert describe_left_out(found.left_out) == f"; left out: 3 folders of tools ({tool})"
+    assert describe_left_out(found.left_out).startswith(f"; left out: {3 * len(tools)} folders of tools (")
 
 
 def test_classes_one_or_more_folders_deeper_are_refused_with_the_tree_they_should_be_in(tmp_path):
     for depth in ("images", "all/images"):
         root = tmp_path / depth.replace("/", "_")
         touch(root / "train", f"{depth}/cat/1.png", f"{depth}/dog/2.png")
-        message = (
-            f"{root}/train must hold one folder per class, but it holds a single one, {depth}, with the folders cat"
-        )
-        with pytest.raises(UserError, match=f"{message}, dog in it; .*{root}/train/cat/"):
+        message = f"{root}/train must hold one folder per class, but it holds a single one, {depth}, with the folders"
+        with pytest.raises(UserError, match=f"{message} cat, dog in it; .*{root}/train/cat/"):
             list_images(root, "train")
     touch(tmp_path / "c" / "photos" / "train", "a/1.png", "b/1.png")
-    with pytest.raises(
-        UserError, match=f"if you mean the one in {tmp_path}/c/photos, give --data.root {tmp_path}/c/ph"
-    ):
+    with pytest.raises(UserError, match=f"if you mean .* {tmp_path}/c/photos, give --data.root {tmp_path}/c/ph"):
         list_images(tmp_path / "c", "train")
     touch(tmp_path / "d" / "train", "a/deep/1.png", "b/deep/1.png")  # classes may have folders of their own
     assert list_images(tmp_path / "d", "train").classes == ["a", "b"]
@@ -85,13 +78,9 @@ def test_classes_one_or_more_folders_deeper_are_refused_with_the_tree_they_shoul
 def test_images_beside_class_folders_are_counted_and_refused_where_they_are_most(tmp_path):
     touch(tmp_path / "train", "a/1.png", "b/2.png", "3.png", "4.png")
     found = list_images(tmp_path, "train")
-    assert (
-        describe_left_out(found.left_out) == "; left out: 2 images beside the class folders" and len(found.paths) == 2
-    )
+    assert describe_left_out(found.left_out) == "; left out: 2 images beside the class folders"
     touch(tmp_path / "train", "5.png")
-    with pytest.raises(
-        UserError, match="train has 3 images beside its class folders and only 2 in them; .*move the oth"
-    ):
+    with pytest.raises(UserError, match="train has 3 images beside its class folders and only 2 in them"):
         list_images(tmp_path, "train")
 
 
@@ -106,32 +95,12 @@ def test_class_names_are_compared_in_one_unicode_form(tmp_path):
         list_images(tmp_path, "val")
 
 
-def test_a_class_name_that_is_not_utf_8_is_shown_by_its_bytes(tmp_path):
-    touch(tmp_path / "train", os.fsdecode(b"caf\xe9") + "/1.png", "a/1.png")
-    found = list_images(tmp_path, "train")
-    assert found.classes == ["a", "caf\\xe9"] and os.path.exists(found.paths[1])
-
-
-def test_names_of_any_bytes_are_listed_and_linked_classes_followed(tmp_path):
-    name = os.fsdecode(b"caf\xe9\n1.jpg")  # Latin-1, and a line break
-    touch(tmp_path / "train", f"a/{name}")
-    touch(tmp_path / "elsewhere", "5.jpg")
-    (tmp_path / "train" / "b").symlink_to(tmp_path / "elsewhere")
-    assert list_images(tmp_path, "train").paths == [f"{tmp_path}/train/a/{name}", f"{tmp_path}/train/b/5.jpg"]
-
-
 @pytest.mark.parametrize(
     ("files", "split", "message"),
     [
         ([], "train", "data.root is '{root}', which is not a folder"),
-        (
-            ["train/a/1.png", "valid/a/1.png"],
-            "val",
-            "^{root}/val is missing; .* holds train, valid; .*val_share",
-        ),
-        ([f"{name}/a/1.png" for name in "abcdefgh"], "val", "holds a, b, c, d, e and 3 more"),
+        (["train/a/1.png", "valid/a/1.png"], "val", "^{root}/val is missing; .* holds train, valid; .*val_share"),
         (["train/1.png", "train/2.png"], "train", "train has no class folders, only 1.png, 2.png; put the images into"),
-        (["train/.hidden"], "train", "train has no class folders, only nothing; put the images into"),
         (["train/a/1.png", "train/b/x.txt"], "train", "class folder {root}/train/b has no images; allowed: .jpg"),
     ],
 )
@@ -141,28 +110,17 @@ def test_what_is_missing_is_named(tmp_path, files, split, message):
         list_images(tmp_path / "root", split)
 
 
-def test_a_folder_that_cannot_be_listed_is_named(tmp_path):
-    with pytest.raises(UserError, match=f"^{tmp_path}/gone cannot be listed: No such file or directory$"):
-        find_images(tmp_path / "gone", LeftOut())
-
-
 def colors():
     return np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
 
 
 @pytest.mark.parametrize("extension", ["png", "bmp", "tiff", "ppm"])
-def test_lossless_formats_are_read_exactly(tmp_path, extension):
-    path = tmp_path / f"image.{extension}"
-    Image.fromarray(colors()).save(path)
-    assert np.array_equal(decode(str(path)).numpy(), colors().transpose(2, 0, 1))
-
-
-def test_gray_and_palette_images_become_rgb(tmp_path):
-    for mode in ("L", "P", "1"):
-        image = Image.fromarray(colors()).convert(mode)
-        image.save(tmp_path / "image.png")
-        expected = np.asarray(image.convert("RGB")).transpose(2, 0, 1)
-        assert np.array_equal(decode(str(tmp_path / "image.png")).numpy(), expected)
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_lossless_formats_are_read_exactly(tmp_path, extension, mode):
+    image = Image.fromarray(colors()).convert(mode)
+    image.save(tmp_path / f"image.{extension}")
+    expected = np.asarray(image.convert("RGB")).transpose(2, 0, 1)
+    assert np.array_equal(decode(str(tmp_path / f"image.{extension}")).numpy(), expected)
 
 
 def transparent(mode):
@@ -185,11 +143,6 @@ def test_transparency_is_laid_over_white(tmp_path, mode, extension):
     path = tmp_path / f"drawing.{extension}"
     transparent(mode).save(path, **({"lossless": True} if extension == "webp" else {}))
     assert decode(str(path)).tolist() == [[[0, 255], [255, 255]]] * 3
-
-
-def test_half_transparent_pixels_are_half_white(tmp_path):
-    Image.fromarray(np.full((1, 1, 4), (200, 100, 0, 51), dtype=np.uint8)).save(tmp_path / "x.png")
-    assert decode(str(tmp_path / "x.png")).flatten().tolist() == [244, 224, 204]  # 255 + (c - 255) / 5
 
 
 RAMP = np.array([[0, 257, 32768, 65535]], dtype=np.uint16)
@@ -216,19 +169,10 @@ def test_images_of_more_than_eight_bits_give_the_same_picture(tmp_path, name, pi
     assert decode(str(path)).tolist() == [[[0, 1, 128, 255]]] * 3
 
 
-def test_twelve_bit_pgms_are_scaled_by_their_largest_value(tmp_path):
-    (tmp_path / "x.pgm").write_bytes(b"P5 3 1 4095\n" + np.array([0, 2048, 4095], dtype=">u2").tobytes())
-    assert decode(str(tmp_path / "x.pgm"))[0].tolist() == [[0, 128, 255]]
-
-
 @pytest.mark.parametrize(
     ("pixels", "reason"),
     [
-        (
-            np.array([[-1.0, 0.5]], dtype=np.float32),
-            "its pixels are floats from -1 to 0.5; allowed: 0 .black. to 1 .white.",
-        ),
-        (np.array([[0.0, 255]], dtype=np.float32), "floats from 0 to 255"),
+        (np.array([[0.0, 255]], dtype=np.float32), "its pixels are floats from 0 to 255; allowed: 0 .black. to 1"),
         (np.array([[0.0, np.nan]], dtype=np.float32), "floats from nan to nan"),
         (np.array([[-5, 900]], dtype=np.int32), "signed integers, of which none is defined as white"),
     ],
@@ -240,7 +184,7 @@ def test_pixels_without_a_defined_range_are_refused_with_the_path(tmp_path, pixe
 
 
 @pytest.mark.parametrize("extension", ["jpg", "png", "webp", "tif"])
-@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("orientation", [1, 2, 3, 6, 7, 8])
 def test_images_are_turned_upright_or_taken_as_stored(tmp_path, extension, orientation):
     stored = np.zeros((16, 32, 3), dtype=np.uint8)
     stored[:8, :16] = 255  # white in one corner
@@ -266,7 +210,7 @@ def test_a_jpeg_without_its_end_marker_is_read_and_one_without_pixels_is_not(tmp
         with pytest.warns(UserWarning, match="a JPEG file has no end marker, but all of its pixels"):
             assert torch.equal(decode(str(path)), whole)
         assert torch.equal(decode(str(path)), whole)  # without another warning, which would be an error
-    for cut in (10, 100, len(content) // 2):
+    for cut in (10, len(content) // 2, len(content)):
         path.write_bytes(content[:-cut])
         with pytest.raises(UserError, match=f"^{path} cannot be read as an image"):
             decode(str(path))
@@ -293,13 +237,6 @@ def test_pillow_decodes_the_same_pixels_where_torchcodec_cannot_be_loaded(tmp_pa
     assert torch.equal(decode(str(tmp_path / "x.jpg")), found)
 
 
-def test_decoding_calls_nothing_that_is_deprecated(tmp_path):
-    Image.fromarray(colors()).save(tmp_path / "x.png")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert np.array_equal(decode(str(tmp_path / "x.png")).numpy(), colors().transpose(2, 0, 1))
-
-
 def test_cmyk_jpegs_and_pngs_called_jpeg_are_read(tmp_path):
     # Both occur in ImageNet.
     Image.new("CMYK", (32, 32), (0, 255, 255, 0)).save(tmp_path / "cmyk.JPEG")
@@ -312,31 +249,10 @@ def test_cmyk_jpegs_and_pngs_called_jpeg_are_read(tmp_path):
     assert np.array_equal(decode(str(path)).numpy(), colors().transpose(2, 0, 1))
 
 
-def test_a_jpeg_is_decoded_as_pil_does_to_within_rounding(tmp_path):
-    path = tmp_path / "é 1.jpg"
-    smooth = torch.nn.functional.interpolate(torch.rand(1, 3, 5, 5) * 255, (40, 60))[0].to(torch.uint8)
-    JpegEncoder(smooth).to_file(path)
-    expected = np.asarray(Image.open(path).convert("RGB")).transpose(2, 0, 1).astype(int)
-    assert abs(decode(str(path)).numpy() - expected).max() <= 3
-
-
-def test_a_file_that_is_gone_is_named(tmp_path):
-    with pytest.raises(UserError, match=f"^{tmp_path}/gone.png cannot be read as an image"):
-        decode(str(tmp_path / "gone.png"))
-
-
 @pytest.fixture
 def train(two_classes):
     """Return the 7 training images by the folder backend with a number of workers."""
     return lambda num_workers: build_data(two_classes.config(num_workers=num_workers), 0, CPU, is_main=False)["train"]
-
-
-@pytest.mark.parametrize("num_workers", [1, 2])
-def test_the_number_of_workers_changes_nothing(train, num_workers):
-    batches = train_indices(7, 2, 0, 0)
-    both = (train(number).train_batches(batches, 0, 32) for number in (0, num_workers))
-    for one, other in zip(*both, strict=True):
-        assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -358,26 +274,18 @@ def test_a_corrupt_image_names_its_path_and_ends_the_workers(two_classes, train,
         build_data(two_classes.config(backend="memory"), 0, CPU, is_main=False)
 
 
-def test_workers_ignore_stop_signals(train):
-    batches = train(2).train_batches([np.array([index % 7]) for index in range(40)], 0, 32)
+def test_workers_give_the_same_batches_and_ignore_stop_signals(train):
+    indices = [np.array([index % 7]) for index in range(40)]
+    batches, alone = (train(number).train_batches(indices, 0, 32) for number in (2, 0))
     before = set(multiprocessing.active_children())
-    next(batches)
+    assert torch.equal(next(batches)[0], next(alone)[0])
     workers = set(multiprocessing.active_children()) - before
     assert len(workers) == 2
     for worker in workers:
         os.kill(worker.pid, signal.SIGTERM)
         os.kill(worker.pid, signal.SIGINT)
-    assert len(list(batches)) == 39
-
-
-def test_workers_that_are_still_starting_ignore_stop_signals(train, monkeypatch):
-    def stopped_at_once(worker):
-        os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGINT)
-        start_worker(worker)
-
-    monkeypatch.setattr("mrl.data.folder._start_worker", stopped_at_once)
-    assert len(list(train(2).train_batches([np.array([index]) for index in range(7)], 0, 32))) == 7
+    for one, other in zip(batches, alone, strict=True):
+        assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
 
 
 def test_a_process_ends_although_a_pass_is_unfinished(two_classes):

@@ -4,7 +4,7 @@ import torch
 
 from mrl.config import DataConfig
 from mrl.data import build_data, list_splits
-from mrl.data.imagenet import list_imagenet, read_wnids
+from mrl.data.imagenet import list_imagenet
 from mrl.errors import UserError
 
 CPU = torch.device("cpu")
@@ -39,7 +39,8 @@ def write_solution(folder):
 
 
 def write_list(folder):
-    (folder / "val_wnids.txt").write_text("".join(f"{name_of(n)}.JPEG {wnid}\n" for n, wnid in VAL.items()))
+    lines = [f"x/{name_of(n)}.JPEG{', '[n % 2]}{wnid} and more\r\n" for n, wnid in VAL.items()]
+    (folder / "val_wnids.txt").write_text("".join(lines))
 
 
 def write_devkit(folder):
@@ -141,9 +142,8 @@ def test_a_devkit_that_is_incomplete_or_damaged_is_refused(flat):
     write_devkit(flat)
     truth = flat / "ILSVRC2012_validation_ground_truth.txt"
     whole = truth.read_text()
-    for wrong in ("9", "0", "n01440764", ""):
-        truth.write_text(wrong + "\n" + whole)
-        assert f"line 1 of {truth} is {wrong!r}; allowed: an ILSVRC2012_ID" in refused(flat)
+    truth.write_text("9\n" + whole)
+    assert f"line 1 of {truth} is '9'; allowed: an ILSVRC2012_ID" in refused(flat)
     truth.write_text(whole)
     (flat / "meta.mat").write_bytes((flat / "meta.mat").read_bytes()[:200])
     assert f"{flat}/meta.mat is not the ILSVRC2012 devkit's" in refused(flat)
@@ -164,8 +164,3 @@ def test_class_folders_must_be_complete_and_named_by_wnid(flat):
     (flat / "val" / WNIDS[0]).mkdir()
     (flat / "val" / f"{name_of(1)}.JPEG").rename(flat / "val" / WNIDS[0] / f"{name_of(1)}.JPEG")
     assert "val has 6 images beside its class folders" in refused(flat)
-
-
-def test_commas_and_spaces_separate_alike(tmp_path):
-    (tmp_path / "list").write_text("x/b.JPEG n00000002\na,n00000001 3 4\r\n")
-    assert read_wnids(tmp_path / "list") == {"b": "n00000002", "a": "n00000001"}

@@ -6,7 +6,6 @@ import random
 import numpy as np
 import pytest
 import torch
-from PIL import ImageOps
 from timm.data.auto_augment import rand_augment_transform
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
@@ -14,7 +13,6 @@ from torchvision.transforms.v2 import functional
 from mrl.config import DataConfig
 from mrl.data.transforms import (
     Transform,
-    _posterize,
     crop_and_resize,
     eval_indices,
     normalize,
@@ -53,13 +51,7 @@ def test_the_order_depends_on_seed_and_epoch_only():
         assert (expected == order(1000, seed, epoch)).sum() < 10  # unrelated permutations agree in 1 place on average
 
 
-def test_an_image_is_equally_likely_anywhere_in_the_order():
-    places = [int(np.flatnonzero(order(50, 0, epoch) == 0)[0]) // 5 for epoch in range(2000)]
-    counts = np.bincount(places, minlength=10)
-    assert ((counts - 200) ** 2 / 200).sum() < 27.9  # chi-square, 9 degrees of freedom, 99.9 %
-
-
-@pytest.mark.parametrize(("world_size", "accumulation_steps"), [(1, 1), (2, 1), (1, 3), (2, 3), (4, 2)])
+@pytest.mark.parametrize(("world_size", "accumulation_steps"), [(1, 1), (2, 3), (4, 2)])
 def test_all_processes_together_take_the_same_global_batches(world_size, accumulation_steps):
     shares = [train_indices(100, 24, 7, 1, rank, world_size, accumulation_steps) for rank in range(world_size)]
     assert {len(share) for share in shares} == {4 * accumulation_steps}
@@ -69,12 +61,7 @@ def test_all_processes_together_take_the_same_global_batches(world_size, accumul
         assert together.tolist() == order(100, 7, 1)[step * 24 : (step + 1) * 24].tolist()
 
 
-def test_the_incomplete_last_batch_is_dropped():
-    batches = train_indices(10, 4, seed=0, epoch=0)
-    assert [len(batch) for batch in batches] == [4, 4] and len(set(np.concatenate(batches))) == 8
-
-
-@pytest.mark.parametrize("start_step", [0, 1, 3, 4])
+@pytest.mark.parametrize("start_step", [1, 4])
 def test_starting_in_mid_epoch_gives_the_tail(start_step):
     whole = train_indices(100, 24, 7, 1, rank=1, world_size=2, accumulation_steps=3)
     tail = train_indices(100, 24, 7, 1, rank=1, world_size=2, accumulation_steps=3, start_step=start_step)
@@ -104,16 +91,6 @@ def test_evaluation_counts_every_image_once_for_any_world_size(num_images, world
     assert all(0 < len(batch) <= batch_size and batch.dtype == np.int64 for batch in batches)
     sizes = [sum(map(len, share)) for share in shares]
     assert max(sizes) - min(sizes) <= 1
-
-
-def test_random_numbers_are_even_and_independent():
-    uniforms = transform()._uniforms(0, np.arange(20_000))
-    assert uniforms.min() >= 0 and uniforms.max() < 1
-    # Standard errors here: 0.002 for a mean, 0.007 for a correlation.
-    assert abs(uniforms.mean(axis=0) - 0.5).max() < 0.012
-    assert abs(np.corrcoef(uniforms.T) - np.eye(uniforms.shape[1])).max() < 0.04
-    streams = [transform(seed)._uniforms(epoch, np.arange(3)) for seed in (0, 1) for epoch in (0, 1)]
-    assert len(np.unique(streams)) == 2 * 2 * uniforms[:3].size
 
 
 def test_a_crop_does_not_depend_on_its_batch():
@@ -158,10 +135,6 @@ def test_if_no_try_fits_the_center_is_taken(height, width, ratio, box):
     assert (boxes == box).all()
 
 
-def test_full_scale_and_ratio_one_crop_nothing_of_a_square_image():
-    assert (boxes_of(100, 64, 64, scale=(1, 1), ratio=(1, 1))[0] == [0, 0, 64, 64]).all()
-
-
 def test_half_of_the_images_are_mirrored_or_none():
     assert abs(boxes_of(10_000, 64, 64)[1].mean() - 0.5) < 0.02
     assert not boxes_of(1000, 64, 64, flip=False)[1].any()
@@ -177,13 +150,6 @@ def test_resampling_agrees_with_torchvision(height, width, out_px):
         expected = functional.resized_crop(image, *box, size=[out_px, out_px], antialias=True)
         expected = functional.horizontal_flip(expected) if mirror else expected
         torch.testing.assert_close(out, expected, atol=1e-5, rtol=0)
-
-
-def test_pixels_outside_the_box_change_nothing():
-    image, box, mirrored = torch.rand(1, 3, 20, 30), np.array([[4, 6, 9, 11]]), np.array([False])
-    changed = torch.full_like(image, 99)
-    changed[:, :, 4:13, 6:17] = image[:, :, 4:13, 6:17]
-    assert torch.equal(crop_and_resize(image, box, mirrored, 7), crop_and_resize(changed, box, mirrored, 7))
 
 
 @pytest.mark.gpu
@@ -239,10 +205,3 @@ def test_every_operation_works_at_every_strength(image, kind, strength):
     config = DataConfig(rand_augment=f"rand-n9-p1{strength}{kind}")
     for index in range(5):
         assert transform(rand_augment=config.rand_augment).augment(image, 0, index).shape == image.shape
-
-
-@pytest.mark.parametrize("bits", range(1, 9))
-def test_posterizing_is_pillows_for_the_bits_that_pillow_allows(image, bits):
-    picture = functional.to_pil_image(image)
-    assert _posterize(picture, bits).tobytes() == ImageOps.posterize(picture, bits).tobytes()
-    assert not any(_posterize(picture, 0).tobytes())
