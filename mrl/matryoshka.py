@@ -37,11 +37,7 @@ def default_nesting_list(width: int) -> tuple[int, ...]:
 
 
 def check_nesting_list(nesting_list: Sequence[int], width: int | None = None) -> tuple[int, ...]:
-    """Return the nesting list as a tuple. A list that ends below ``width`` is allowed, with a warning.
-
-    Raises:
-        UserError: It is empty, not strictly ascending, holds anything but positive integers, or exceeds ``width``.
-    """
+    """Return the nesting list as a tuple. A list that ends below ``width`` is allowed, with a warning."""
     dims, given = tuple(nesting_list), list(nesting_list)
     if not dims or any(isinstance(dim, bool) or not isinstance(dim, int) or dim < 1 for dim in dims):
         raise UserError(f"the nesting list is {given}; allowed are one or more positive integers, e.g. [8, 16, 32]")
@@ -59,11 +55,7 @@ def check_nesting_list(nesting_list: Sequence[int], width: int | None = None) ->
 
 
 def prefix(z: Tensor, dim: int) -> Tensor:
-    """Return the first ``dim`` coordinates of ``z``: ``(..., D) -> (..., dim)``, a view, not normalized.
-
-    Raises:
-        UserError: ``dim`` is not between 1 and D.
-    """
+    """Return the first ``dim`` coordinates of ``z``: ``(..., D) -> (..., dim)``, a view, not normalized."""
     if not 1 <= dim <= z.shape[-1]:
         raise UserError(f"cannot take {dim} dims of an embedding of width {z.shape[-1]}; allowed: 1 to {z.shape[-1]}")
     return z[..., :dim]
@@ -73,9 +65,6 @@ def unit_prefix(z: Tensor, dim: int) -> Tensor:
     """Return the first ``dim`` coordinates, then scaled to unit norm in float32: ``(..., D) -> (..., dim)``.
 
     The order matters: a prefix of a unit vector is not a unit vector. Retrieval at any dim uses this function.
-
-    Raises:
-        UserError: ``dim`` is not between 1 and D.
     """
     return F.normalize(prefix(z, dim).float(), dim=-1)
 
@@ -98,9 +87,6 @@ class NestedLinear(nn.Module):
         nesting_list: Prefix dims, strictly ascending.
         num_classes: Number of classes C.
         tied: Share one weight ``(C, D)`` and one bias between all dims (MRL-E; algorithm 2 of the paper).
-
-    Raises:
-        UserError: The nesting list is not valid; see `check_nesting_list`.
     """
 
     def __init__(self, nesting_list: Sequence[int], num_classes: int, tied: bool = False):
@@ -138,18 +124,12 @@ def nested_cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float 
 
 
 def check_weights(weights: Sequence[float] | None, nesting_list: Sequence[int]) -> tuple[float, ...]:
-    """Return the relative importance c_m of each prefix as a tuple; 1 each when ``weights`` is None.
-
-    Raises:
-        UserError: There is not one weight per prefix, one is negative or not finite, or all are 0.
-    """
+    """Return the relative importance c_m of each prefix as a tuple; 1 each when ``weights`` is None."""
     if weights is None:
         return (1.0,) * len(nesting_list)
     if len(weights) != len(nesting_list):
-        raise UserError(
-            f"{len(weights)} loss weights {list(weights)} for {len(nesting_list)} prefix dims {list(nesting_list)}; "
-            "give one per dim"
-        )
+        given, dims = f"{len(weights)} loss weights {list(weights)}", f"{len(nesting_list)} prefix dims"
+        raise UserError(f"{given} for {dims} {list(nesting_list)}; give one per dim")
     if not all(0 <= weight < float("inf") for weight in weights) or not any(weights):
         raise UserError(f"loss weights {list(weights)} must be finite, 0 or more, and not all 0")
     return tuple(float(weight) for weight in weights)
@@ -167,9 +147,6 @@ class MatryoshkaLoss(nn.Module):
         loss_fn: Returns a scalar from embeddings ``(B, m)`` and the keyword arguments.
         nesting_list: Prefix dims, strictly ascending.
         weights: Relative importance c_m of each dim; 1 each when None.
-
-    Raises:
-        UserError: The dims or weights are not valid, or a positional argument is not an embedding.
     """
 
     weights: Tensor

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import math
 import os
 import platform
 import re
@@ -70,10 +69,7 @@ def checkpoint_path(directory: Path) -> Path:
 
 
 def check_run(directory: Path, resume: str, config_yaml: str, default_yaml: str) -> None:
-    """Check that a run may start or resume in ``directory``, without writing anything.
-
-    A run that ended before its first checkpoint is no obstacle.
-    """
+    """Check that a run may start or resume in ``directory``; one that ended before a checkpoint is no obstacle."""
     resuming, trained = checkpoint_path(directory).exists(), (directory / "model.safetensors").exists()
     if directory.exists() and not directory.is_dir():
         raise UserError(f"{directory} is a file, so it cannot be the run directory; choose another --run.name")
@@ -132,19 +128,17 @@ def hold(path: Path, patient: bool = False) -> Iterator[None]:
     """Keep other processes from working in the folder ``path``; the lock ends with this process."""
     folder, deadline = os.open(path, os.O_RDONLY), time.monotonic() + SECONDS_OF_ORPHANS
     try:
-        with contextlib.suppress(OSError):  # a disk without locks
-            while True:
-                try:
-                    fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError as error:
-                    if patient and deadline < math.inf:
-                        print(f"waiting for another run that holds {path}", flush=True)
-                        deadline = math.inf
-                    if time.monotonic() > deadline:
-                        message = f"another process is training in {path}; wait for its end, or choose another"
-                        raise UserError(f"{message} --run.name") from error
-                    time.sleep(0.2)
+        while True:
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() > deadline and not patient:
+                    way_out = "wait for its end, or choose another --run.name"
+                    raise UserError(f"another process is training in {path}; {way_out}") from error
+                time.sleep(0.2)
+            except OSError:  # a disk without locks
+                break
         yield
     finally:
         with contextlib.suppress(OSError):
@@ -165,25 +159,21 @@ def load_checkpoint(directory: Path) -> dict[str, Any] | None:
         return None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["format"] == CHECKPOINT_FORMAT:
-            return state
-        problem = f"format {state['format']!r}, not {CHECKPOINT_FORMAT!r}"
+        if state["format"] != CHECKPOINT_FORMAT:
+            raise ValueError(f"format {state['format']!r}, not {CHECKPOINT_FORMAT!r}")
+        return state
     except Exception as error:
-        problem = repr(error).splitlines()[0]
-    raise UserError(
-        f"{path} is truncated or not a checkpoint of this version ({problem}); restore it from a copy, or delete the "
-        "run directory to start again"
-    )
+        problem = f"is truncated or not a checkpoint of this version ({repr(error).splitlines()[0]})"
+        way_out = "restore it from a copy, or delete the run directory to start again"
+        raise UserError(f"{path} {problem}; {way_out}") from error
 
 
 def check_data(directory: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     """Check that a resumed run has as many images, the same classes and the same backend as before."""
     before = now | before
     if before != now:
-        old, new = (
-            f"{data['num_images']:,} images of {len(data['classes'])} classes, read by the {data['backend']} backend"
-            for data in (before, now)
-        )
+        said = "{num_images:,} images of {0} classes, read by the {backend} backend"
+        old, new = (said.format(len(data["classes"]), **data) for data in (before, now))
         other = " (other classes)" if before["classes"] != now["classes"] else ""
         raise UserError(
             f"{directory} was trained on {old}; now there are {new}{other}. Give the same data, and "
@@ -195,8 +185,8 @@ def record_start(directory: Path, step: int, world_size: int, micro_batch_size: 
     """Add this start to provenance.json; a resumed run has several, perhaps on different machines."""
     path = directory / "provenance.json"
     starts = json.loads(path.read_text()) if step > 0 and path.exists() else []
-    start = {"start_step": step, "command": sys.argv, "folder": os.getcwd(), **provenance(world_size)}
-    start["micro_batch_size"] = micro_batch_size
+    start = {"start_step": step, "command": sys.argv, "folder": os.getcwd(), "micro_batch_size": micro_batch_size}
+    start |= provenance(world_size)
     atomic_write_text(path, json.dumps([*starts, start], indent=2) + "\n")
 
 

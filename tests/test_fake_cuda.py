@@ -17,15 +17,13 @@ from torch.overrides import TorchFunctionMode
 
 import mrl
 import train
-from mrl import distributed
+from mrl import distributed, rundir
 from mrl.config import parse_command_line
 from mrl.data.memory import DIGIT_CLASSES, MemoryImages
 from mrl.data.transforms import Transform, _per_row
 from mrl.distributed import Process
-from mrl.errors import UserError
 from mrl.model import build_backbone, build_model
 from mrl.studies.classification import predict
-from mrl.training.logging import MetricAccumulator
 
 DIMS, CUDA = (8, 16, 32, 96), torch.device("cuda")
 
@@ -79,10 +77,6 @@ def answers(monkeypatch):
     _per_row.cache_clear()  # of fake tensors
 
 
-def autocast():
-    return torch.autocast("cuda", torch.bfloat16)
-
-
 def make_model(tied=False):
     with CUDA:
         return build_model(build_backbone("test_resnet", stem_stride=2, blurpool=True), 10, DIMS, tied)
@@ -103,7 +97,7 @@ def test_the_loop_stays_on_the_gpu(tmp_path, monkeypatch, answers, tied):
     """train.py's own loop, with all that may act on a batch; only files are not written."""
     monkeypatch.setattr(train, "build_data", lambda *_: {"train": make_images(), "val": make_images()})
     checkpoints = []
-    monkeypatch.setattr(train, "save_checkpoint", lambda _, content: checkpoints.append(content))
+    monkeypatch.setattr(rundir, "save_checkpoint", lambda _, content: checkpoints.append(content))
     monkeypatch.setattr(train, "save_model", lambda *_: None)
     monkeypatch.setattr(torch.nn.Module, "to", move)
     monkeypatch.setattr(distributed, "agree", lambda _: True)
@@ -118,27 +112,6 @@ def test_the_loop_stays_on_the_gpu(tmp_path, monkeypatch, answers, tied):
     [content] = checkpoints
     assert {value.device.type for value in content["model"].values()} == {"cuda"}
     assert content["step"] == 2 and of(content["sums"]) == ("cuda", torch.float64, (3, 2))
-
-
-def test_logits_are_in_bfloat16_and_losses_in_float32_on_the_gpu():
-    with autocast():
-        logits = make_model()(torch.randn(8, 3, 32, 32, device=CUDA))
-        losses = mrl.nested_cross_entropy(logits, torch.arange(8, device=CUDA), label_smoothing=0.1)
-    assert of(logits) == ("cuda", torch.bfloat16, (4, 8, 10)) and of(losses) == ("cuda", torch.float32, (4,))
-
-
-def test_the_sums_of_a_step_are_kept_on_the_gpu_and_checked_there():
-    sums = MetricAccumulator(DIMS, CUDA)
-    logits, labels = torch.randn(4, 8, 10, device=CUDA), torch.arange(8, device=CUDA)
-    sums.add(logits, labels, torch.randn(4, device=CUDA))
-    assert of(sums.values) == ("cuda", torch.float64, (4, 4))
-    with pytest.raises(UserError, match=r"not finite for prefix sizes \[8, 16, 32, 96\]"):
-        sums.check_finite(step=3, batch_size=8)
-
-
-def test_validation_stays_on_the_gpu():
-    scores = train.validate(make_model(), make_images(), 4, Process(0, 1, CUDA), autocast())
-    assert scores.keys() == {f"{key}/{dim}" for key in ("val_loss", "top_1") for dim in DIMS}
 
 
 def test_matryoshka_loss_follows_the_embeddings():

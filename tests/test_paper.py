@@ -48,10 +48,6 @@ def test_costs_of_adaptive_retrieval_follow_from_its_sizes():
         assert row.cost == pytest.approx((row.shortlist_dim * 1_281_167 + 200 * row.rerank_dim) / 1e6, abs=0.02)
 
 
-def test_the_histogram_and_the_never_correct_make_a_whole():
-    assert sum(values("table_22").values()) + values("table_22_never")[None] == pytest.approx(100, abs=0.01)
-
-
 def test_every_row_is_marked_as_the_papers_and_no_point_stands_twice():
     rows = paper_rows("imagenet")
     assert {(row.run, row.dataset) for row in rows} == {("paper", "imagenet")}

@@ -31,12 +31,6 @@ def test_a_log_file_gets_whole_lines_now_and_then_and_at_the_end(monkeypatch, se
     assert text.count("a line\n") == 3 and "inner" not in text, "no bar of less than two seconds"
 
 
-def test_a_bar_that_is_not_shown_writes_nothing(monkeypatch):
-    log = log_to(monkeypatch, 0)
-    assert list(progress(range(3), show=False, delay=0)) == [0, 1, 2]
-    assert log.getvalue() == ""
-
-
 def test_a_terminal_gets_a_line_that_moves(monkeypatch):
     terminal = io.StringIO()
     terminal.isatty = lambda: True

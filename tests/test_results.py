@@ -10,17 +10,7 @@ from mrl.results import Source, method_name, read_rows, text_table, write_rows
 SOURCE = Source("digits", "run_a", 3, 32, 28, False)
 ROWS = [
     SOURCE.row("classification", "MRL", "top_1", 1 / 3, 360, dim=8),
-    SOURCE.row(
-        "adaptive_retrieval",
-        "MRL",
-        "map@10",
-        1.0,
-        360,
-        shortlist_dim=8,
-        shortlist_size=200,
-        cost=10.24,
-        ms_per_query=0.5,
-    ),
+    SOURCE.row("adaptive_retrieval", "MRL", "map@10", 1.0, 360, shortlist_dim=8, shortlist_size=200, cost=10.24),
     dataclasses.replace(SOURCE, run="läufe/b", flip=True).row("classification", "FF", "top_1", 0.0, 1, dim=2048),
 ]
 
@@ -55,13 +45,6 @@ def test_rows_come_back_as_they_were_written_and_those_of_classes_from_a_table_o
     assert read_rows(path) == ROWS, "no class of earlier rows stays"
 
 
-def test_a_source_gives_its_fields_to_every_row_and_nothing_else():
-    row = ROWS[1]
-    assert {field: getattr(row, field) for field in dataclasses.asdict(SOURCE)} == dataclasses.asdict(SOURCE)
-    assert (row.dim, row.shortlist_dim, row.shortlist_size, row.rerank_dim) == (None, 8, 200, None)
-    assert [(row.cost, row.ms_per_query) for row in ROWS] == [(None, None), (10.24, 0.5), (None, None)]
-
-
 @pytest.mark.parametrize("value", [-0.1, 1.1, 66.63, float("nan")])
 def test_a_value_that_is_not_a_share_is_refused(value):
     with pytest.raises(UserError, match="from 0 to 1"):
@@ -82,11 +65,11 @@ def changed(**changes):
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        (changed(accuracy=0.5, zest=1), r"unknown keys \['accuracy', 'zest'\]"),
-        (changed(n="gone", seed="gone"), r"missing keys \['n', 'seed'\]"),
-        (changed(value="0.5"), "value is '0.5'"),
+        (changed(accuracy=0.5), "unexpected keyword argument 'accuracy'"),
+        (changed(n="gone", seed="gone"), "missing 2 .* 'n' and 'seed'"),
+        (changed(value="0.5"), "is '0.5'; allowed are values from 0 to 1"),
         (changed(value=50.0), "from 0 to 1"),
-        (changed()[:40], "not JSON"),
+        (changed()[:40], "Expecting"),
         ("[1, 2]", "list"),
     ],
 )
@@ -94,9 +77,10 @@ def test_a_line_that_is_not_a_row_is_refused_with_its_number(tmp_path, line, sai
     path = tmp_path / "results.jsonl"
     write_rows(ROWS[:1], path)
     path.write_text(path.read_text() + line + "\n")
-    with pytest.raises(UserError, match=said) as error:
+    with pytest.raises(UserError, match=f"results.jsonl, line 2 is not a row: .*{said}"):
         read_rows(path)
-    assert "line 2" in str(error.value) or said == "from 0 to 1"
+    with pytest.raises(UserError, match=r"none\.jsonl does not exist"):
+        read_rows(tmp_path / "none.jsonl")
 
 
 def test_rows_written_before_a_column_existed_have_none_in_it(tmp_path):
@@ -107,7 +91,7 @@ def test_rows_written_before_a_column_existed_have_none_in_it(tmp_path):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda text: text.replace("group", "class"), "but has .*class"),
+        (lambda text: text.replace("group", "class"), "but it has .*class"),
         (lambda text: text.replace("0.5", "half"), "half"),
         (lambda text: text.replace("0.5", "50"), "from 0 to 1"),
     ],
@@ -118,11 +102,6 @@ def test_a_class_table_that_holds_no_rows_is_refused(tmp_path, change, said):
     table.write_text(change(table.read_text()))
     with pytest.raises(UserError, match=said):
         read_rows(tmp_path / "results.jsonl")
-
-
-def test_a_file_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"none\.jsonl does not exist"):
-        read_rows(tmp_path / "none.jsonl")
 
 
 def test_the_table_has_a_line_per_run_and_a_column_per_size():
@@ -139,13 +118,3 @@ def test_the_table_has_a_line_per_run_and_a_column_per_size():
         ["MRL", "mrl", "98.77", "100.00", "0.00"],
         ["FF", "ff8", "50.00", "-", "-"],
     ]
-
-
-def test_studies_metrics_and_datasets_get_a_table_each():
-    other = dataclasses.replace(SOURCE, dataset="tiny_imagenet")
-    rows = [
-        source.row(study, "MRL", metric, 0.5, 9, dim=8)
-        for source in (SOURCE, other)
-        for study, metric in (("classification", "top_1"), ("classification", "top_5"), ("retrieval", "top_1"))
-    ]
-    assert text_table(rows).count("n = 9") == 6

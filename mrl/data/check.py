@@ -17,7 +17,7 @@ from pathlib import Path
 from mrl import distributed
 from mrl.config import DataConfig, expand_home
 from mrl.data import align_classes, cores_per_process
-from mrl.data.folder import BESIDE, LeftOut, decode_and_mend, describe_left_out, find_images, list_images
+from mrl.data.folder import BESIDE, LeftOut, describe_left_out, find_fault, find_images, list_images
 from mrl.data.imagenet import list_imagenet
 from mrl.data.images import map_ahead
 from mrl.errors import UserError
@@ -30,7 +30,7 @@ def check(folder: Path, name: str, num_threads: int) -> int:
         raise UserError(f"{folder} is not a folder")
     left_out, faults, without_end = LeftOut(), 0, 0
     paths = [str(folder / image) for image in find_images(folder, left_out, show_progress=True)]
-    checked = map_ahead(_fault, paths, num_threads)
+    checked = map_ahead(find_fault, paths, num_threads)
     for path, found in zip(paths, progress(checked, desc="check", total=len(paths), unit="image"), strict=True):
         if found == "":
             without_end += 1
@@ -50,14 +50,6 @@ def check(folder: Path, name: str, num_threads: int) -> int:
     counts = f"{len(paths):,} images, {faults:,} faults, {without_end:,} JPEGs without an end marker"
     print(f"{folder}: {counts}{describe_left_out(left_out)}")
     return faults
-
-
-def _fault(path: str) -> str | None:
-    """Return why an image cannot be read, "" if only its end marker is missing, None if it is whole."""
-    try:
-        return "" if decode_and_mend(path, "apply")[1] else None
-    except UserError as error:
-        return str(error)
 
 
 def main(argv: list[str] | None = None) -> int:

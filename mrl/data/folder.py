@@ -289,6 +289,14 @@ def decode_and_mend(path: str, exif_rotation: str) -> tuple[Tensor, bool]:
         raise UserError(f"{path} cannot be read as an image: {reason}") from error
 
 
+def find_fault(path: str, exif_rotation: str = "apply") -> str | None:
+    """Return why an image cannot be read, "" if only its end marker is missing, None if it is whole."""
+    try:
+        return "" if decode_and_mend(path, exif_rotation)[1] else None
+    except UserError as error:
+        return str(error)
+
+
 def _decode(content: bytearray, exif_rotation: str) -> Tensor:
     if torchcodec is not None and exif_rotation == "apply":  # it always turns images upright
         with contextlib.suppress(RuntimeError, ValueError):  # Pillow reads more formats and has clearer messages
@@ -324,31 +332,23 @@ def leave_out_unreadable(
     images: ImageList, what: str, max_share: float, exif_rotation: str, num_threads: int, show_progress: bool
 ) -> tuple[ImageList, list[str]]:
     """Decode every image once, all processes together; return the readable ones, and why others are not that."""
-
-    def why(index: int) -> str | None:
-        try:
-            decode(images.paths[index], exif_rotation)
-        except UserError as error:
-            return str(error)
-        return None
-
+    check, paths = functools.partial(find_fault, exif_rotation=exif_rotation), images.paths
     share = distributed.own_share(len(images.paths))
-    is_bad = torch.zeros(len(images.paths), dtype=torch.int32)
-    checked = map_ahead(why, share, max(1, num_threads))
+    is_bad = torch.zeros(len(paths), dtype=torch.int32)
+    checked = map_ahead(check, [paths[index] for index in share], max(1, num_threads))
     bar = progress(checked, show=show_progress, total=len(share), desc=f"check {what}", unit="image")
-    for index, reason in zip(share, bar, strict=True):
-        is_bad[index] = reason is not None
+    for index, fault in zip(share, bar, strict=True):
+        is_bad[index] = bool(fault)
     is_bad = distributed.all_reduce_sum(is_bad)
-    reasons = [why(index) or images.paths[index] for index in is_bad.nonzero()[:, 0].tolist()]
-    if len(reasons) > max_share * len(images.paths):
+    reasons = [check(paths[index]) or paths[index] for index in is_bad.nonzero()[:, 0].tolist()]
+    if len(reasons) > max_share * len(paths):
         raise UserError(
-            f"{len(reasons):,} of {len(images.paths):,} {what} images cannot be read: {shown(reasons)}; {CHECK}, "
-            f"here if it is {np.ceil(100 * len(reasons) / len(images.paths)) / 100:g} or more"
+            f"{len(reasons):,} of {len(paths):,} {what} images cannot be read: {shown(reasons)}; {CHECK}, "
+            f"here if it is {np.ceil(100 * len(reasons) / len(paths)) / 100:g} or more"
         )
     kept = (is_bad == 0).nonzero()[:, 0]
     left_out = images.left_out + LeftOut({(UNREADABLE, ""): len(reasons)})
-    paths = [images.paths[index] for index in kept.tolist()]
-    return ImageList(paths, images.labels[kept], images.classes, left_out), reasons
+    return ImageList([paths[i] for i in kept.tolist()], images.labels[kept], images.classes, left_out), reasons
 
 
 class FolderImages(Images):
@@ -399,32 +399,29 @@ class FolderImages(Images):
                 for images, warned in batches:
                     for message in warned:
                         warn_once(message)
-                    if isinstance(images, str):
+                    if isinstance(images, Exception):
                         del batches  # the traceback keeps this frame, which would keep the workers
-                        raise UserError(images)
+                        raise images
                     yield images
         except KeyboardInterrupt:
             _end_workers()  # torch would wait for each of them
             raise
 
 
-def _load_or_explain(load: LoadBatch, indices: np.ndarray) -> tuple[Tensor | str, list[str]]:
-    """Return a batch, or the message of an error, which would arrive in a traceback; and a worker's warnings."""
+def _load_or_explain(load: LoadBatch, indices: np.ndarray) -> tuple[Tensor | Exception, list[str]]:
+    """Return a batch, or an error, whose message would arrive in a traceback if raised; and a worker's warnings."""
     in_worker = get_worker_info() is not None
     with warnings.catch_warnings(record=in_worker) as caught:
         try:
-            found: Tensor | str = load(indices)
+            found: Tensor | Exception = load(indices)
         except UserError as error:
-            found = f"{error}; {CHECK}"
+            found = UserError(f"{error}; {CHECK}")
     if in_worker and isinstance(found, Tensor):
         try:
             # Here, because where torch would do it, in the thread of a queue, an error is lost and the run waits.
             found.share_memory_()
         except (RuntimeError, OSError) as error:
-            found = (
-                f"shared memory is full ({str(error).splitlines()[0]}); make /dev/shm larger (docker run --shm-size 8g "
-                "or --ipc host), or give fewer worker processes (data.num_workers or --num_workers; 0 starts none)"
-            )
+            found = RuntimeError(f"shared memory is full ({str(error).splitlines()[0]})")
     return found, [str(warning.message) for warning in caught or []]
 
 
@@ -462,8 +459,7 @@ def evaluated_images(
     paths: Sequence[str], info: ModelInfo, device: torch.device, num_workers: int | None = None
 ) -> FolderImages:
     """Return image files without labels, resized, cropped and normalized as the model expects."""
-    num_workers = default_workers(device) if num_workers is None else num_workers
     sizes_and_scale = info.resize_px, info.crop_px, info.mean, info.std
     transform = Transform(0, (1, 1), (1, 1), False, *sizes_and_scale, None, info.exif_rotation, info.interpolation)
     images = ImageList(list(paths), torch.zeros(len(paths), dtype=torch.int64), [], LeftOut())
-    return FolderImages(images, transform, device, num_workers)
+    return FolderImages(images, transform, device, default_workers(device) if num_workers is None else num_workers)

@@ -219,7 +219,7 @@ class CachedImages:
                 )
 
         forward = cache.engines.setdefault(px, FastForward(cache.trunk, len(self) * cache.num_views, report))
-        lock = directory.with_suffix(".lock")  # runs that start together share what one of them computes
+        lock = directory.with_suffix(".lock")  # runs that start together wait for the one that computes
         cache.directory.mkdir(parents=True, exist_ok=True)
         lock.touch()
         with hold(lock, patient=True) if process.is_main else contextlib.nullcontext():

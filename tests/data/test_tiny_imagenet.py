@@ -1,6 +1,4 @@
 import io
-import os
-import shutil
 import tarfile
 import zipfile
 from pathlib import Path
@@ -9,13 +7,9 @@ import pytest
 import torch
 from torchcodec.encoders import JpegEncoder
 
-from mrl.config import DataConfig
-from mrl.data import build_data
 from mrl.data.tiny_imagenet import main, prepare
 from mrl.errors import UserError
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-SHARED = Path(os.environ.get("MRL_SHARED_DATA", REPOSITORY.parent / "shared" / "data"))
 WNIDS = ["n01443537", "n01629819", "n12267677"]
 COUNTS = (3, 10, 2)
 
@@ -152,27 +146,3 @@ def test_a_full_disk_and_an_interruption_leave_nothing(shards, tmp_path, monkeyp
     assert f"nothing was left at {tmp_path}/out" in said
     assert isinstance(error, KeyboardInterrupt) or "No space left on device" in said
     assert sorted(path.name for path in tmp_path.iterdir()) == before
-
-
-@pytest.mark.shared
-def test_real_images_come_out_of_a_real_shard(tmp_path):
-    """One real shard and val, cut down to two images of two classes, prepared and cropped."""
-    source, cut = SHARED / "tiny-imagenet-200", tmp_path / "cut"
-    cut.mkdir()
-    for name, wanted in (("train-0.tar.gz", 10), ("val.tar.gz", 2)):
-        taken: dict[str, int] = {}
-        with tarfile.open(source / name) as tar, tarfile.open(cut / name, "w:gz") as out:
-            for member in tar:
-                wnid = member.name.split("/")[1]
-                if wnid in (WNIDS[0], WNIDS[2]) and taken.get(wnid, 0) < wanted:
-                    taken[wnid] = taken.get(wnid, 0) + 1
-                    out.addfile(member, tar.extractfile(member))
-                if len(taken) == 2 and set(taken.values()) == {wanted}:
-                    break
-    shutil.copy(source / "words.txt", cut)
-    prepare(cut, tmp_path / "out", expected=(2, 10, 2))
-    config = DataConfig(name="tiny_imagenet", root=str(tmp_path / "out"), eval_resize_px=64, eval_px=64)
-    images = build_data(config, 0, torch.device("cpu"), is_main=False)
-    (batch, labels) = next(images["val"].eval_batches([torch.arange(4).numpy()]))
-    assert batch.shape == (4, 3, 64, 64) and labels.tolist() == [0, 0, 1, 1]
-    assert len(images["train"]) == 20 and 0.2 < batch.std() < 3

@@ -16,11 +16,6 @@ def augmented(step=0, images=None, **settings):
     return make_augmentation(DataConfig(**settings), len(images), 5, CPU)(images.clone(), LABELS)
 
 
-def test_nothing_is_changed_unless_asked_for():
-    images, targets = augmented()
-    assert not images.any() and targets is LABELS
-
-
 def test_a_step_is_a_function_of_its_seed():
     settings = {"random_erasing": 0.5, "mixup": 0.4, "cutmix": 1.0}
     images = torch.randn(4, 3, 24, 24)
@@ -44,14 +39,6 @@ def test_erasing_fills_one_rectangle_of_an_image_with_noise():
         assert image[0][erased].unique().numel() == height * width
 
 
-def test_the_share_of_erased_images_is_as_asked():
-    seed_step(0, 0, 0)
-    images, _ = make_augmentation(DataConfig(random_erasing=0.25), 2000, 5, CPU)(torch.zeros(2000, 1, 8, 8), LABELS)
-    assert images.flatten(1).any(1).double().mean() == pytest.approx(0.25, abs=0.03)
-
-
 def test_an_odd_number_of_images_cannot_be_mixed():
-    with pytest.raises(
-        UserError, match=r"data\.mixup and data\.cutmix need an even number of images per micro-batch; it is 3"
-    ):
+    with pytest.raises(UserError, match=r"an even number of images per micro-batch; it is 3"):
         make_augmentation(DataConfig(cutmix=1.0), 3, 5, CPU)

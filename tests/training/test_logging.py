@@ -1,4 +1,3 @@
-import builtins
 import json
 import os
 import signal
@@ -48,19 +47,6 @@ def test_other_processes_write_nothing(tmp_path, capsys):
     assert list(tmp_path.iterdir()) == [] and capsys.readouterr().out == ""
 
 
-def test_a_missing_wandb_says_what_to_install(tmp_path, monkeypatch):
-    real = builtins.__import__
-
-    def without_wandb(name, *args, **kwargs):
-        if name == "wandb":
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without_wandb)
-    with Tracker(tmp_path, True, 0, 5, 1) as tracker, pytest.raises(UserError, match="pip install wandb"):
-        tracker.start_wandb("offline", "mrl", None, "a", {})
-
-
 def test_stop_signals_are_kept_and_a_second_ctrl_c_interrupts():
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt), StopSignals() as received:
@@ -74,6 +60,8 @@ def test_stop_signals_are_kept_and_a_second_ctrl_c_interrupts():
 def test_a_signal_ends_a_wait_that_takes_too_long_and_no_other_code(monkeypatch):
     monkeypatch.setattr(logging, "SECONDS_TO_WAIT", 0.3)
     with StopSignals() as received:
+        with received.waiting():
+            time.sleep(0.4)  # without a signal
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.6)  # a step
         with received.waiting():
@@ -85,11 +73,3 @@ def test_a_signal_ends_a_wait_that_takes_too_long_and_no_other_code(monkeypatch)
         assert raised.value.args == (signal.SIGTERM,)
         time.sleep(0.6)
     assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
-
-
-def test_a_wait_without_a_signal_goes_on(monkeypatch):
-    monkeypatch.setattr(logging, "SECONDS_TO_WAIT", 0.05)
-    begun = time.monotonic()
-    with StopSignals() as received, received.waiting():
-        time.sleep(0.2)
-    assert not received and time.monotonic() - begun >= 0.2

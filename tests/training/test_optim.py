@@ -6,7 +6,6 @@ import torch
 from torch import nn
 
 from mrl.config import DataConfig
-from mrl.matryoshka import nested_cross_entropy
 from mrl.model import build_backbone, build_model, freeze
 from mrl.training.optim import build_optimizer, lr_at, set_lr, shorten_warmup
 
@@ -45,10 +44,8 @@ def test_a_vits_position_embedding_and_class_token_are_spared_too():
 def test_frozen_parameters_are_not_optimized():
     model = build_model(build_backbone("resnet10t"), 5)
     freeze(model, "head")
-    optimizer = build_optimizer(model, "sgd", 0.1, 0.9, 1e-4)
-    assert sum(p.numel() for group in optimizer.param_groups for p in group["params"]) == sum(
-        p.numel() for p in model.head.parameters()
-    )
+    groups = build_optimizer(model, "sgd", 0.1, 0.9, 1e-4).param_groups
+    assert {id(p) for group in groups for p in group["params"]} == {id(p) for p in model.head.parameters()}
 
 
 def test_the_named_optimizer_is_torchs_at_the_rate_itself():
@@ -73,23 +70,6 @@ def test_layer_decay_slows_each_layer_by_its_distance_from_the_head():
         assert lr[id(parameter)] == pytest.approx(expected), name
 
 
-@pytest.mark.parametrize("name", ["convnext_atto", "efficientnet_b0", "vit_tiny_patch16_224"])
-def test_every_family_takes_a_step_down_its_loss_with_a_rate_per_layer(name):
-    kwargs = {"img_size": 64} if name.startswith("vit") else {}
-    model = build_model(build_backbone(name, kwargs=kwargs), 5)
-    optimizer = build_optimizer(model, "adamw", 1e-3, 0.9, 0.05, layer_decay=0.8)
-    images, labels = torch.randn(4, 3, 64, 64), torch.tensor([0, 1, 2, 3])
-    set_lr(optimizer, 1e-3)
-    lr = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
-    assert lr[id(next(model.backbone.parameters()))] < 1e-4  # the stem, a dozen layers below
-    assert {lr[id(p)] for p in model.head.parameters()} == {1e-3}
-    before = nested_cross_entropy(model(images), labels)
-    assert before.shape == (len(model.head.nesting_list),)
-    before.sum().backward()
-    optimizer.step()
-    assert nested_cross_entropy(model(images), labels).sum() < before.sum()
-
-
 def test_the_papers_schedule_at_its_knots():
     steps_per_epoch, epochs, peak = 1251, 40, 0.425
     total, warmup = epochs * steps_per_epoch, 2 * steps_per_epoch
@@ -100,15 +80,10 @@ def test_the_papers_schedule_at_its_knots():
     assert 0 < lr[-1] == pytest.approx(peak / (total - warmup))
     rises = [later - earlier for earlier, later in itertools.pairwise(lr)]
     assert all(rise > 0 for rise in rises[: warmup - 1]) and all(rise < 0 for rise in rises[warmup:])
-    assert [DataConfig(train_px=[(0, 160), (32, 192)]).px_at(epoch) for epoch in range(epochs)] == [160] * 32 + [
-        192
-    ] * 8
-
-
-def test_other_schedules_and_sizes():
+    px = [DataConfig(train_px=[(0, 160), (32, 192)]).px_at(epoch) for epoch in range(epochs)]
+    assert px == [160] * 32 + [192] * 8 and DataConfig(train_px=64).px_at(7) == 64
     lr = [lr_at(step, 100, 0, 2.0, "cosine") for step in range(100)]
     assert lr == pytest.approx([1 + math.cos(math.pi * step / 100) for step in range(100)])
-    assert DataConfig(train_px=64).px_at(7) == 64
 
 
 @pytest.mark.parametrize(("epochs", "expected"), [(40, 2), (3, 2), (2, 1), (1, 0.5)])
