@@ -336,14 +336,12 @@ def read_saved(directory: Path) -> tuple[ModelInfo, dict[str, Tensor]]:
             raise UserError(f"{directory} has no {name}, so it is not a finished run directory")
     try:
         content = dict(json.loads((directory / "model.json").read_text()))
-        if content.get("format_version") == FORMAT_VERSION:  # other formats have other keys
-            lists = {key: tuple(value) for key, value in content.items() if isinstance(value, list)}
-            return ModelInfo(**content | lists), load_file(directory / "model.safetensors")
+        if (version := content.get("format_version")) != FORMAT_VERSION:  # with other keys
+            raise ValueError(f"it was saved in format {version}; this version reads format {FORMAT_VERSION}")
+        lists = {key: tuple(value) for key, value in content.items() if isinstance(value, list)}
+        return ModelInfo(**content | lists), load_file(directory / "model.safetensors")
     except (TypeError, ValueError, SafetensorError) as error:
         raise UserError(f"{directory} cannot be read as a saved model: {error}") from error
-    raise UserError(
-        f"{directory} was saved in format {content.get('format_version')}; this version reads format {FORMAT_VERSION}"
-    )
 
 
 def load(run: str | Path) -> MatryoshkaClassifier:

@@ -21,10 +21,10 @@ FLOORS = [
 ]
 # Lines of Python in each folder (not its subfolders). Raise a number only for a new idea.
 BUDGETS = {
-    ".": 570,
-    "mrl": 3060,
-    "mrl/data": 1930,
-    "mrl/training": 810,
+    ".": 540,
+    "mrl": 2880,
+    "mrl/data": 1785,
+    "mrl/training": 722,
     "mrl/retrieval": 920,
     "mrl/studies": 2580,
     "mrl/figures": 1190,

@@ -8,9 +8,6 @@ import torch
 from torchcodec.encoders import JpegEncoder
 
 from mrl.data import write_ffcv
-from mrl.distributed import Process
-from mrl.studies.run import embed_runs
-from mrl.studies.transfer import TransferImages
 from tests.test_train import VIT, _on_the_cpu, assert_same_runs, run, run_two, run_until, untimed  # noqa: F401
 
 pytestmark = pytest.mark.ffcv
@@ -71,18 +68,3 @@ def test_two_processes_take_over_with_the_same_backend_only(tmp_path, imagenet, 
         assert left.keys() == right.keys()
         for key in left:
             assert left[key] == pytest.approx(right[key], rel=2e-4 if "loss" in key else 1e-6), key
-
-
-def test_both_backends_give_the_same_validation_embeddings(tmp_path, imagenet, capsys):
-    assert run(tmp_path, *argv(imagenet, "folder", "--train.epochs", "1")) == 0
-    sets = {}
-    for backend in ("folder", "ffcv"):
-        config = tmp_path / "a" / "config.yaml"
-        config.write_text(config.read_text().replace("backend: folder", f"backend: {backend}"))
-        (embedded,) = embed_runs({"a": tmp_path / "a"}, TransferImages(), 4, True, Process(0, 1, torch.device("cpu")))
-        assert f"{backend} backend" in capsys.readouterr().out
-        sets[backend] = {name: np.array(getattr(embedded, name).vectors) for name in ("train", "val", "val_flip")}
-    folder, ffcv = sets["folder"], sets["ffcv"]
-    assert np.array_equal(folder["val"], ffcv["val"]) and ffcv["val"].shape == (7, 32)
-    assert np.array_equal(folder["val_flip"], ffcv["val_flip"])
-    assert not np.array_equal(folder["train"], ffcv["train"])  # half of which are JPEGs of JPEGs

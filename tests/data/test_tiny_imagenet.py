@@ -4,18 +4,21 @@ import zipfile
 from pathlib import Path
 
 import pytest
-import torch
-from torchcodec.encoders import JpegEncoder
 
 from mrl.data.tiny_imagenet import main, prepare
 from mrl.errors import UserError
 
 WNIDS = ["n01443537", "n01629819", "n12267677"]
 COUNTS = (3, 10, 2)
+# What comes out of every layout: 10 training and 2 validation images a class.
+PREPARED = {f"train/{wnid}/{wnid}_{n}.JPEG": bytes([n]) for wnid in WNIDS for n in range(10)}
+PREPARED |= {f"val/{WNIDS[n % 3]}/val_{n}.JPEG": bytes([100 + n]) for n in range(6)}
+PREPARED |= {"words.txt": b"n01443537\tgoldfish\n"}
 
 
-def jpeg(number):
-    return JpegEncoder(torch.full((3, 64, 64), number % 256, dtype=torch.uint8)).to_tensor().numpy().tobytes()
+def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
 
 
 def add(tar, name, content, kind=tarfile.REGTYPE):
@@ -27,39 +30,34 @@ def add(tar, name, content, kind=tarfile.REGTYPE):
 
 @pytest.fixture
 def shards(tmp_path):
-    """Five train shards of 2 images a class, and 2 validation images a class."""
+    """Five train shards of 2 images a class, and the validation images."""
     folder = tmp_path / "shards"
-    folder.mkdir()
-    for shard in range(5):
-        with tarfile.open(folder / f"train-{shard}.tar.gz", "w:gz") as tar:
-            for wnid in WNIDS:
-                for n in (2 * shard, 2 * shard + 1):
-                    add(tar, f"train/{wnid}/{wnid}_{n}.JPEG", jpeg(n))
-    with tarfile.open(folder / "val.tar.gz", "w:gz") as tar:
-        for n in range(6):
-            add(tar, f"val/{WNIDS[n % 3]}/val_{n}.JPEG", jpeg(100 + n))
-    (folder / "words.txt").write_text("n01443537\tgoldfish\n")
+    write(folder / "words.txt", PREPARED["words.txt"])
+    for shard in [*range(5), None]:
+        name = "val" if shard is None else f"train-{shard}"
+        with tarfile.open(folder / f"{name}.tar.gz", "w:gz") as tar:
+            for path, content in PREPARED.items():
+                if path.startswith(name[:3]) and shard in (None, content[0] // 2):
+                    add(tar, path, content)
     return folder
 
 
 @pytest.fixture
 def official(tmp_path):
     """The official folder, unpacked: images/ below each train class, a flat val with annotations, a test split."""
-    root = tmp_path / "official" / "tiny-imagenet-200"
-    for wnid in WNIDS:
-        (root / "train" / wnid / "images").mkdir(parents=True)
-        (root / "train" / wnid / f"{wnid}_boxes.txt").write_text("")
-        for n in range(10):
-            (root / "train" / wnid / "images" / f"{wnid}_{n}.JPEG").write_bytes(jpeg(n))
-    (root / "val" / "images").mkdir(parents=True)
-    (root / "test" / "images").mkdir(parents=True)
-    (root / "test" / "images" / "test_0.JPEG").write_bytes(jpeg(0))
-    lines = []
-    for n in range(6):
-        (root / "val" / "images" / f"val_{n}.JPEG").write_bytes(jpeg(100 + n))
-        lines.append(f"val_{n}.JPEG\t{WNIDS[n % 3]}\t0\t32\t44\t62\n")
-    (root / "val" / "val_annotations.txt").write_text("".join(lines))
-    (root / "words.txt").write_text("n01443537\tgoldfish\n")
+    root, annotations = tmp_path / "official" / "tiny-imagenet-200", ""
+    for path, content in PREPARED.items():
+        match path.split("/"):
+            case ["train", wnid, image]:
+                write(root / "train" / wnid / "images" / image, content)
+                write(root / "train" / wnid / f"{wnid}_boxes.txt", b"")
+            case ["val", wnid, image]:
+                write(root / "val" / "images" / image, content)
+                annotations += f"{image}\t{wnid}\t0\t32\t44\t62\n"
+            case [words]:
+                write(root / words, content)
+    write(root / "test" / "images" / "test_0.JPEG", b"0")
+    write(root / "val" / "val_annotations.txt", annotations.encode())
     return root
 
 
@@ -79,52 +77,38 @@ def files(folder):
 def test_all_layouts_give_the_same_class_folders(shards, official, official_zip, tmp_path):
     for name, source in {"a": shards, "b": official, "c": official.parent, "d": official_zip}.items():
         assert prepare(source, tmp_path / name, expected=COUNTS) == {"train": 30, "val": 6}
-    found = files(tmp_path / "a")
-    assert len(found) == 37
-    assert found["train/n12267677/n12267677_9.JPEG"] == jpeg(9)
-    assert found["val/n01629819/val_4.JPEG"] == jpeg(104)
-    assert found["words.txt"] == b"n01443537\tgoldfish\n"
-    assert found == files(tmp_path / "b") == files(tmp_path / "c") == files(tmp_path / "d")
+        assert files(tmp_path / name) == PREPARED
 
 
-def test_a_source_of_another_kind_is_refused(tmp_path):
+def test_what_is_no_tiny_imagenet_or_incomplete_is_refused_and_leaves_nothing(shards, tmp_path):
     (tmp_path / "photos").mkdir()
-    with pytest.raises(UserError, match=r"photos is not Tiny-ImageNet; allowed: tiny-imagenet-200.zip"):
-        prepare(tmp_path / "photos", tmp_path / "out")
-    with pytest.raises(UserError, match="nowhere does not exist"):
-        prepare(tmp_path / "nowhere", tmp_path / "out")
-    with pytest.raises(UserError, match="photos already exists"):
-        prepare(tmp_path, tmp_path / "photos")
-
-
-def test_a_missing_image_is_counted_and_a_truncated_archive_leaves_nothing(shards, tmp_path):
     before = sorted(path.name for path in tmp_path.iterdir())
-    with pytest.raises(UserError, match=f"has 10 train images of class {WNIDS[0]}, not 11"):
-        prepare(shards, tmp_path / "out", expected=(3, 11, 2))
-    with pytest.raises(UserError, match="has images of 3 classes, not 200"):
-        prepare(shards, tmp_path / "out")
-    path = shards / "train-3.tar.gz"
-    path.write_bytes(path.read_bytes()[:400])
-    with pytest.raises(UserError, match="failed, nothing was left at"):
-        prepare(shards, tmp_path / "out", expected=COUNTS)
+    cut = tmp_path / "shards" / "train-3.tar.gz"
+    for source, out, expected, message in (
+        ("photos", "out", COUNTS, r"photos is not Tiny-ImageNet; allowed: tiny-imagenet-200.zip"),
+        ("nowhere", "out", COUNTS, "nowhere does not exist"),
+        ("shards", "photos", COUNTS, "photos already exists"),
+        ("shards", "out", (3, 11, 2), f"has 10 train images of class {WNIDS[0]}, not 11"),
+        ("shards", "out", (200, 500, 50), "has images of 3 classes, not 200"),
+        ("shards", "out", None, "failed, nothing was left at"),
+    ):
+        if expected is None:
+            cut.write_bytes(cut.read_bytes()[:100])
+        with pytest.raises(UserError, match=message):
+            prepare(tmp_path / source, tmp_path / out, expected=expected or COUNTS)
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
 def test_nothing_in_an_archive_is_written_outside_out_or_as_a_link(shards, tmp_path):
-    with tarfile.open(shards / "train-0.tar.gz", "w:gz") as tar:
-        for wnid in WNIDS:
-            for n in (0, 1):
-                add(tar, f"train/{wnid}/{wnid}_{n}.JPEG", jpeg(n))
-        add(tar, "../../escaped.JPEG", b"bad")
-        add(tar, f"train/../{WNIDS[0]}.JPEG", b"bad")
-        add(tar, "/etc/n00000000/absolute.JPEG", b"bad")
-        add(tar, f"train/{WNIDS[0]}/..", b"bad")
+    with tarfile.open(shards / "train-5.tar.gz", "w:gz") as tar:
+        for name in ("../../escaped.JPEG", f"train/../{WNIDS[0]}.JPEG", "/etc/n00000000/absolute.JPEG"):
+            add(tar, name, b"bad")
+        for name in (f"train/{WNIDS[0]}/..", f"train/{WNIDS[0]}/run.sh"):
+            add(tar, name, b"bad")
         add(tar, f"train/{WNIDS[0]}/link.JPEG", b"", tarfile.SYMTYPE)
-        add(tar, f"train/{WNIDS[0]}/run.sh", b"bad")
     before = {*files(tmp_path)}
     prepare(shards, tmp_path / "out", expected=COUNTS)
-    new = {name for name in files(tmp_path) if name not in before}
-    assert len(new) == 37 and all(name.startswith("out/") for name in new)
+    assert {name for name in files(tmp_path) if name not in before} == {f"out/{name}" for name in PREPARED}
     assert not any(path.is_symlink() for path in tmp_path.rglob("*"))
 
 

@@ -93,17 +93,6 @@ def test_evaluation_counts_every_image_once_for_any_world_size(num_images, world
     assert max(sizes) - min(sizes) <= 1
 
 
-def test_a_crop_does_not_depend_on_its_batch():
-    sizes = np.stack([np.arange(50, 150), np.arange(150, 50, -1)], axis=1)
-    expected = transform(1).train_boxes(2, np.arange(100), sizes)
-    for chosen in (np.array([99, 3, 42, 42]), np.array([99])):
-        for whole, part in zip(expected, transform(1).train_boxes(2, chosen, sizes[chosen]), strict=True):
-            assert np.array_equal(whole[chosen], part)
-    for seed, epoch in ((1, 3), (2, 2)):
-        boxes, _ = transform(seed).train_boxes(epoch, np.arange(100), sizes)
-        assert (boxes == expected[0]).all(axis=1).sum() < 10
-
-
 @pytest.mark.parametrize(("height", "width"), [(375, 500), (64, 64), (40, 400), (400, 40), (3, 2)])
 def test_crops_are_distributed_as_torchvisions(height, width):
     num_draws = 4000
