@@ -69,7 +69,7 @@ def changed(**changes):
         (changed(n="gone", seed="gone"), "missing 2 .* 'n' and 'seed'"),
         (changed(value="0.5"), "is '0.5'; allowed are values from 0 to 1"),
         (changed(value=50.0), "from 0 to 1"),
-        (changed()[:40], "Expecting"),
+        (changed()[:40], "Unterminated string"),
         ("[1, 2]", "list"),
     ],
 )
