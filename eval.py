@@ -24,6 +24,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -72,7 +73,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "processes that read them.",
     )
     add = parser.add_argument
-    folders = {"metavar": "[NAME=]DIR", "nargs": "+", "default": []}
+    folders: Any = {"metavar": "[NAME=]DIR", "nargs": "+", "default": []}
     add("--out", metavar="DIR", help="folder for results; default: eval/ beside the first run")
     add("--title", metavar="TEXT", help="name of the runs' data in figures; default: that of the data set or folder")
     add("--superclasses", metavar="TSV", help="a table with the columns class and superclass")

@@ -21,12 +21,12 @@ FLOORS = [
 ]
 # Lines of Python in each folder (not its subfolders). Raise a number only for a new idea.
 BUDGETS = {
-    ".": 570,
-    "mrl": 3060,
+    ".": 545,
+    "mrl": 3045,
     "mrl/data": 1930,
     "mrl/training": 810,
-    "mrl/retrieval": 920,
-    "mrl/studies": 2580,
+    "mrl/retrieval": 865,
+    "mrl/studies": 2500,
     "mrl/figures": 1190,
     "mrl/interop": 1230,
     "experiments": 820,

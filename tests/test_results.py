@@ -101,7 +101,7 @@ def test_a_class_table_that_holds_no_rows_is_refused(tmp_path, change, said):
         read_rows(tmp_path / "results.jsonl")
 
 
-def test_the_table_has_a_line_per_run_and_a_column_per_size():
+def test_there_is_a_table_per_dataset_study_and_metric_with_a_line_per_run_and_a_column_per_size():
     models = {("FF", "ff8"): {8: 0.5}, ("MRL", "mrl"): {16: 1.0, 8: 0.98765, 2048: 0}}
     rows = [
         dataclasses.replace(SOURCE, run=run).row("classification", method, "top_1", value, 360, dim=dim)
@@ -116,13 +116,5 @@ def test_the_table_has_a_line_per_run_and_a_column_per_size():
         ["MRL", "mrl", "98.77", "100.00", "0.00"],
         ["FF", "ff8", "50.00", "-", "-"],
     ]
-
-
-def test_studies_metrics_and_datasets_get_a_table_each():
-    other = dataclasses.replace(SOURCE, dataset="tiny_imagenet")
-    rows = [
-        source.row(study, "MRL", metric, 0.5, 9, dim=8)
-        for source in (SOURCE, other)
-        for study, metric in (("classification", "top_1"), ("classification", "top_5"), ("retrieval", "top_1"))
-    ]
-    assert text_table(rows).count("n = 9") == 6
+    others = [{"dataset": "tiny_imagenet"}, {"study": "retrieval"}, {"metric": "top_5"}]
+    assert text_table([*rows, *(dataclasses.replace(rows[0], **other) for other in others)]).count("n = 360") == 4

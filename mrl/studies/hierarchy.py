@@ -138,8 +138,8 @@ def within_superclasses(
         if len(members) > 1 and len(images):
             own = np.searchsorted(members, labels[images])
             found = classification(vectors[images], own, restrict(classifiers, members), source, method, device=device)
-            about = {"study": "hierarchy", "metric": "top_1_within", "group": name}
-            rows += [replace(row, **about) for row in found if row.metric == "top_1"]
+            found = [row for row in found if row.metric == "top_1"]
+            rows += [replace(row, study="hierarchy", metric="top_1_within", group=name) for row in found]
     return rows
 
 
@@ -245,7 +245,8 @@ def class_groups(
     Both are from a ``table`` with the columns class, superclass and, if classes have other names, name. Without one,
     they are the paper's on ImageNet, else `group_classes`, and the names are the classes themselves.
     """
-    superclasses, names = default_superclasses(run.classes), {}
+    superclasses = default_superclasses(run.classes)
+    names: dict[str, str] = {}
     if table:
         superclasses = read_class_table(table, "superclass")
         with contextlib.suppress(UserError):  # there is no such column

@@ -199,10 +199,9 @@ def with_images(run: OpenedRun, root: str | None = os.environ.get("MRL_PICTURES"
     for split, folder in folders.items():
         directory, metadata = run.directory / "embeddings" / folder.place, wanted[folder.place]
         sets[split] = embed_split(directory, metadata, images[split], embed, run.model.width, alone, batch_size=64)
-    source = replace(run.source, dataset=Path(root).resolve().name)
-    return replace(
-        run, source=source, image_classes=tuple(images["val"].classes), val_flip=None, _images=images, **sets
-    )
+    source, classes = replace(run.source, dataset=Path(root).resolve().name), tuple(images["val"].classes)
+    own = replace(run, train=sets["train"], val=sets["val"], val_flip=None)
+    return replace(own, source=source, image_classes=classes, _images=images)
 
 
 def restrict(classifiers: Sequence[Classifier], classes: np.ndarray) -> list[Classifier]:

@@ -3,6 +3,7 @@ import functools
 import shutil
 import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -143,9 +144,7 @@ def test_parts_of_another_pass_are_not_used(tmp_path, change):
 @pytest.fixture
 def two_processes(monkeypatch):
     """Runs a function as process 0 and 1 of two, in threads that really wait for each other."""
-    meeting = threading.Barrier(2, timeout=30)
-    given = [None, None]
-    here = threading.local()
+    meeting, here, given = threading.Barrier(2, timeout=30), threading.local(), [None, None]
 
     def all_reduce_sum(tensor):
         given[here.rank] = tensor
@@ -155,24 +154,17 @@ def two_processes(monkeypatch):
         return total
 
     def start(function):
-        results = [None, None]
-
         def as_process(rank):
             here.rank = rank
             try:
-                results[rank] = function(Process(rank, 2, torch.device("cpu")))
+                return function(Process(rank, 2, torch.device("cpu")))
             except BaseException as error:
-                results[rank] = error
+                return error
 
-        threads = [threading.Thread(target=as_process, args=(rank,)) for rank in (0, 1)]
-        with monkeypatch.context() as patch:
+        with monkeypatch.context() as patch, ThreadPoolExecutor(2) as threads:
             patch.setattr(distributed, "barrier", meeting.wait)
             patch.setattr(distributed, "all_reduce_sum", all_reduce_sum)
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-        return results
+            return list(threads.map(as_process, (0, 1)))
 
     return start
 

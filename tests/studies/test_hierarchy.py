@@ -1,5 +1,3 @@
-import os
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -31,7 +29,6 @@ from mrl.studies.hierarchy import (
 from mrl.studies.transfer import synsets
 
 SOURCE = Source("animals", "some_run", 3, 32, 28, False)
-SHARED = Path(os.environ.get("MRL_SHARED_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
 CLASSES = ("cat", "dog", "oak", "rock", "rose")
 TABLE = {"cat": "animal", "dog": "animal", "oak": "plant", "rose": "plant"}
 
@@ -125,17 +122,6 @@ def test_per_class_rows_worked_by_hand_without_the_class_that_has_no_images():
     assert {row.metric for row in per_class(predictions[:1], labels, [8], "abc", SOURCE, "FF")} == {"top_1"}
 
 
-def test_fault_1_class_indices_beyond_65536_stay_apart():
-    labels = np.array([2048, 2049, 65_536, 65_537, 69_999])
-    predictions = np.array([[2049, 2049, 65_537, 65_537, 4463]])
-    found = values(per_class(predictions, labels, [8], [f"c{i}" for i in range(70_000)], SOURCE, "MRL"))
-    assert [found["top_1", f"c{label}", 8] for label in labels] == [0, 1, 0, 1, 0]
-    superclass_of = np.zeros(70_000, dtype=np.int64)
-    superclass_of[[2049, 65_537]] = 1
-    rows = hierarchy(predictions, labels, [8], Hierarchy(superclass_of, ("even", "odd")), SOURCE, "MRL")
-    assert values(rows)["superclass_top_1", None, 8] == 3 / 5
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -161,14 +147,6 @@ def test_a_table_may_have_more_columns_quotes_repeats_empty_lines_and_classes_ca
     assert read_class_table(tmp_path / "table.tsv", "superclass") == {"n1": "animal", "NA": "plant", "01": "plant"}
 
 
-@pytest.mark.shared
-def test_the_table_of_tiny_imagenet_holds_all_its_classes():
-    folder = SHARED / "tiny-imagenet-200"
-    table = read_class_table(folder / "superclasses.tsv", "superclass")
-    superclasses = build_hierarchy((folder / "wnids.txt").read_text().split(), table)
-    assert (len(superclasses.names), superclasses.superclass_of.min()) == (20, 0)
-
-
 def test_imagenet_gets_the_papers_superclasses_and_no_other_data_do():
     wnids = sorted(synsets("imagenet_v2"))
     superclasses = build_hierarchy(wnids, default_superclasses(wnids))
@@ -190,29 +168,21 @@ def test_nearest_classes_at_untrained_sizes_are_those_of_a_slow_search():
         np.testing.assert_array_equal(of_size, labels[cosines.argmax(axis=1)])
 
 
-def test_classes_that_point_the_same_way_are_one_group_whatever_their_length():
-    angles = np.radians([0, 10, 90, 100, 200])
-    labels = np.repeat(np.arange(5), 4)
-    lengths = np.random.default_rng(0).uniform(1, 50, (20, 1))
-    vectors = lengths * np.stack([np.cos(angles), np.sin(angles)], axis=1)[labels]
-    groups = group_classes(vectors.astype(np.float32), labels, ["a", "b", "c", "d", "e"], 3)
-    assert groups.names == ("a, b", "c, d", "e")
-    assert groups.superclass_of.tolist() == [0, 0, 1, 1, 2]
-
-
-def test_groups_are_balanced_and_classes_without_structure_are_said_to_have_none():
+def test_groups_are_balanced_whatever_lengths_are_and_classes_without_structure_are_said_to_have_none():
     rng = np.random.default_rng(0)
     labels, classes = np.repeat(np.arange(100), 5), [f"c{i}" for i in range(100)]
     families = rng.normal(size=(10, 64))[np.arange(100) % 10] + 0.6 * rng.normal(size=(100, 64))
     of_families = families[labels] + 0.2 * rng.normal(size=(500, 64))
-    found = group_classes(of_families.astype(np.float32), labels, classes)
+    lengths = np.random.default_rng(1).uniform(1, 50, (500, 1))
+    found = group_classes((lengths * of_families).astype(np.float32), labels, classes)
     assert found.note.startswith("10 groups of 10 classes") and "; structure (silhouette 0." in found.note
     assert found.names[0] == "c0, c10, c20, c30, c40 and 5 more"
+    assert found.superclass_of.tolist() == list(range(10)) * 10
     at_random = rng.normal(size=(100, 64))[labels] + 0.2 * rng.normal(size=(500, 64))
     without = group_classes(np.abs(at_random).astype(np.float32), labels, classes)
     assert "no group structure" in without.note, without.note
     assert 2 <= np.bincount(without.superclass_of).min() <= np.bincount(without.superclass_of).max() <= 30
-    two = group_classes(np.eye(2, dtype=np.float32), np.arange(2), ["a", "b"])
+    two = group_classes(np.eye(2, dtype=np.float32), np.arange(2), ["a", "b"], 2)
     assert two.names == ("a", "b") and "no group structure" in two.note
 
 

@@ -43,13 +43,6 @@ def test_every_code_has_rows_at_every_dim_where_it_is_smaller_than_int8(rows):
     assert all(row.rerank_dim == (row.dim if row.shortlist_size else None) for row in rows)
 
 
-def test_bytes_count_what_the_search_reads(rows):
-    assert {(row.code, row.bytes) for row in rows if row.dim == 64} == {
-        *(("float32", 256), ("float16", 128), ("int8", 64), ("4 bits", 32), ("RaBitQ, 4 bits", 52)),
-        *(("RaBitQ, 1 bit", 16), ("sign bits", 8)),
-    }
-
-
 def test_the_values_are_those_of_a_loop_over_rounded_vectors(sets, rows):
     queries, query_labels, database, labels = (np.asarray(part, np.float64) for part in sets)
     for dim in DIMS:
