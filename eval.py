@@ -15,13 +15,16 @@ are the same. After Ctrl-C, the same command continues the embedding pass.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import os
 import sys
 import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -64,48 +67,29 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     what.add_argument(
         "--checkpoint", metavar="FILE.pt", help="weights of the paper's authors; takes --data.root etc. too"
     )
-    add = parser.add_argument
     parser.add_argument_group(
         "with --runs",
         "--data.root DIR: the folder of the images, if they are elsewhere than in training. --data.num_workers N: "
         "processes that read them.",
     )
+    add = parser.add_argument
+    folders: Any = {"metavar": "[NAME=]DIR", "nargs": "+", "default": []}
     add("--out", metavar="DIR", help="folder for results; default: eval/ beside the first run")
     add("--title", metavar="TEXT", help="name of the runs' data in figures; default: that of the data set or folder")
     add("--superclasses", metavar="TSV", help="a table with the columns class and superclass")
-    add(
-        "--robustness",
-        nargs="+",
-        default=[],
-        metavar="[NAME=]DIR",
-        help="images of trained classes in class folders; NAME: imagenet_v2, imagenet_a, imagenet_r or imagenet_sketch",
-    )
-    add("--few_shot", nargs="+", default=[], metavar="[NAME=]DIR", help="images of any classes, never trained on")
-    add(
-        "--retrieval",
-        nargs="+",
-        action="append",
-        default=[],
-        metavar="[NAME=]DIR",
-        help="queries to find in the training images, or queries and a database; may be repeated",
-    )
-    add(
-        "--renaming", metavar="TSV", help="for other class folder names: a table with the columns folder, trained_class"
-    )
-    add(
-        "--max_queries",
-        type=int,
-        metavar="N",
-        help="use N evenly spread queries in all retrieval studies, which is faster; default: all queries",
-    )
+    known = "imagenet_v2, imagenet_a, imagenet_r or imagenet_sketch"
+    add("--robustness", **folders, help=f"images of trained classes in class folders; NAME: {known}")
+    add("--few_shot", **folders, help="images of any classes, never trained on")
+    searched = "queries to find in the training images, or queries and a database; may be repeated"
+    add("--retrieval", action="append", **folders, help=searched)
+    renaming = "for other class folder names: a table with the columns folder, trained_class"
+    add("--renaming", metavar="TSV", help=renaming)
+    max_queries = "use N evenly spread queries in all retrieval studies, which is faster; default: all queries"
+    add("--max_queries", type=int, metavar="N", help=max_queries)
     add("--skip", nargs="+", choices=LONG, default=[], help="leave out studies that take minutes with 100,000 images")
     add("--batch_size", type=int, help="images at a time on each process; default: 256 on a GPU, 32 on a CPU")
-    add(
-        "--precision",
-        choices=("fp32", "bf16"),
-        default="fp32",
-        help="precision of the forward pass; bf16 is faster on hardware that supports it; default: fp32",
-    )
+    precision = "precision of the forward pass; bf16 is faster on hardware that supports it; default: fp32"
+    add("--precision", choices=("fp32", "bf16"), default="fp32", help=precision)
     add("--force", action="store_true", help="compute embeddings anew, e.g. after image files were replaced")
     modes = ("disabled", "offline", "online")
     add("--wandb", choices=modes, default="disabled", help="log results to each run's W&B run too")
@@ -115,14 +99,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     unknown = [word for word in settings if word.startswith("-") and not word.startswith(PLACE_SETTINGS)]
     if settings and not args.checkpoint and (not args.runs or unknown or not settings[0].startswith("-")):
         parser.error(f"unrecognized arguments: {' '.join(settings)}")
-    given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
-    if args.redraw and (others := sorted(set(given) - {"redraw", "out", "title", "settings"})):
+    given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
+    if args.redraw and (others := sorted(given - {"redraw", "out", "title", "settings"})):
         raise UserError(f"--{others[0]} needs --runs; --redraw only draws the rows of a file")
     if args.wandb_artifacts and args.wandb == "disabled":
         raise UserError("--wandb_artifacts uploads files to W&B, so it needs --wandb offline or --wandb online")
-    for option in ("batch_size", "max_queries"):
-        if (value := getattr(args, option)) is not None and value < 1:
-            raise UserError(f"--{option} is {value}; allowed: 1 or more")
+    for option in given & {"batch_size", "max_queries"}:
+        if getattr(args, option) < 1:
+            raise UserError(f"--{option} is {getattr(args, option)}; allowed: 1 or more")
     if any(len(pair) > 2 for pair in args.retrieval):
         raise UserError("--retrieval takes one or two folders: queries, or queries and a database")
     return args
@@ -130,9 +114,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def evaluate(args: argparse.Namespace, process: Process) -> None:
     """Embed on all processes; then compute studies, write rows and draw figures on the main one."""
-    first = Path(args.runs[0])
-    beside = first.parent if first.name not in ("", "..") else first.resolve().parent
-    out = Path(args.out) if args.out else beside / "eval"
+    out = Path(args.out or os.path.normpath(Path(args.runs[0], "..", "eval")))
     runs = name_runs([Path(run) for run in args.runs if Path(run).resolve() != out.resolve()])
     transfer = TransferImages(
         robustness=[read_folder("--robustness", text) for text in args.robustness],
@@ -170,18 +152,13 @@ def evaluate(args: argparse.Namespace, process: Process) -> None:
 
 
 def name_runs(runs: Sequence[Path]) -> dict[str, Path]:
-    """Return ``{name: directory}``: a run is named after its directory, with the parent's name if two are the same.
-
-    Raises:
-        UserError: There is no run, one is given twice or lacks a file, or two have the same name and parent's name.
-    """
+    """Return ``{name: directory}``: a run is named after its directory, with the parent's name if two are the same."""
     resolved = [run.resolve() for run in runs]
     if not runs or len(set(resolved)) < len(runs):
         raise UserError(f"--runs {' '.join(map(str, runs))}: give one or more run directories, each once")
-    for run in runs:
-        for file in ("config.yaml", "model.json", "model.safetensors"):
-            if not (run / file).is_file():
-                raise UserError(f"{run} has no {file}, so it is not the directory of a run that has saved a model")
+    for run, file in itertools.product(runs, ("config.yaml", "model.json", "model.safetensors")):
+        if not (run / file).is_file():
+            raise UserError(f"{run} has no {file}, so it is not the directory of a run that has saved a model")
     same = Counter(run.name for run in resolved)
     names = [f"{run.parent.name}/{run.name}" if same[run.name] > 1 else run.name for run in resolved]
     if len(set(names)) < len(names):

@@ -50,15 +50,10 @@ MIN_VECTORS = 20
 
 @dataclass(frozen=True)
 class Map:
-    """A linear map to an embedding whose prefixes of length ``dims`` are embeddings too.
+    """A linear map to an embedding whose prefixes of length ``dims`` are embeddings too."""
 
-    Attributes:
-        weight: ``(dims[-1], D)`` float32.
-        dims: The nesting list, ascending.
-    """
-
-    weight: np.ndarray
-    dims: tuple[int, ...]
+    weight: np.ndarray  # (dims[-1], D) float32
+    dims: tuple[int, ...]  # the nesting list, ascending
 
     def __call__(self, vectors: np.ndarray | Tensor) -> np.ndarray:
         """Map ``(N, D)`` of any length to ``(N, dims[-1])`` float32 of length 1. Cut, **then** normalize again.
@@ -163,11 +158,7 @@ def fit(
 
 
 def check(vectors: np.ndarray, labels: np.ndarray | None, dims: Sequence[int] | None) -> tuple[int, tuple[int, ...]]:
-    """Return the width and the nesting list, if a map can be fitted.
-
-    Raises:
-        UserError: It cannot; see `fit`.
-    """
+    """Return the width and the nesting list, if a map can be fitted."""
     if vectors.ndim != 2 or vectors.dtype.kind not in "fiu" or len(vectors) < MIN_VECTORS:
         raise UserError(
             f"the vectors are {vectors.shape} {vectors.dtype}; needed is a matrix (N, D) of numbers with N at least "
@@ -178,10 +169,11 @@ def check(vectors: np.ndarray, labels: np.ndarray | None, dims: Sequence[int] | 
         finite = np.isfinite(vectors[start : start + BLOCK]).all(axis=1)
         if not finite.all():
             raise UserError(f"vector {start + int(finite.argmin())} holds NaN or infinity; leave it out")
-    if labels is not None and labels.shape != vectors.shape[:1]:
-        raise UserError(f"the labels are {labels.shape}; needed is one for each of the {len(vectors):,} vectors")
-    if labels is not None and (labels == labels[0]).all():
-        raise UserError(f"all labels are {labels[0]}; needed are two classes or more")
+    if labels is not None:
+        if labels.shape != vectors.shape[:1]:
+            raise UserError(f"the labels are {labels.shape}; needed is one for each of the {len(vectors):,} vectors")
+        if (labels == labels[0]).all():
+            raise UserError(f"all labels are {labels[0]}; needed are two classes or more")
     dims = default_nesting_list(width) if dims is None else check_nesting_list(dims)
     if dims[-1] > width:
         raise UserError(f"dims {list(dims)} ask for {dims[-1]}, but the vectors have only {width}")
@@ -263,14 +255,8 @@ def adapt(args: argparse.Namespace) -> None:
     score = scorer(vectors[held_out], vectors[database], *of_labels)
     about = read_metadata(Path(args.vectors).with_suffix(".json"))  # of python -m mrl.embed
     warn_if_nested(score, vectors.shape[1], dims[0], about.trained_dims if about else [])
-    mapping = fit(
-        vectors[rest],
-        None if labels is None else labels[rest],
-        dims,
-        seed=args.seed,
-        device=args.device,
-        show_progress=True,
-    )
+    of_rest = vectors[rest], None if labels is None else labels[rest]
+    mapping = fit(*of_rest, dims, seed=args.seed, device=args.device, show_progress=True)
     mapping.save(out)
     mean = vectors[database].mean(axis=0)
     pca, svd = (principal_components(vectors[database], center)[:, : dims[-1]] for center in (mean, 0 * mean))
@@ -294,22 +280,17 @@ def warn_if_nested(score: Score, width: int, dim: int, trained: Sequence[int]) -
     Without labels, only an order such as that of PCA shows: the first numbers of MRL, trained on labels, hardly keep
     more neighbors than others do.
     """
-    if len(trained) > 1:
-        warnings.warn(
-            f"these vectors are nested already, at {list(trained)} dims; plain truncation may do", stacklevel=2
-        )
-    if len(trained) > 1 or width < 2 * dim:
-        return
-    rng = np.random.default_rng(0)
-    others = [dim + rng.permutation(width - dim)[:dim] for _ in range(RANDOM_CHOICES)]
-    [first] = score(lambda given: given, [dim])
-    best = max(score(partial(np.take, indices=chosen, axis=1), [dim])[0] for chosen in others)
-    if first > best:
-        warnings.warn(
-            f"these vectors look nested already: their first {dim} numbers score {100 * first:.1f}%, {RANDOM_CHOICES} "
-            f"random choices of {dim} others at most {100 * best:.1f}%; plain truncation may do",
-            stacklevel=2,
-        )
+    nested = f"are nested already, at {list(trained)} dims" if len(trained) > 1 else ""
+    if not nested and width >= 2 * dim:
+        rng = np.random.default_rng(0)
+        others = [dim + rng.permutation(width - dim)[:dim] for _ in range(RANDOM_CHOICES)]
+        [first] = score(lambda given: given, [dim])
+        best = max(score(partial(np.take, indices=chosen, axis=1), [dim])[0] for chosen in others)
+        if first > best:
+            nested = f"look nested already: their first {dim} numbers score {100 * first:.1f}%, {RANDOM_CHOICES} "
+            nested += f"random choices of {dim} others at most {100 * best:.1f}%"
+    if nested:
+        warnings.warn(f"these vectors {nested}; plain truncation may do", stacklevel=2)
 
 
 def read_array(path: str) -> np.ndarray:

@@ -89,6 +89,30 @@ def make_saved_run(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def make_digits_run():
+    """A run directory of a ViT of one block, 32 wide, for the digits; it was never trained."""
+    name, kwargs = (
+        "vit_tiny_patch16_224",
+        {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2},
+    )
+    data = DataConfig(name="digits", batch_size=64, train_px=16, eval_resize_px=16, eval_px=16, num_workers=0)
+
+    def make(directory, nesting_list, seed=0):
+        torch.manual_seed(seed)
+        directory.mkdir(parents=True)
+        model = build_model(build_backbone(name, "scratch", 4, False, kwargs), 10, nesting_list)
+        classes = tuple(str(digit) for digit in range(10))
+        about = (name, kwargs, 4, False, nesting_list, False, classes, 16, 16, data.mean, data.std)
+        save_model(model, ModelInfo(*about), directory)
+        run = RunConfig(name=directory.name, dir=str(directory.parent), seed=seed)
+        config = Config(run=run, data=data, model=ModelConfig(name), head=HeadConfig(nesting_list=list(nesting_list)))
+        (directory / "config.yaml").write_text(to_yaml(config))
+        return directory
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def saved_run(make_saved_run):
     return make_saved_run()
 

@@ -11,23 +11,20 @@ def values(*tables, method="MRL"):
 
 
 def test_numbers_that_the_paper_prints():
-    assert values("table_1") == dict(
-        zip(
-            (8, 16, 32, 64, 128, 256, 512, 1024, 2048),
-            (66.63, 73.53, 75.03, 75.82, 76.3, 76.47, 76.65, 76.76, 76.8),
-            strict=True,
-        )
-    )
-    assert values("table_1", method="FF")[2048] == 76.87
-    assert values("table_2", method="MRL-E")[8] == 57.45
-    assert values("figure_5")[12] == 65.89
-    assert values("table_8")[8] == 56.74
-    assert values("table_25")[2048] == 90.214
+    assert list(values("table_1").values()) == [66.63, 73.53, 75.03, 75.82, 76.3, 76.47, 76.65, 76.76, 76.8]
+    assert list(values("table_1")) == [8, 16, 32, 64, 128, 256, 512, 1024, 2048]
+    for table, method, dim, value in (
+        ("table_1", "FF", 2048, 76.87),
+        ("table_2", "MRL-E", 8, 57.45),
+        ("figure_5", "MRL", 12, 65.89),
+        ("table_8", "MRL", 8, 56.74),
+        ("table_25", "MRL", 2048, 90.214),
+    ):
+        assert values(table, method=method)[dim] == value
 
 
-@pytest.mark.parametrize("dataset", ["digits", "tiny_imagenet", "imagenet_a", "folder", ""])
-def test_no_other_data_set_is_given_the_papers_numbers(dataset):
-    assert paper_rows(dataset) == paper_rows(dataset, "table_1") == []
+def test_no_other_data_set_is_given_the_papers_numbers():
+    assert not any(paper_rows(dataset) for dataset in ("digits", "tiny_imagenet", "imagenet_a", "folder", ""))
 
 
 def test_a_point_of_the_cascade_has_its_expected_dim_and_a_cell_seen_nowhere_is_left_out():

@@ -107,13 +107,10 @@ def grow(times: pd.Series) -> bool:
 
 @rc_context(style.RC)
 def adaptive_retrieval(rows: Sequence[Row]) -> Figure:
-    """Draw quality against cost of adaptive and funnel retrieval (figure 8).
+    """Draw quality against cost of adaptive and funnel retrieval (figure 8), of models that differ only in their seed.
 
     A row of panels for map@10 and for top-1; a column for multiply-adds and, if `has_times`, one for time. Means over
     seeds, with one standard deviation as bars.
-
-    Args:
-        rows: Of one dataset and of models that differ only in their seed.
     """
     rows = [row for row in rows if row.study in STUDIES and row.metric in ("map@10", "top_1")]
     table = style.table_of(rows, "adaptive retrieval")

@@ -76,17 +76,10 @@ def grad_cam_sheet(
     names: Sequence[str],
     title: str = "",
 ) -> Figure:
-    """Draw B validation images under the heat of what the predictions at G sizes rest on; a row per image.
+    """Draw the validation ``images`` ``(B,)`` of a run under the heat of what predictions rest on; a row per image.
 
+    ``heat`` is ``(G, B, H, W)``, 0 to 1; ``predicted`` are classes ``(G, B)`` int64 at G ``dims``, called ``names``.
     Frames tell right predictions from wrong ones, unless the images are of other classes than the model's.
-
-    Args:
-        run: Has the images.
-        images: Indices ``(B,)``.
-        heat: ``(G, B, H, W)``, 0 to 1.
-        predicted: Classes ``(G, B)`` int64.
-        dims: G sizes.
-        names: Of the classes that are predicted.
     """
     pictures, labels = torch.from_numpy(run.pictures("val", images)).permute(0, 3, 1, 2), run.val.labels[images]
     figure, grid = _panels(len(pictures), 1 + len(dims))

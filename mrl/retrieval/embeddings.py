@@ -27,35 +27,21 @@ from mrl.rundir import atomic_write, atomic_write_text
 
 @dataclass(frozen=True)
 class EmbeddingMetadata:
-    """What embeddings were made of and how. Embeddings with equal metadata are equal and are used again.
+    """What embeddings were made of and how. Embeddings with equal metadata are equal and are used again."""
 
-    Attributes:
-        checkpoint_sha256: Hash of the model's weights.
-        dataset: Name of the data, or the folder of the images.
-        split: train, val, or the name of other images.
-        resize_px, crop_px: Shorter side after resizing, and side of the center crop.
-        normalization: Mean and standard deviation, as text.
-        interpolation: How the images are resized.
-        flip: Whether the images are mirrored.
-        classes_sha256: Hash of the class names, or of the image files if the data has no other name.
-        precision: "fp32" or "bf16", the arithmetic of the forward pass; vectors are stored as float32.
-        files_sha256: Hash of the images' sizes and times of change (python -m mrl.embed only).
-        run, trained_dims: Directory and nesting list of the model (python -m mrl.embed only).
-    """
-
-    checkpoint_sha256: str
-    dataset: str
-    split: str
-    resize_px: int
-    crop_px: int
-    normalization: str
-    flip: bool
-    classes_sha256: str
-    precision: str = "fp32"
-    files_sha256: str = ""
-    run: str = ""
-    trained_dims: list[int] = field(default_factory=list)
-    interpolation: str = "bilinear"
+    checkpoint_sha256: str  # of the model's weights
+    dataset: str  # name of the data, or the folder of the images
+    split: str  # train, val, or the name of other images
+    resize_px: int  # shorter side after resizing
+    crop_px: int  # side of the center crop
+    normalization: str  # mean and standard deviation
+    flip: bool  # whether the images are mirrored
+    classes_sha256: str  # of the class names, or of the image files if the data has no other name
+    precision: str = "fp32"  # or "bf16", the arithmetic of the forward pass; vectors are stored as float32
+    files_sha256: str = ""  # of the images' sizes and times of change (python -m mrl.embed only)
+    run: str = ""  # directory of the model (python -m mrl.embed only)
+    trained_dims: list[int] = field(default_factory=list)  # its nesting list (python -m mrl.embed only)
+    interpolation: str = "bilinear"  # how the images are resized
 
 
 @dataclass(frozen=True)
@@ -97,14 +83,10 @@ def open_embeddings(directory: Path, metadata: EmbeddingMetadata) -> EmbeddingSe
     if read_metadata(directory / "metadata.json") != metadata:
         return None
     try:
-        return _open(directory, metadata)
+        vectors = np.load(directory / "vectors.npy", mmap_mode="r")
+        return EmbeddingSet(vectors, np.load(directory / "labels.npy"), metadata)
     except (OSError, ValueError):  # a file is gone or cut short
         return None
-
-
-def _open(directory: Path, metadata: EmbeddingMetadata) -> EmbeddingSet:
-    vectors = np.load(directory / "vectors.npy", mmap_mode="r")
-    return EmbeddingSet(vectors, np.load(directory / "labels.npy"), metadata)
 
 
 def embed_split(
@@ -117,16 +99,14 @@ def embed_split(
     batch_size: int,
     dtype: torch.dtype = torch.float32,
 ) -> EmbeddingSet:
-    """Return the embeddings of every image, computed by all processes together into ``directory``.
+    """Return the embeddings of every image, computed by all processes together into ``directory``, which they share.
 
     Each process appends the embeddings of consecutive images to a file of its own, a part, and the main process joins
     the parts in the end. A stopped pass continues with the images that no part has, at any number of processes and any
     batch size. Embeddings with other ``metadata`` are computed again.
 
     Args:
-        directory: Shared by all processes; see `embeddings_path`.
         metadata: Its ``flip`` and ``precision`` are applied here.
-        images: The split.
         embed: Images ``(B, 3, H, W)`` -> embeddings ``(B, width)``; a model in eval mode.
         batch_size: Images at a time on each process.
         dtype: In which they are stored; bfloat16 as int16, because numpy has no such type.
@@ -138,8 +118,7 @@ def embed_split(
     if process.is_main and open_embeddings(directory, metadata) is None:
         parts.prepare(metadata)
     distributed.barrier()
-    finished = open_embeddings(directory, metadata)
-    if finished is not None:
+    if finished := open_embeddings(directory, metadata):
         return finished
     is_missing = torch.zeros(len(images), dtype=torch.int32)
     if process.is_main:  # the others may see an old listing on a network disk
@@ -161,7 +140,9 @@ def embed_split(
         np.save(directory / "labels.npy", images.labels.numpy())
         os.replace(directory / "unfinished.json", directory / "metadata.json")  # from here on it is finished
     distributed.barrier()
-    return _open(directory, metadata)
+    finished = open_embeddings(directory, metadata)
+    assert finished is not None
+    return finished
 
 
 class _Parts:
@@ -253,18 +234,15 @@ def _embed_share(
     autocast = torch.autocast(process.device.type, torch.bfloat16, enabled=metadata.precision == "bf16")
     name = f"{parts.directory.parent.parent.name}: embedding {parts.directory.name}"
     with progress(show=process.is_main, total=len(share), desc=name, unit="image") as bar:
-        for (first, indices), (batch, labels) in zip(batches, read, strict=True):
+        for (first, indices), (batch, _) in zip(batches, read, strict=True):
             with autocast:
                 z = embed(batch).to(parts.dtype).cpu()
             finite = z.isfinite().all(dim=1).numpy()
             if not finite.all():
-                wrong = indices[~finite][0]
                 raise UserError(
-                    f"the embedding of image {wrong} ({metadata.split} split) holds NaN or infinity, "
+                    f"the embedding of image {indices[~finite][0]} ({metadata.split} split) holds NaN or infinity, "
                     "so the model cannot be evaluated"
                 )
-            if not torch.equal(labels.cpu(), images.labels[indices]):
-                raise RuntimeError(f"the images of {parts.directory} did not come in dataset order")
             parts.append(first, z)
             bar.update(len(indices))
 

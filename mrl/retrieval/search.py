@@ -1,7 +1,7 @@
 """Exact nearest neighbors by cosine or inner product, at any number of prefix sizes in one pass over the database.
 
-`Best` keeps the k best of a stream of scores. It packs a score and its index into one integer key, which is larger for
-a better neighbor: by score, and for equal scores by lower index. No two keys are equal, so every way to select the
+Of a stream of scores the k best are kept. A score and its index are packed into one integer key, which is larger for a
+better neighbor: by score, and for equal scores by lower index. No two keys are equal, so every way to select the
 largest keys gives the same answer.
 """
 
@@ -47,6 +47,7 @@ def exact_search(
     Indices are ``(Q, k)`` int64 and scores ``(Q, k)`` float32, best first, equal scores by lower index. A score is the
     inner product of the two prefixes divided by their norms, in float32. The inner products at one size are those at
     the next smaller size plus those of the coordinates between, so all sizes cost little more than the largest alone.
+    A prefix that is all zero has no cosine; its score is 0 with any other, and a warning counts such vectors.
 
     Args:
         queries, database: ``(Q, D)`` and ``(N, D)``, raw (not normalized), arrays or tensors on any device; read in
@@ -58,16 +59,13 @@ def exact_search(
         database_rows, query_rows: Vectors in memory at a time.
         progress: Show a progress bar on stderr.
 
-    A prefix that is all zero has no cosine; its score is 0 with any other, and a warning counts such vectors.
-
     Raises:
         UserError: The arguments do not fit each other, or a vector holds NaN or infinity.
     """
     check_vectors(queries, database, dims)
     if not 1 <= k <= len(database):
         raise UserError(f"k is {k}; allowed: 1 to {len(database)}, the number of database vectors")
-    sizes = sorted(set(dims))
-    num_queries = len(queries)
+    sizes, num_queries = sorted(set(dims)), len(queries)
     queries, database = queries[:, : sizes[-1]], database[:, : sizes[-1]]
     query_parts = [slice(first, min(first + query_rows, num_queries)) for first in range(0, num_queries, query_rows)]
     query_scales = [inverse_norms(_read(queries, part, device), sizes, "query", part.start) for part in query_parts]
@@ -75,7 +73,7 @@ def exact_search(
     zero_queries = sum(map(_count_zero, query_scales), zero_database)
     if metric == "inner product":
         query_scales = [torch.ones_like(scales) for scales in query_scales]
-    best = {dim: Best(num_queries, k, device) for dim in sizes}
+    best = {dim: torch.full((num_queries, k), _EMPTY, device=device) for dim in sizes}
     blocks = _blocks(len(database), database_rows)
     # All blocks have one size, a multiple of 64, and the last are padded. At odd sizes a matrix product rounds the last
     # columns differently, so that equal vectors would get different scores.
@@ -97,7 +95,7 @@ def exact_search(
                     product.addmm_(some[:, done:dim], block[:, done:dim].T, beta=min(done, 1))
                     product[:, len(indices) :] = -torch.inf
                     scores = torch.mul(product, row_scales[size], out=scaled[: len(some)])
-                    best[dim].add(part, scores, scales[size, :, None], indices)
+                    _keep_best(best[dim][part], scores, scales[size, :, None], indices)
                     done = dim
                 bar.update(len(indices) * len(some))
     counts = [
@@ -107,7 +105,7 @@ def exact_search(
     ]
     if counts:
         warnings.warn(f"prefixes are all zero, which score 0 with any other: {', '.join(counts)}", stacklevel=2)
-    found = {dim: best[dim].ordered() for dim in dims}
+    found = {dim: unpack(descending(best[dim])) for dim in dims}
     return {dim: (indices.cpu().numpy(), scores.cpu().numpy()) for dim, (indices, scores) in found.items()}
 
 
@@ -144,10 +142,8 @@ def count_zero_prefixes(vectors: np.ndarray, dims: Sequence[int]) -> dict[int, i
 
     Features after a ReLU are never negative and often zero, so that small prefixes may be all zero.
     """
-    smallest, *larger = sorted(dims)
-    zero = np.flatnonzero(~np.any(vectors[:, :smallest], axis=1))
-    counts = {smallest: len(zero)}
-    for dim in larger:
+    zero, counts = np.arange(len(vectors)), {}
+    for dim in sorted(dims):
         zero = zero[~np.any(vectors[zero, :dim], axis=1)]
         counts[dim] = len(zero)
     return counts
@@ -156,9 +152,8 @@ def count_zero_prefixes(vectors: np.ndarray, dims: Sequence[int]) -> dict[int, i
 def describe_zero_prefixes(vectors: np.ndarray, dims: Sequence[int], what: str = "images") -> str:
     """Return a sentence that counts the all-zero prefixes of ``what``; an empty one if there are none."""
     counts = [f"{count:,} at {dim} dims" for dim, count in count_zero_prefixes(vectors, dims).items() if count]
-    if not counts:
-        return ""
-    return f"all-zero prefixes: {', '.join(counts)}, of {len(vectors):,} {what}; at these sizes they have no neighbors"
+    what = f"{len(vectors):,} {what}; at these sizes they have no neighbors"
+    return f"all-zero prefixes: {', '.join(counts)}, of {what}" if counts else ""
 
 
 def _blocks(num_rows: int, block_rows: int) -> list[np.ndarray]:
@@ -204,57 +199,43 @@ def unpack(keys: Tensor) -> tuple[Tensor, Tensor]:
     return _MAX_INDEX - (keys & _MAX_INDEX), (ascending ^ ((ascending >> 31) & _ALL_BUT_SIGN)).view(torch.float32)
 
 
-class Best:
-    """The ``k`` best neighbors so far of each query.
+def _keep_best(kept: Tensor, scores: Tensor, query_scales: Tensor, indices: Tensor) -> None:
+    """Replace the worst of the keys ``kept`` ``(B, k)`` by those of better scores among n database vectors, 64 | n.
 
-    Attributes:
-        keys: ``(Q, k)`` int64 keys of `pack`, unsorted; `_EMPTY` where there is no neighbor yet.
+    The scores are ``scores * query_scales``, ``(B, n)`` and ``(B, 1)``. Nearly all are below those already kept.
+    Therefore the maxima of groups are compared first, and a group is read only if its maximum can be kept.
+
+    Args:
+        kept: Keys of `pack`, unsorted; `_EMPTY` where there is no neighbor yet.
+        indices: Database positions of the columns; padded columns, which hold minus infinity, come last and have none.
     """
-
-    def __init__(self, num_queries: int, k: int, device: torch.device | str) -> None:
-        self.keys = torch.full((num_queries, k), _EMPTY, device=device)
-
-    def add(self, queries: slice, scores: Tensor, query_scales: Tensor, indices: Tensor) -> None:
-        """Add ``scores * query_scales``, ``(B, n)`` and ``(B, 1)``, of B queries with n database vectors, 64 | n.
-
-        Nearly all scores are below those already kept. Therefore the maxima of groups are compared first, and a group
-        is read only if its maximum can be kept. ``indices`` are the database positions of the columns; padded columns,
-        which hold minus infinity, come last and have none.
-        """
-        k, width = self.keys.shape[1], scores.shape[1]
-        lowest = self.keys[queries].amin(dim=1, keepdim=True)
-        index, worst = unpack(lowest)
-        # A score that equals the worst kept one needs a lower index.
-        worst = torch.where(indices.min() < index, worst, torch.nextafter(worst, torch.full_like(worst, torch.inf)))
-        floor = torch.where(lowest == _EMPTY, torch.finfo(torch.float32).min, worst)
-        # About k groups are read, and a score in them costs about ten times as much as a maximum.
-        group_size = min(64, 2 ** int(math.log2(max(1.0, width / (2 * k))) / 2))
-        num_groups = width // group_size  # group i holds columns i, i + num_groups, ...
-        maxima = scores.view(len(scores), group_size, -1).amax(dim=1).mul_(query_scales)
-        if num_groups > k and (lowest == _EMPTY).any():
-            floor = torch.maximum(floor, _largest(maxima, k).amin(dim=1, keepdim=True))
-        group = _true_positions(maxima >= floor)
-        query = group // num_groups
-        columns = (group - query * num_groups)[:, None] + torch.arange(group_size, device=group.device) * num_groups
-        positions = (columns + query[:, None] * width).view(-1)
-        candidates = scores.view(-1).index_select(0, positions).view_as(columns).mul_(query_scales[query])
-        chosen = _true_positions(candidates >= floor[query])
-        if len(chosen):
-            keys = pack(candidates.view(-1)[chosen], indices[columns.view(-1)[chosen]])
-            self._insert(queries, query[chosen // group_size], keys)
-
-    def _insert(self, queries: slice, query: Tensor, keys: Tensor) -> None:
-        """Add ``keys`` of the queries ``query``, which ascend."""
-        kept = self.keys[queries]
-        counts = torch.bincount(query, minlength=len(kept))
-        column = torch.arange(len(query), device=keys.device) - (counts.cumsum(0) - counts)[query]
-        new = keys.new_full((len(kept), int(counts.max())), _EMPTY)
-        new[query, column] = keys
-        self.keys[queries] = _largest(torch.cat([kept, new], dim=1), kept.shape[1])
-
-    def ordered(self) -> tuple[Tensor, Tensor]:
-        """Return indices ``(Q, k)`` and scores ``(Q, k)``, best first."""
-        return unpack(descending(self.keys))
+    k, width = kept.shape[1], scores.shape[1]
+    lowest = kept.amin(dim=1, keepdim=True)
+    index, worst = unpack(lowest)
+    # A score that equals the worst kept one needs a lower index.
+    worst = torch.where(indices.min() < index, worst, torch.nextafter(worst, torch.full_like(worst, torch.inf)))
+    floor = torch.where(lowest == _EMPTY, torch.finfo(torch.float32).min, worst)
+    # About k groups are read, and a score in them costs about ten times as much as a maximum.
+    group_size = min(64, 2 ** int(math.log2(max(1.0, width / (2 * k))) / 2))
+    num_groups = width // group_size  # group i holds columns i, i + num_groups, ...
+    maxima = scores.view(len(scores), group_size, -1).amax(dim=1).mul_(query_scales)
+    if num_groups > k and (lowest == _EMPTY).any():
+        floor = torch.maximum(floor, _largest(maxima, k).amin(dim=1, keepdim=True))
+    group = _true_positions(maxima >= floor)
+    query = group // num_groups
+    columns = (group - query * num_groups)[:, None] + torch.arange(group_size, device=group.device) * num_groups
+    positions = (columns + query[:, None] * width).view(-1)
+    candidates = scores.view(-1).index_select(0, positions).view_as(columns).mul_(query_scales[query])
+    chosen = _true_positions(candidates >= floor[query])
+    if not len(chosen):
+        return
+    # The new keys of each query, which ascend, as a row of a matrix.
+    keys, query = pack(candidates.view(-1)[chosen], indices[columns.view(-1)[chosen]]), query[chosen // group_size]
+    counts = torch.bincount(query, minlength=len(scores))
+    column = torch.arange(len(query), device=keys.device) - (counts.cumsum(0) - counts)[query]
+    new = keys.new_full((len(scores), int(counts.max())), _EMPTY)
+    new[query, column] = keys
+    kept[:] = _largest(torch.cat([kept, new], dim=1), k)
 
 
 # On the CPU numpy is several times faster than torch at these three.

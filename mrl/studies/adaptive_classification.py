@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +22,7 @@ from mrl.matryoshka import prefix
 from mrl.model import MatryoshkaClassifier
 from mrl.progress import progress
 from mrl.results import Row, Source
+from mrl.studies.adaptive_retrieval import timed
 from mrl.studies.classification import Classifier, predict
 
 STUDY, ORACLE_STUDY = "cascade", "oracle"
@@ -49,12 +49,13 @@ def fit_thresholds(confidence: np.ndarray, correct: np.ndarray) -> np.ndarray:
     confidence, correct = _check_confidence(confidence), np.asarray(correct, dtype=bool)
     if correct.shape != confidence.shape or not confidence.shape[1]:
         raise UserError(f"confidence {confidence.shape} and correct {correct.shape} must both be (G, N) with N >= 1")
-    below = np.searchsorted(THRESHOLD_GRID, confidence[:-1])
-    gains = correct[:-1].astype(np.int64) - correct[1:]
-    # For each pair and threshold, the gain summed over the images whose confidence is above the threshold.
-    size = len(THRESHOLD_GRID) + 1
-    sums = [np.bincount(*pair, minlength=size)[:0:-1].cumsum()[::-1] for pair in zip(below, gains, strict=True)]
-    return np.array([THRESHOLD_GRID[np.argmax(of_pair)] for of_pair in sums])
+    thresholds = []
+    for of_size, gain in zip(confidence[:-1], correct[:-1].astype(np.int64) - correct[1:], strict=True):
+        # Summed over the images whose confidence is above each threshold.
+        below = np.searchsorted(THRESHOLD_GRID, of_size)
+        sums = np.bincount(below, gain, minlength=len(THRESHOLD_GRID) + 1)[:0:-1].cumsum()[::-1]
+        thresholds.append(THRESHOLD_GRID[sums.argmax()])
+    return np.array(thresholds)
 
 
 def route(confidence: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
@@ -80,16 +81,6 @@ def _check_confidence(confidence: np.ndarray) -> np.ndarray:
     if confidence.ndim != 2 or not ((confidence > 0) & (confidence <= 1)).all():
         raise UserError(f"confidence {confidence.shape} must be (G, N), the highest softmax: above 0 and at most 1")
     return confidence
-
-
-def _score(
-    confidence: np.ndarray, correct: np.ndarray, dims: Sequence[int], thresholds: np.ndarray
-) -> tuple[float, float, float]:
-    """Return accuracy, expected dim and expected sum of the dims tried, of a cascade capped by its thresholds."""
-    sizes = np.asarray(dims[: len(thresholds) + 1])
-    chosen = route(confidence[: len(sizes)], thresholds)
-    accuracy = correct[chosen, np.arange(len(chosen))].mean()
-    return float(accuracy), float(sizes[chosen].mean()), float(sizes.cumsum()[chosen].mean())
 
 
 def splits(num_images: int, num_splits: int = NUM_SPLITS) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -122,25 +113,24 @@ def cascade(
     - "top_1_cumulative": the same accuracy; the sizes of all prefixes tried, added up.
     - "threshold", "threshold_std": of size ``dim``.
     """
-    name, fitted, scores = CASCADE.format(method), [], []
+    name, sizes, fitted, scores = CASCADE.format(method), np.asarray(dims), [], []
     bar = progress(splits(confidence.shape[1], num_splits), desc=f"{source.run}: {STUDY}", total=num_splits)
     for fit, test in bar:
         thresholds = fit_thresholds(confidence[:, fit], correct[:, fit])
         fitted.append(thresholds)
-        of_caps = [thresholds[:cap] for cap in range(1, len(dims))]
-        scores.append([_score(confidence[:, test], correct[:, test], dims, of_cap) for of_cap in of_caps])
-    rows = []
-    for cap, of_cap in zip(dims[1:], zip(*scores, strict=True), strict=True):
-        accuracies, used, tried = zip(*of_cap, strict=True)
-        for metric, value, expected in (
-            ("top_1", statistics.mean(accuracies), statistics.mean(used)),
-            ("top_1_std", std(accuracies), std(used)),
-            ("top_1_cumulative", statistics.mean(accuracies), statistics.mean(tried)),
-        ):
-            rows.append(source.row(STUDY, name, metric, value, len(test), dim=cap, expected_dim=expected))
+        chosen = [route(confidence[: cap + 1, test], thresholds[:cap]) for cap in range(1, len(dims))]
+        scores.append([(correct[g, test].mean(), sizes[g].mean(), sizes.cumsum()[g].mean()) for g in chosen])
+    n, rows = len(test), []
+    for cap, of_cap in zip(dims[1:], np.transpose(scores, (1, 2, 0)).tolist(), strict=True):
+        (top_1, used, tried), (top_1_std, used_std, _) = map(statistics.mean, of_cap), map(std, of_cap)
+        rows += [
+            source.row(STUDY, name, "top_1", top_1, n, dim=cap, expected_dim=used),
+            source.row(STUDY, name, "top_1_std", top_1_std, n, dim=cap, expected_dim=used_std),
+            source.row(STUDY, name, "top_1_cumulative", top_1, n, dim=cap, expected_dim=tried),
+        ]
     for dim, of_dim in zip(dims[:-1], np.transpose(fitted).tolist(), strict=True):
-        rows.append(source.row(STUDY, name, "threshold", statistics.mean(of_dim), len(test), dim=dim))
-        rows.append(source.row(STUDY, name, "threshold_std", std(of_dim), len(test), dim=dim))
+        rows.append(source.row(STUDY, name, "threshold", statistics.mean(of_dim), n, dim=dim))
+        rows.append(source.row(STUDY, name, "threshold_std", std(of_dim), n, dim=dim))
     return rows
 
 
@@ -150,10 +140,10 @@ def fixed_feature(
     """Return rows "top_1", "top_1_std" of a fixed-feature model, ``correct`` ``(N,)``, on the splits of `cascade`."""
     tests = [test for _, test in splits(len(correct), num_splits)]
     accuracies = [float(correct[test].mean()) for test in tests]
-    n = len(tests[0])
+    values = {"top_1": (statistics.mean(accuracies), float(dim)), "top_1_std": (std(accuracies), 0.0)}
     return [
-        source.row(STUDY, method, "top_1", statistics.mean(accuracies), n, dim=dim, expected_dim=float(dim)),
-        source.row(STUDY, method, "top_1_std", std(accuracies), n, dim=dim, expected_dim=0.0),
+        source.row(STUDY, method, metric, value, len(tests[0]), dim=dim, expected_dim=expected)
+        for metric, (value, expected) in values.items()
     ]
 
 
@@ -162,12 +152,11 @@ def std(values: Sequence[float]) -> float:
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def dims_saved(rows: Sequence[Row], method: str, tolerance: float = 0.0) -> dict[int, float | None]:
+def dims_saved(rows: Sequence[Row], method: str) -> dict[int, float | None]:
     """Return ``{FF size: how many times fewer dims the cascade needs for the same accuracy}``; None if it never does.
 
     The paper's "14x" (section 4.2.1) is such a ratio: 512 dims to an expected 37. ``rows`` are of one dataset;
-    ``method`` is e.g. "MRL cascade". Points of several runs are averaged. A point of the cascade may be less accurate
-    than FF by ``tolerance`` (0 to 1).
+    ``method`` is e.g. "MRL cascade". Points of several runs are averaged.
     """
     points = [row for row in rows if (row.study, row.metric) == (STUDY, "top_1")]
     columns = ["method", "dim", "value", "expected_dim"]
@@ -175,7 +164,7 @@ def dims_saved(rows: Sequence[Row], method: str, tolerance: float = 0.0) -> dict
     found = means[means["method"] == method]
     ratios: dict[int, float | None] = {}
     for of_ff in means[means["method"] == "FF"].itertuples():
-        enough = found["expected_dim"][found["value"] >= of_ff.value - tolerance]
+        enough = found["expected_dim"][found["value"] >= of_ff.value]
         ratios[int(of_ff.dim)] = float(of_ff.dim / enough.min()) if len(enough) else None
     return ratios
 
@@ -202,13 +191,15 @@ def oracle(predictions: np.ndarray, labels: np.ndarray, dims: Sequence[int], sou
     - "never_correct": no prefix is correct.
     - "top_1": some prefix is correct (table 23); expected dim of choosing the smallest correct one, or the largest of
       all if none is.
-    - "majority_vote_top_1": the class that most prefixes predict is correct; see `majority_vote`.
+    - "majority_vote_top_1": the class that most prefixes predict is correct; of a tie, that of its largest size.
     - "agreement_with_<larger size>", for each smaller ``dim``: both predict the same class.
     """
     correct = predictions == labels
     any_correct = correct.any(axis=0)
     first = np.where(any_correct, correct.argmax(axis=0), -1)
     expected = float(np.asarray(dims)[first].mean())  # -1, never correct, selects the largest
+    votes = (predictions[:, None] == predictions).sum(axis=0)
+    last_of_most = len(dims) - 1 - votes[::-1].argmax(axis=0)
 
     def row(metric: str, of_images: np.ndarray, **rest: Any) -> Row:
         return source.row(ORACLE_STUDY, method, metric, float(of_images.mean()), len(labels), **rest)
@@ -216,17 +207,10 @@ def oracle(predictions: np.ndarray, labels: np.ndarray, dims: Sequence[int], sou
     rows = [row("first_correct", first == g, dim=dim) for g, dim in enumerate(dims)]
     rows.append(row("never_correct", ~any_correct))
     rows.append(row("top_1", any_correct, expected_dim=expected))
-    rows.append(row("majority_vote_top_1", majority_vote(predictions) == labels))
+    rows.append(row("majority_vote_top_1", correct[last_of_most, np.arange(len(labels))]))
     for (g, dim), (other, other_dim) in itertools.combinations(enumerate(dims), 2):
         rows.append(row(f"agreement_with_{other_dim}", predictions[g] == predictions[other], dim=dim))
     return rows
-
-
-def majority_vote(predictions: np.ndarray) -> np.ndarray:
-    """Return the most frequent class ``(N,)`` of ``predictions`` ``(G, N)``; of a tie, that of its largest size."""
-    votes = (predictions[:, None] == predictions).sum(axis=0)
-    last_of_most = len(predictions) - 1 - np.argmax(votes[::-1], axis=0)
-    return predictions[last_of_most, np.arange(predictions.shape[1])]
 
 
 class CascadePoint(NamedTuple):
@@ -287,11 +271,9 @@ def describe_cascade(cascades: Sequence[CascadePoint], alone: Sequence[CascadePo
 
 
 def _point(z: Tensor, labels: Tensor, classifiers: Sequence[Classifier], thresholds: np.ndarray) -> CascadePoint:
-    classes, chosen = run_cascade(z, classifiers, thresholds)
-    seconds = _fastest(lambda: run_cascade(z, classifiers, thresholds), 5)
+    (classes, chosen), seconds = timed(run_cascade, z, classifiers, thresholds)
     dims = torch.tensor([weight.shape[1] for weight, _ in classifiers], dtype=torch.float64)
-    expected = float(dims[chosen].mean())
-    top_1 = float((classes == labels).double().mean())
+    expected, top_1 = float(dims[chosen].mean()), float((classes == labels).double().mean())
     # A larger prefix contains the smaller ones: nothing is read twice.
     return CascadePoint(int(dims[-1]), top_1, expected, BYTES_PER_NUMBER * expected, 1e6 * seconds / len(z))
 
@@ -300,13 +282,4 @@ def _point(z: Tensor, labels: Tensor, classifiers: Sequence[Classifier], thresho
 def backbone_ms_per_image(model: MatryoshkaClassifier, px: int, num_images: int = 64) -> float:
     """Return the backbone's measured CPU milliseconds per image of ``px`` x ``px``, ``num_images`` in one batch."""
     images = torch.rand(num_images, 3, px, px)  # what they show does not matter
-    return 1000 * _fastest(lambda: model.embed(images), 3) / num_images
-
-
-def _fastest(function: Callable[[], Any], repeats: int) -> float:
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        function()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
+    return 1000 * timed(model.embed, images)[1] / num_images

@@ -12,7 +12,7 @@ import torch
 
 from mrl.progress import progress
 from mrl.results import Row, Source
-from mrl.retrieval.metrics import hits, mean_average_precision, mflops_per_query, num_relevant, top_k_hit
+from mrl.retrieval.metrics import hits, mflops_per_query, num_relevant, retrieval_metrics
 from mrl.retrieval.rerank import rerank
 from mrl.retrieval.search import exact_search
 from mrl.studies.retrieval import thin_indices
@@ -24,8 +24,8 @@ ABLATION_SIZES = (100, 200, 400, 800, 1600, 2048)
 FUNNEL_LENGTHS = ((200, 100, 50, 25, 10), (400, 200, 50, 25, 10), (800, 400, 200, 50, 10))
 FUNNEL_STARTS = 3
 K = 10
-# A prefix size for the search, then the (dim, length) of each reranking.
-Plan = tuple[int, tuple[tuple[int, int], ...]]
+Stages = tuple[tuple[int, int], ...]  # the (dim, length) of each reranking
+Plan = tuple[int, Stages]  # the prefix size of the search first
 
 
 def pairs(nesting_list: Sequence[int], database_size: int) -> list[Plan]:
@@ -40,11 +40,9 @@ def ablation(nesting_list: Sequence[int], database_size: int) -> list[Plan]:
     If 16 is not in the list, its second size takes that place. Shortlists longer than the database are left out, and
     so is the length that `pairs` already has.
     """
-    dim = ABLATION_DIM if ABLATION_DIM in nesting_list else nesting_list[min(1, len(nesting_list) - 1)]
-    if dim == nesting_list[-1]:
-        return []
+    dim = ABLATION_DIM if ABLATION_DIM in nesting_list else [*nesting_list[:2]][-1]
     sizes = [size for size in ABLATION_SIZES if size <= database_size and size != min(SHORTLIST_SIZE, database_size)]
-    return [(dim, ((nesting_list[-1], size),)) for size in sizes]
+    return [(dim, ((nesting_list[-1], size),)) for size in sizes if dim != nesting_list[-1]]
 
 
 def funnels(nesting_list: Sequence[int], database_size: int) -> list[Plan]:
@@ -82,56 +80,53 @@ def adaptive_retrieval(
 
     ``cost`` counts every stage, as the paper does also for a rerank at the search size; that one is not computed,
     because it would not change the order. ``ms_per_query`` is the measured time of searches and rerankings, all
-    queries in one batch and the database already read; None unless all of it ran on the CPU.
-
-    Queries ``(Q, D)`` and database ``(N, D)`` are raw embeddings. With ``max_queries``, only that many queries are
-    used; see `thin_indices`. Searches run on ``device``, reranking on the CPU.
+    queries in one batch and the database already read; None unless all of it ran on the CPU. Searches run on
+    ``device``, reranking on the CPU. Other arguments as in `retrieval`.
     """
     chosen = thin_indices(len(queries), max_queries)
     queries, query_labels = queries[chosen], query_labels[chosen]
     relevant = num_relevant(query_labels, database_labels)
-    plans = [(STUDY, plan) for plan in pairs(nesting_list, len(database)) + ablation(nesting_list, len(database))]
-    plans += [(FUNNEL_STUDY, plan) for plan in funnels(nesting_list, len(database))]
+    plans = [(STUDY, *plan) for plan in pairs(nesting_list, len(database)) + ablation(nesting_list, len(database))]
+    plans += [(FUNNEL_STUDY, *plan) for plan in funnels(nesting_list, len(database))]
+    by_search = sorted(plans, key=_search)
 
     def search(dim: int, k: int) -> np.ndarray:
         return exact_search(queries, database, k, [dim], device=device)[dim][0]
 
-    def rerank_stages(shortlist: np.ndarray, plan: Plan) -> np.ndarray:
-        for dim, length in plan[1]:
-            if dim != plan[0]:
+    def rerank_stages(shortlist: np.ndarray, searched: int, stages: Stages) -> np.ndarray:
+        for dim, length in stages:
+            if dim != searched:
                 shortlist = rerank(queries, database, shortlist[:, :length], dim)
         return shortlist
-
-    def search_of(study_and_plan: tuple[str, Plan]) -> tuple[int, int]:
-        dim, stages = study_and_plan[1]
-        return dim, stages[0][1]
 
     # Read the whole database once, so that no measured time includes the disk.
     exact_search(queries[:1], database, 1, [database.shape[1]], device=device, progress=True)
     on_cpu = torch.device(device).type == "cpu"
     rows = []
     with progress(total=len(plans), desc=f"{source.run}: {STUDY}", unit="configuration") as bar:
-        for (dim, size), of_search in itertools.groupby(sorted(plans, key=search_of), key=search_of):
-            shortlist, search_seconds = _timed(search, dim, size)
-            for study, plan in of_search:
-                indices, seconds = _timed(rerank_stages, shortlist, plan)
+        for (dim, size), of_search in itertools.groupby(by_search, key=_search):
+            shortlist, search_seconds = timed(search, dim, size)
+            for study, _, stages in of_search:
+                indices, seconds = timed(rerank_stages, shortlist, dim, stages)
                 hit = hits(indices[:, :K], query_labels, database_labels)
-                values = {"top_1": top_k_hit(hit, 1)}
-                if hit.shape[1] == K:  # the database may be smaller
-                    values[f"map@{K}"] = mean_average_precision(hit, relevant, K)
-                shared = {
-                    **{"shortlist_dim": dim, "shortlist_size": size, "rerank_dim": plan[1][-1][0]},
-                    "cost": mflops_per_query(len(database), *plan),
+                values = retrieval_metrics(hit, relevant, [K] if hit.shape[1] == K else [])  # the database may be small
+                about = {
+                    **{"shortlist_dim": dim, "shortlist_size": size, "rerank_dim": stages[-1][0]},
+                    "cost": mflops_per_query(len(database), dim, stages),
                     "ms_per_query": 1000 * (search_seconds + seconds) / len(queries) if on_cpu else None,
                 }
-                rows += [
-                    source.row(study, method, name, value, len(queries), **shared) for name, value in values.items()
-                ]
+                metrics = [metric for metric in ("top_1", f"map@{K}") if metric in values]
+                rows += [source.row(study, method, metric, values[metric], len(queries), **about) for metric in metrics]
                 bar.update()
     return rows
 
 
-def _timed(function: Callable[..., np.ndarray], *arguments: Any) -> tuple[np.ndarray, float]:
+def _search(plan: tuple[str, int, Stages]) -> tuple[int, int]:
+    """Return dim and length of the search that a plan starts with."""
+    return plan[1], plan[2][0][1]
+
+
+def timed(function: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
     """Return the result and the shortest time in seconds of up to three calls; only one if it takes a second."""
     seconds: list[float] = []
     while len(seconds) < 3 and sum(seconds) < 1:

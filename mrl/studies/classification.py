@@ -20,15 +20,10 @@ Classifier = tuple[Tensor, Tensor]
 
 
 class Predictions(NamedTuple):
-    """Predictions of G classifiers for N images.
+    """Predictions of G classifiers for N images."""
 
-    Attributes:
-        classes: ``(G, N)`` int64, the class of the highest logit; of equal logits, the lowest class.
-        confidence: ``(G, N)`` float32, the softmax of that class.
-    """
-
-    classes: np.ndarray
-    confidence: np.ndarray
+    classes: np.ndarray  # (G, N) int64, the class of the highest logit; of equal logits, the lowest class
+    confidence: np.ndarray  # (G, N) float32, the softmax of that class
 
 
 def truncations(weight: Tensor, bias: Tensor, dims: Sequence[int]) -> list[Classifier]:
@@ -48,26 +43,21 @@ def classification(
     *,
     device: torch.device | str = "cpu",
 ) -> list[Row]:
-    """Return rows of top-1 and top-5 accuracy of each classifier on raw embeddings; no top-5 for 5 classes or fewer."""
+    """Return rows of top-1 and top-5 accuracy of each classifier on raw embeddings; no top-5 for 5 classes or fewer.
+
+    Of equal logits, that of the lower class comes first.
+    """
     ranks_wanted = {"top_1": 1, "top_5": 5} if len(classifiers[0][1]) > 5 else {"top_1": 1}
-    batches = zip(logit_batches(vectors, classifiers, device=device), _split(labels, device), strict=True)
-    ranks = torch.cat([true_ranks(logits, truth) for logits, truth in batches], dim=1)
+    ranks = []  # classes ahead of the label, (G, B) each
+    for logits, truth in zip(logit_batches(vectors, classifiers, device=device), _split(labels, device), strict=True):
+        own = logits.gather(2, truth[:, None].expand(len(logits), -1, 1))
+        is_lower = torch.arange(logits.shape[2], device=logits.device) < truth[:, None]
+        ranks.append(((logits > own) | ((logits == own) & is_lower)).sum(dim=2))
     return [
         source.row(STUDY, method, metric, int((of_size < k).sum()) / len(vectors), len(vectors), dim=weight.shape[1])
-        for (weight, _), of_size in zip(classifiers, ranks, strict=True)
+        for (weight, _), of_size in zip(classifiers, torch.cat(ranks, dim=1), strict=True)
         for metric, k in ranks_wanted.items()
     ]
-
-
-def true_ranks(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the number of classes ahead of the label: ``(G, B)`` for logits ``(G, B, C)``; 0 is a correct prediction.
-
-    Of equal logits, that of the lower class is ahead.
-    """
-    labels = labels[:, None]
-    own = logits.gather(2, labels.expand(len(logits), -1, -1))
-    lower_class = torch.arange(logits.shape[2], device=logits.device) < labels
-    return ((logits > own) | ((logits == own) & lower_class)).sum(dim=2)
 
 
 def predict(

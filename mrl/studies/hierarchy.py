@@ -71,19 +71,13 @@ def default_superclasses(classes: Sequence[str]) -> dict[str, str] | None:
 
 
 def build_hierarchy(classes: Sequence[str], table: Mapping[str, str]) -> Hierarchy:
-    """Look up the superclasses of ``classes`` in a ``{class: superclass}`` table, which may lack some of them.
-
-    Raises:
-        UserError: The table has none of the classes.
-    """
-    names = tuple(sorted({table[name] for name in classes if name in table}))
-    if not names:
+    """Look up the superclasses of ``classes`` in a ``{class: superclass}`` table, which may lack some of them."""
+    codes, names = pd.factorize(pd.Series(classes).map(table), sort=True)  # a class that is not in the table is -1
+    if not len(names):
         raise UserError(
             f"none of the {len(classes)} classes ({', '.join(classes[:3])}, ...) is in the superclass table"
         )
-    superclass_of = [names.index(table[name]) if name in table else OUTSIDE for name in classes]
-    found = np.array(superclass_of, dtype=np.int64)
-    return Hierarchy(found, names, f"{_sizes(found)}, from a table")
+    return Hierarchy(codes.astype(np.int64), tuple(names), f"{_sizes(codes)}, from a table")
 
 
 def _sizes(superclass_of: np.ndarray) -> str:
@@ -144,11 +138,8 @@ def within_superclasses(
         if len(members) > 1 and len(images):
             own = np.searchsorted(members, labels[images])
             found = classification(vectors[images], own, restrict(classifiers, members), source, method, device=device)
-            rows += [
-                replace(row, study="hierarchy", metric="top_1_within", group=name)
-                for row in found
-                if row.metric == "top_1"
-            ]
+            found = [row for row in found if row.metric == "top_1"]
+            rows += [replace(row, study="hierarchy", metric="top_1_within", group=name) for row in found]
     return rows
 
 
@@ -173,13 +164,12 @@ def per_class(
         for c in seen
         for g, dim in enumerate(dims)
     ]
-    if len(dims) > 1:
-        found = [trend(correct[:, c]) for c in seen]
-        shares = {name: found.count(name) / len(seen) for name in TRENDS}
-        rows += [
-            source.row("per_class", method, "share_of_classes", shares[name], len(seen), group=name) for name in TRENDS
-        ]
-    return rows
+    found = [trend(correct[:, c]) for c in seen] if len(dims) > 1 else []
+    return rows + [
+        source.row("per_class", method, "share_of_classes", found.count(name) / len(seen), len(seen), group=name)
+        for name in TRENDS
+        if found
+    ]
 
 
 def trend(values: Sequence[float] | np.ndarray) -> str:
@@ -255,11 +245,13 @@ def class_groups(
     Both are from a ``table`` with the columns class, superclass and, if classes have other names, name. Without one,
     they are the paper's on ImageNet, else `group_classes`, and the names are the classes themselves.
     """
-    if superclasses := read_class_table(table, "superclass") if table else default_superclasses(run.classes):
-        names = {}
-        if table:
-            with contextlib.suppress(UserError):  # there is no such column
-                names = read_class_table(table, "name")
+    superclasses = default_superclasses(run.classes)
+    names: dict[str, str] = {}
+    if table:
+        superclasses = read_class_table(table, "superclass")
+        with contextlib.suppress(UserError):  # there is no such column
+            names = read_class_table(table, "name")
+    if superclasses:
         return build_hierarchy(run.classes, superclasses), [names.get(name, name) for name in run.classes]
     return group_classes(run.train.vectors, run.train.labels, run.classes), run.classes
 
@@ -297,15 +289,12 @@ def knowledge(
     shuffled = np.stack([rng.permutation(groups.superclass_of) for _ in range(num_shuffles)])
     rows = []
     for dim, of_size in zip(dims, predictions, strict=True):
-        values = {
-            "top_1": of_size == labels,
-            "superclass_top_1": groups.superclass_of[of_size] == groups.superclass_of[labels],
-            "shuffled_superclass_top_1": shuffled[:, of_size] == shuffled[:, labels],
-        }
-        rows += [
-            source.row("prefix_knowledge", method, metric, right.mean(), len(labels), dim=dim)
-            for metric, right in values.items()
-        ]
+        for metric, right in (
+            ("top_1", of_size == labels),
+            ("superclass_top_1", groups.superclass_of[of_size] == groups.superclass_of[labels]),
+            ("shuffled_superclass_top_1", shuffled[:, of_size] == shuffled[:, labels]),
+        ):
+            rows.append(source.row("prefix_knowledge", method, metric, right.mean(), len(labels), dim=dim))
     return rows
 
 
@@ -315,22 +304,24 @@ def describe_knowledge(rows: Sequence[Row]) -> str:
     They do if, at the sizes with 30 errors or more, they stay more often than in random groups by two standard errors.
     """
     study = [row for row in rows if row.study == "prefix_knowledge"]
-    found = pd.DataFrame(map(vars, study)).pivot_table("value", "dim", "metric")
-    wrong, n = 1 - found["top_1"], study[0].n
-    shares = found[["top_1", "superclass_top_1"]].set_axis(["class right", "group right"], axis=1)
-    for column, metric in (("errors in their group", ""), ("in random groups", "shuffled_")):
-        shares[column] = (found[f"{metric}superclass_top_1"] - found["top_1"]) / wrong.where(wrong > 0)
-    inside, chance = shares["errors in their group"], shares["in random groups"]
+    found, n = pd.DataFrame(map(vars, study)).pivot_table("value", "dim", "metric"), study[0].n
+    wrong = 1 - found["top_1"]
+    inside, chance = (
+        (found[f"{metric}superclass_top_1"] - found["top_1"]) / wrong.where(wrong > 0) for metric in ("", "shuffled_")
+    )
     enough = n * wrong >= MIN_ERRORS
     above = enough & (inside - chance > 2 * (chance * (1 - chance) / (n * wrong)) ** 0.5)
-    dims = f"at {', '.join(map(str, found.index[above]))} dims"
     if not enough.any():
         verdict = f"Fewer than {MIN_ERRORS} of {n:,} images are wrong at every size: too few errors to see groups in."
     elif above.any():
-        verdict = f"Errors stay in their group more often than in random groups {dims}."
+        dims = ", ".join(map(str, found.index[above]))
+        verdict = f"Errors stay in their group more often than in random groups at {dims} dims."
     else:
         verdict = "Errors stay in their group no more often than in random groups: these groups are not learned first."
-    return f"{(100 * shares).to_string(float_format='{:.1f} %'.format, na_rep='-')}\n\n{verdict}"
+    shares = {"class right": found["top_1"], "group right": found["superclass_top_1"]}
+    shares |= {"errors in their group": inside, "in random groups": chance}
+    table = 100 * pd.DataFrame(shares)
+    return f"{table.to_string(float_format='{:.1f} %'.format, na_rep='-')}\n\n{verdict}"
 
 
 def confusion_counts(predictions: np.ndarray, labels: np.ndarray, num_classes: int) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -47,31 +48,18 @@ RESERVED_NAMES = ("imagenet", "imagenet_v2", "imagenet_a", "imagenet_r", "imagen
 
 @dataclass(frozen=True)
 class OpenedRun:
-    """A finished run with its embeddings.
-
-    Attributes:
-        directory: The run directory.
-        config: Its settings.
-        model: In eval mode, on the CPU.
-        source: Shared fields of its rows.
-        train: Embeddings of the training images, the database of retrieval.
-        val: Embeddings of the validation images.
-        val_flip: Embeddings of the mirrored validation images; None if the run was trained without flips.
-        transfer: Embeddings of other images by place; see `mrl.studies.transfer`.
-        cut_at: Sizes of the nested runs that were opened together with this one.
-        image_classes: The classes of the images, if they are not the model's.
-    """
+    """A finished run with its embeddings."""
 
     directory: Path
     config: Config
-    model: MatryoshkaClassifier
-    source: Source
-    train: EmbeddingSet
+    model: MatryoshkaClassifier  # in eval mode, on the CPU
+    source: Source  # the shared fields of its rows
+    train: EmbeddingSet  # the database of retrieval
     val: EmbeddingSet
-    val_flip: EmbeddingSet | None = None
-    transfer: Mapping[str, EmbeddingSet] = field(default_factory=dict)
-    cut_at: tuple[int, ...] = ()
-    image_classes: tuple[str, ...] = ()
+    val_flip: EmbeddingSet | None = None  # of mirrored images; None if the run was trained without flips
+    transfer: Mapping[str, EmbeddingSet] = field(default_factory=dict)  # of other images by place, see `transfer`
+    cut_at: tuple[int, ...] = ()  # sizes of the nested runs that were opened together with this one
+    image_classes: tuple[str, ...] = ()  # of the images, if they are not the model's
     _images: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
@@ -110,8 +98,7 @@ class OpenedRun:
         """Return images ``(B, 3, H, W)`` of "train" or "val" as the model reads them."""
         if split not in self._images:
             check_place(self.source.run, self.config)
-            held_out = read_held_out(self.directory)
-            how = torch.device("cpu"), False, (split,), self.classes, held_out
+            how = torch.device("cpu"), False, (split,), self.classes, read_held_out(self.directory)
             self._images.update(build_data(self.config.data, 0, *how))
         [(images, _)] = self._images[split].eval_batches([np.asarray(indices)])
         return images
@@ -166,12 +153,10 @@ def place_images(run: Path, config: Config, data_root: str | None = None) -> Con
     """
     root = config.data.root
     if data_root is None and root is not None and not Path(root).is_absolute():
-        try:
-            folder = json.loads((run / "provenance.json").read_text())[-1]["folder"]
-        except (OSError, ValueError, LookupError):  # made by an older version, or imported
-            return config
-        if (Path(folder) / root).is_dir():
-            data_root = str(Path(folder) / root)
+        with contextlib.suppress(OSError, ValueError, LookupError):  # made by an older version, or imported
+            trained_in = json.loads((run / "provenance.json").read_text())[-1]["folder"]
+            if (there := Path(trained_in) / root).is_dir():
+                data_root = str(there)
     return config if data_root is None else replace(config, data=replace(config.data, root=data_root))
 
 
@@ -237,19 +222,23 @@ def embed_runs(
         sets = {} if force else _on_disk(run, wanted)
         missing = [place for place in wanted if place not in sets]
         transfer.check(source.dataset, classes, Path(data.root) / "train" if data.root else None)
-        if splits := tuple(dict.fromkeys(wanted[place].split for place in missing if place not in folders)):
-            about_files = (data.name, data.root, data.backend, data.missing_classes, data.max_unreadable, classes)
-            of_pixels = (data.eval_resize_px, data.eval_px, data.interpolation, data.mean, data.std, data.exif_rotation)
-            held_out = read_held_out(run)
-            key = (*about_files, *of_pixels, held_out)
-            if key != images_are_of or not set(splits) <= images.keys():
-                check_place(name, config)
-                if data.root is not None and data.root != given.root and process.is_main:
-                    print(f"run {name}: data.root {given.root!r} counts from the folder of its training: {data.root}")
-                images = {}  # free the images of the last run before reading the next
-                where = config.run.seed, process.device, process.is_main
-                images = build_data(data, *where, splits=splits, classes=classes, held_out=held_out)
-                images_are_of = key
+        splits = tuple(dict.fromkeys(wanted[place].split for place in missing if place not in folders))
+        of_images = (data, classes, read_held_out(run))
+        if splits and not (of_images == images_are_of and set(splits) <= images.keys()):
+            check_place(name, config)
+            if data.root != given.root and process.is_main:
+                print(f"run {name}: data.root {given.root!r} counts from the folder of its training: {data.root}")
+            images = {}  # free the images of the last run before reading the next
+            where = config.run.seed, process.device, process.is_main
+            images = build_data(data, *where, splits=splits, classes=classes, held_out=of_images[2])
+            images_are_of = of_images
+            for found in images.values():
+                if list(found.classes) != list(classes):
+                    trained, now = (f"{len(names)} ({', '.join(names[:3])}, ...)" for names in (classes, found.classes))
+                    raise UserError(
+                        f"run {name} was trained on the classes {trained}, but its data now has {now}; restore the "
+                        "data that it was trained on"
+                    )
         cache = None
         if missing:
             model.to(process.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -263,15 +252,11 @@ def embed_runs(
         embed = FastForward(pool, num_images, partial(_report, name, process)) if precision == "fp32" else pool
         size = batch_size or good_batch_size(process.device)
         for place in missing:
-            if place in folders:
-                of_place = folder_images(folders[place], config, process)
-            else:
-                of_place = images[wanted[place].split]
-                refuse_other_classes(name, classes, of_place.classes)
-            directory = run / "embeddings" / place
+            split, directory = wanted[place].split, run / "embeddings" / place
+            inputs = folder_images(folders[place], config, process) if place in folders else images[split]
             if force and process.is_main:
                 shutil.rmtree(directory, ignore_errors=True)
-            inputs = cache.images(wanted[place].split, of_place) if cache else of_place
+            inputs = cache.images(split, inputs) if cache else inputs
             sets[place] = embed_split(directory, wanted[place], inputs, embed, model.width, process, size)
         own = (sets["train"], sets["val"], sets.get("val_flip"))
         opened.append(OpenedRun(run, config, model.cpu(), source, *own, {place: sets[place] for place in folders}))
@@ -329,19 +314,9 @@ def describe_embeddings(
     return wanted
 
 
-def refuse_other_classes(name: str, trained: Sequence[str], found: Sequence[str]) -> None:
-    """Raise a `UserError` unless the images have the classes that run ``name`` was trained on, in the same order."""
-    if list(trained) != list(found):
-        raise UserError(
-            f"run {name} was trained on {len(trained)} classes ({', '.join(trained[:3])}, ...), but its data now has "
-            f"{len(found)} ({', '.join(found[:3])}, ...); restore the data that it was trained on"
-        )
-
-
 def _source(name: str, config: Config, classes: Sequence[str]) -> Source:
-    data = config.data
-    dataset = dataset_name(config, len(classes))
-    return Source(dataset, name, config.run.seed, data.eval_resize_px, data.eval_px, flip=False)
+    px = config.data.eval_resize_px, config.data.eval_px
+    return Source(dataset_name(config, len(classes)), name, config.run.seed, *px, flip=False)
 
 
 def _on_disk(run: Path, wanted: Mapping[str, EmbeddingMetadata]) -> dict[str, EmbeddingSet]:

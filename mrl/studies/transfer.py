@@ -59,11 +59,7 @@ class LabeledFolder:
         return f"images_{self.name}"
 
     def class_names(self, renaming: Mapping[str, str]) -> list[str]:
-        """Return the names of the classes for a model: WordNet ids of a known set, else the folders' names, renamed.
-
-        Raises:
-            UserError: The class folders are not those of the known set.
-        """
+        """Return the names of the classes for a model: WordNet ids of a known set, else the folders' names, renamed."""
         folders = self.listed.classes
         if self.kind == OTHER:
             return [renaming.get(folder, folder) for folder in folders]
@@ -97,24 +93,6 @@ def read_folder(option: str, text: str) -> LabeledFolder:
     )
 
 
-def class_indices(names: Sequence[str], classes: Sequence[str], where: str, owner: str) -> np.ndarray:
-    """Return the indices ``(F,)`` int64 of ``names`` in ``classes``.
-
-    Raises:
-        UserError: A name is not in ``classes`` or occurs twice; the message names the images and the owner.
-    """
-    index = {name: c for c, name in enumerate(classes)}
-    unknown = [name for name in names if name not in index]
-    if unknown:
-        raise UserError(
-            f"{len(unknown)} of {len(names)} classes of {where} ({', '.join(unknown[:3])}) are not among the "
-            f"{len(classes)} classes of {owner} ({', '.join(classes[:3])}, ...)"
-        )
-    if len(set(names)) < len(names):
-        raise UserError(f"two class folders of {where} are the same class of {owner}; rename each to another class")
-    return np.array([index[name] for name in names], dtype=np.int64)
-
-
 @dataclass(frozen=True)
 class TransferImages:
     """The images of each study."""
@@ -125,11 +103,7 @@ class TransferImages:
     renaming: Mapping[str, str] = field(default_factory=dict)  # {class folder: trained class}
 
     def folders(self) -> dict[str, LabeledFolder]:
-        """Return all images as ``{place: folder}``.
-
-        Raises:
-            UserError: Two folders have one name, or two retrieval studies have the same queries.
-        """
+        """Return all images as ``{place: folder}``."""
         queries = [first.name for first, *_ in self.retrieval]
         if len(set(queries)) < len(queries):
             raise UserError(f"--retrieval has the queries {', '.join(queries)}; give each only once per evaluation")
@@ -141,18 +115,12 @@ class TransferImages:
         return found
 
     def check(self, dataset: str, classes: Sequence[str], train: Path | None) -> None:
-        """Check that the images fit a run trained on ``classes`` of ``dataset``, before anything is embedded.
-
-        Raises:
-            UserError: They do not.
-        """
+        """Check that the images fit a run trained on ``classes`` of ``dataset``, before anything is embedded."""
         for folder in self.folders().values():
             if folder.name == dataset:
                 raise UserError(f"{folder.path} has the name of the run's data, {dataset!r}; rename the folder")
-        for folder in self.robustness:
-            self.trained_classes(folder, classes)
-        for queries, *databases in self.retrieval:
-            self.query_classes(queries, databases, classes)
+        for folder, *database in [[folder] for folder in self.robustness] + list(self.retrieval):
+            self.class_indices(folder, database, classes)
         for folder in self.few_shot:
             if train is not None and train.resolve() == folder.path.resolve():
                 raise UserError(f"--few_shot {folder.path}: the run was trained on these images; give others")
@@ -163,18 +131,24 @@ class TransferImages:
                     "give two or more classes of two or more images"
                 )
 
-    def trained_classes(self, folder: LabeledFolder, classes: Sequence[str]) -> np.ndarray:
-        """Return the trained class ``(F,)`` int64 of each class folder; errors as `class_indices`."""
-        return class_indices(folder.class_names(self.renaming), classes, str(folder.path), "the model")
-
-    def query_classes(
-        self, queries: LabeledFolder, databases: Sequence[LabeledFolder], classes: Sequence[str]
+    def class_indices(
+        self, folder: LabeledFolder, database: Sequence[LabeledFolder], classes: Sequence[str]
     ) -> np.ndarray:
-        """Return the class ``(F,)`` int64, in the database or the training images, of each class folder of queries."""
-        if not databases:
-            return self.trained_classes(queries, classes)
-        database = databases[0]
-        return class_indices(queries.listed.classes, database.listed.classes, str(queries.path), str(database.path))
+        """Return the class ``(F,)`` int64 of each class folder, in the ``database`` or else among ``classes``."""
+        if database:
+            names, classes, owner = folder.listed.classes, database[0].listed.classes, str(database[0].path)
+        else:
+            names, owner = folder.class_names(self.renaming), "the model"
+        index = {name: c for c, name in enumerate(classes)}
+        unknown = [name for name in names if name not in index]
+        if unknown:
+            raise UserError(
+                f"{len(unknown)} of {len(names)} classes of {folder.path} ({', '.join(unknown[:3])}) are not among the "
+                f"{len(classes)} classes of {owner} ({', '.join(classes[:3])}, ...)"
+            )
+        if len(set(names)) < len(names):
+            raise UserError(f"two class folders of {folder.path} are the same class of {owner}; rename one of them")
+        return np.array([index[name] for name in names], dtype=np.int64)
 
 
 def transfer_studies(
@@ -190,7 +164,7 @@ def transfer_studies(
     rows: list[Row] = []
     for folder in images.robustness:
         found, source = run.transfer[folder.place], replace(run.source, dataset=folder.name)
-        trained = restrict(classifiers, images.trained_classes(folder, run.classes))
+        trained = restrict(classifiers, images.class_indices(folder, [], run.classes))
         of_set = classification(found.vectors, found.labels, trained, source, method, device=device)
         rows += [replace(row, study="robustness") for row in of_set]
     for folder in images.few_shot:
@@ -200,7 +174,7 @@ def transfer_studies(
     for queries, *databases in images.retrieval:
         found, source = run.transfer[queries.place], replace(run.source, dataset=queries.name)
         database = run.transfer[databases[0].place] if databases else run.train
-        labels = images.query_classes(queries, databases, run.classes)[found.labels]
+        labels = images.class_indices(queries, databases, run.classes)[found.labels]
         arrays = (found.vectors, labels, database.vectors, database.labels)
         rows += retrieval(*arrays, by_method, source, max_queries=max_queries, device=device)
         if len(dims) > 1:
@@ -212,27 +186,22 @@ def with_images(run: OpenedRun, root: str | None = os.environ.get("MRL_PICTURES"
     """Return ``run`` with the images in ``root/train`` and ``root/val`` in place of its own, for pictures.
 
     They may be of any classes. Their embeddings are computed if the run directory does not have them yet.
-
-    Raises:
-        UserError: One of the folders is missing, or holds no images in class folders.
     """
     if root is None:
         return run
     folders = {split: read_folder("MRL_PICTURES", str(Path(root) / split)) for split in ("train", "val")}
     wanted = describe_embeddings(run.directory, run.config, run.source, run.classes, [*folders.values()])
-    sets, images, alone = {}, {}, Process(0, 1, torch.device("cpu"))
+    alone = Process(0, 1, torch.device("cpu"))
     number = sum(len(folder.listed.paths) for folder in folders.values())
     embed = FastForward(Trunk(run.model.backbone, whole=True).eval(), number, lambda _: None)
+    images = {split: folder_images(folder, run.config, alone) for split, folder in folders.items()}
+    sets = {}
     for split, folder in folders.items():
-        images[split] = folder_images(folder, run.config, alone)
-        directory = run.directory / "embeddings" / folder.place
-        of_folder = (wanted[folder.place], images[split], embed, run.model.width, alone)
-        sets[split] = embed_split(directory, *of_folder, batch_size=64)
-    source = replace(run.source, dataset=Path(root).resolve().name)
-    classes = tuple(images["val"].classes)
-    return replace(
-        run, source=source, image_classes=classes, train=sets["train"], val=sets["val"], val_flip=None, _images=images
-    )
+        directory, metadata = run.directory / "embeddings" / folder.place, wanted[folder.place]
+        sets[split] = embed_split(directory, metadata, images[split], embed, run.model.width, alone, batch_size=64)
+    source, classes = replace(run.source, dataset=Path(root).resolve().name), tuple(images["val"].classes)
+    own = replace(run, train=sets["train"], val=sets["val"], val_flip=None)
+    return replace(own, source=source, image_classes=classes, _images=images)
 
 
 def restrict(classifiers: Sequence[Classifier], classes: np.ndarray) -> list[Classifier]:
@@ -260,10 +229,10 @@ def few_shot(
     """
     classes, index, counts = np.unique(labels, return_inverse=True, return_counts=True)
     fitting = [n for n in shots if n < counts.min()]
-    if len(fitting) < len(shots):
-        left_out = ", ".join(str(n) for n in shots if n not in fitting)
+    if left_out := [str(n) for n in shots if n not in fitting]:
         warnings.warn(
-            f"{source.dataset}: the smallest class has {counts.min()} images, so few-shot with {left_out} is left out",
+            f"{source.dataset}: the smallest class has {counts.min()} images, so few-shot with {', '.join(left_out)} "
+            "is left out",
             stacklevel=2,
         )
     rows = []
@@ -278,12 +247,9 @@ def few_shot(
                     chosen = (z @ means.T).argmax(dim=1).numpy(force=True)
                     accuracies.append((chosen == index)[queries].mean())
                 bar.update()
-                values = {"": np.mean(accuracies), "_std": np.std(accuracies, ddof=1)}
-                num_queries = len(labels) - n * len(classes)
-                rows += [
-                    source.row("few_shot", method, f"top_1_{n}_shot{suffix}", float(value), num_queries, dim=dim)
-                    for suffix, value in values.items()
-                ]
+                for suffix, value in (("", np.mean(accuracies)), ("_std", np.std(accuracies, ddof=1))):
+                    metric, num_queries = f"top_1_{n}_shot{suffix}", len(labels) - n * len(classes)
+                    rows.append(source.row("few_shot", method, metric, float(value), num_queries, dim=dim))
     return rows
 
 

@@ -83,15 +83,13 @@ def frame(axes):
     return axes.spines["top"].get_visible() and axes.spines["top"].get_linestyle()
 
 
-def test_neighbors_of_another_class_are_dashed():
+def test_neighbors_of_another_class_are_dashed_and_photographs_shown_small():
     run = SimpleNamespace(
         classes=("cat", "dog"),
         image_classes=(),
         train=SimpleNamespace(labels=np.array([0, 1, 0])),
         val=SimpleNamespace(labels=np.array([1, 1, 0]), vectors=np.ones((3, 32))),
-        pictures=lambda split, indices: (
-            np.ones((len(indices), 4, 4, 3), dtype=np.float32) * indices[:, None, None, None] / 4
-        ),
+        pictures=lambda split, indices: np.float32(indices / 4)[:, None, None, None] * np.ones((4, 4, 3), np.float32),
     )
     found = {8: (np.array([[0, 0], [1, 2]]), None), 32: (np.array([[0, 0], [2, 0]]), None)}
     grid = np.reshape(neighbors_of(run, found, query=1, images=np.array([0, 2])).axes, (2, 3))
@@ -104,13 +102,10 @@ def test_neighbors_of_another_class_are_dashed():
     grid = np.reshape(neighbors_of(run, found, query=1, images=np.array([0, 2])).axes, (2, 3))
     assert [text.get_text() for text in grid[0, 1].texts] == ["all-zero prefix: no neighbors"]
     assert [len(axes.images) for axes in grid[:, 1:].flat] == [0, 0, 1, 1]
-
-
-def test_photographs_are_shown_small_and_without_frames_if_captions_are_no_classes():
     photo = torch.zeros(3, 1000, 500, dtype=torch.uint8)
     [query, neighbor] = neighbor_grid(photo, {8: [(photo, "0.9")]}).axes
     assert query.images[0].get_array().shape == (224, 112, 3)
-    assert neighbor.get_title() == "0.9" and not frame(neighbor)
+    assert neighbor.get_title() == "0.9" and not frame(neighbor), "a caption that is no class"
 
 
 def test_heat_lies_over_each_image_under_the_class_that_its_size_predicts():
@@ -167,12 +162,10 @@ def test_the_cascade_is_drawn_beside_single_sizes():
 
 def test_a_slider_redraws_at_its_value(monkeypatch):
     pytest.importorskip("ipywidgets")
-    import IPython.display
-
     shown, updates = [], []
     handle = SimpleNamespace(update=updates.append)
-    monkeypatch.setattr(IPython.display, "display", lambda what, display_id=None: shown.append(what) or handle)
-    size_slider(lambda dim: f"picture of {dim}", [8, 16, 32], start=16)
+    monkeypatch.setattr("IPython.display.display", lambda what, display_id=None: shown.append(what) or handle)
+    size_slider("picture of {}".format, [8, 16, 32], start=16)
     picture, slider = shown
     slider.value = 32
     assert picture == "picture of 16" and updates == ["picture of 32"]

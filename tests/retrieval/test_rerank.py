@@ -1,5 +1,3 @@
-import itertools
-
 import numpy as np
 import pytest
 import torch
@@ -36,26 +34,15 @@ def shortlist():
     return np.stack([rng.permutation(500)[:40] for _ in range(23)])
 
 
-@pytest.mark.parametrize("dim", [1, 3, 8, 48])
-@pytest.mark.parametrize("block_bytes", [2**23, 30_000, 1])
-@pytest.mark.parametrize("max_bytes", [2**29, 20_000, 1])
+@pytest.mark.parametrize("dim", [1, 48])
+@pytest.mark.parametrize(("block_bytes", "max_bytes"), [(2**23, 2**29), (30_000, 20_000), (1, 1)])
 def test_equals_a_loop_whatever_is_looked_at_together(vectors, shortlist, dim, block_bytes, max_bytes, monkeypatch):
     monkeypatch.setattr(module, "_BLOCK_BYTES", block_bytes)
     monkeypatch.setattr(module, "_MAX_BYTES", max_bytes)
     if dim == 1:  # all cosines are 1 or -1 up to rounding
         vectors = [np.abs(np.sign(each)) * 2.0 for each in vectors]
-    np.testing.assert_array_equal(rerank(*vectors, shortlist, dim), slow_rerank(*vectors, shortlist, dim))
-
-
-@pytest.mark.parametrize("block_bytes", [2**23, 1])
-@pytest.mark.parametrize("num_queries", [1, 4])
-def test_a_list_may_name_a_vector_twice(vectors, block_bytes, num_queries, monkeypatch):
-    monkeypatch.setattr(module, "_BLOCK_BYTES", block_bytes)
-    queries, database = vectors[0][:num_queries], vectors[1]
-    shortlist = np.tile([[3, 7, 3, 3, 499, 7]], (num_queries, 1))
-    np.testing.assert_array_equal(
-        rerank(queries, database, shortlist, 48), slow_rerank(queries, database, shortlist, 48)
-    )
+    for lists in (shortlist, shortlist[:, [0, 1, 0, 0, 2, 1]]):  # the second name vectors several times
+        np.testing.assert_array_equal(rerank(*vectors, lists, dim), slow_rerank(*vectors, lists, dim))
 
 
 def test_fault_2_the_shortlist_stays_as_it_is_and_nothing_is_shared_with_it(vectors, shortlist):
@@ -77,15 +64,11 @@ def test_fault_25_equal_scores_come_by_lower_index(shortlist, block_bytes, monke
     rng = np.random.default_rng(2)
     for width in (7, 64, 100):
         which = rng.integers(5, size=500)
-        originals = rng.standard_normal((5, width)).astype(np.float32)
-        queries = rng.standard_normal((23, width)).astype(np.float32)
-        found = rerank(queries, originals[which], shortlist, width)
-        for kinds, rows in zip(which[found], found, strict=True):
-            runs = [
-                [row for _, row in run] for _, run in itertools.groupby(zip(kinds, rows, strict=True), lambda x: x[0])
-            ]
-            assert len(runs) == len(set(kinds.tolist()))
-            assert all(run == sorted(run) for run in runs)
+        originals, queries = (rng.standard_normal((n, width)).astype(np.float32) for n in (5, 23))
+        scores = (queries @ (originals / np.linalg.norm(originals, axis=1, keepdims=True)).T)[:, which]
+        lists = zip(scores, shortlist, strict=True)
+        expected = [found[np.lexsort((found, -of_query[found]))] for of_query, found in lists]
+        np.testing.assert_array_equal(rerank(queries, originals[which], shortlist, width), expected)
 
 
 def test_fault_19_the_prefix_is_taken_first_and_normalized_after(vectors, shortlist):
@@ -95,23 +78,19 @@ def test_fault_19_the_prefix_is_taken_first_and_normalized_after(vectors, shortl
     np.testing.assert_array_equal(rerank(*changed, shortlist, 8), rerank(*vectors, shortlist, 8))
 
 
-def test_a_shortlist_of_everything_is_an_exact_search(vectors):
-    everything = np.tile(np.arange(499, -1, -1), (23, 1))
-    indices, scores = mrl.exact_search(*vectors, 500, [16])[16]
-    found, found_scores = funnel(*vectors, everything, [(16, 500)])
-    np.testing.assert_array_equal(found, indices)
-    np.testing.assert_allclose(found_scores, scores, atol=1e-6)
-
-
 def test_a_funnel_is_its_steps_by_hand(vectors):
-    stages = [(8, 50), (16, 20), (48, 5)]
+    stages = [(8, 500), (16, 20), (48, 5)]
     indices, scores = funnel_search(*vectors, 4, stages)
-    current = mrl.exact_search(*vectors, 50, [4])[4][0]
+    current = mrl.exact_search(*vectors, 500, [4])[4][0]
     for dim, length in stages:
         current = slow_rerank(*vectors, current[:, :length], dim)
     np.testing.assert_array_equal(indices, current)
     assert (indices.dtype, scores.dtype, scores.shape) == (np.int64, np.float32, (23, 5))
-    assert (np.diff(scores) <= 0).all()
+    # Of everything, whatever the order, it is an exact search.
+    found = funnel(*vectors, np.tile(np.arange(499, -1, -1), (23, 1)), [(48, 500)])
+    expected = mrl.exact_search(*vectors, 500, [48])[48]
+    np.testing.assert_array_equal(found[0], expected[0])
+    np.testing.assert_allclose(found[1], expected[1], atol=1e-6)
 
 
 def test_arrays_tensors_half_precision_and_mapped_files_give_the_same(vectors, shortlist, tmp_path):
@@ -124,24 +103,19 @@ def test_arrays_tensors_half_precision_and_mapped_files_give_the_same(vectors, s
     np.testing.assert_array_equal(as_tensors, expected)
 
 
-def test_no_queries_and_empty_lists_are_ordered(vectors, shortlist):
-    assert rerank(vectors[0][:0], vectors[1], shortlist[:0], 8).shape == (0, 40)
-    assert rerank(*vectors, shortlist[:, :0], 8).shape == (23, 0)
-
-
 def test_refuses_what_does_not_fit(vectors, shortlist):
     queries, database = vectors
-    for wrong in (-1, 500):
-        with pytest.raises(UserError, match=f"index {wrong};.*0 to 499"):
-            rerank(*vectors, np.append(shortlist[:, 1:], np.full((23, 1), wrong), axis=1), 8)
-    with pytest.raises(UserError, match="23 queries"):
-        rerank(*vectors, shortlist[1:], 8)
-    with pytest.raises(UserError, match="float64"):
-        rerank(*vectors, shortlist.astype(float), 8)
-    with pytest.raises(UserError, match="49"):
-        rerank(*vectors, shortlist, 49)
-    with pytest.raises(UserError, match="equal width"):
-        rerank(queries[:, :40], database, shortlist, 8)
+    beyond = np.append(shortlist[:, 1:], np.full((23, 1), 500), axis=1)
+    for given, lists, dim, message in (
+        (vectors, beyond, 8, "index 500;.*0 to 499"),
+        (vectors, -shortlist, 8, "0 to 499"),
+        (vectors, shortlist[1:], 8, "23 queries"),
+        (vectors, shortlist.astype(float), 8, "float64"),
+        (vectors, shortlist, 49, "49"),
+        ((queries[:, :40], database), shortlist, 8, "equal width"),
+    ):
+        with pytest.raises(UserError, match=message):
+            rerank(*given, lists, dim)
     for stages in ([], [(8, 20), (16, 30)], [(8, 41)], [(8, 0)]):
         with pytest.raises(UserError, match="stages"):
             funnel(*vectors, shortlist, stages)
@@ -149,9 +123,8 @@ def test_refuses_what_does_not_fit(vectors, shortlist):
         funnel_search(*vectors, 8, [(16, 501)])
 
 
-@pytest.mark.parametrize("max_bytes", [2**29, 1])
-def test_a_vector_that_is_not_finite_is_refused_by_its_position(vectors, shortlist, max_bytes, monkeypatch):
-    monkeypatch.setattr(module, "_MAX_BYTES", max_bytes)
+def test_a_vector_that_is_not_finite_is_refused_by_its_position(vectors, shortlist, monkeypatch):
+    monkeypatch.setattr(module, "_MAX_BYTES", 1)
     monkeypatch.setattr(module, "_BLOCK_BYTES", 1)
     queries, database = vectors
     wrong = database.copy()

@@ -2,7 +2,6 @@ import dataclasses
 
 import numpy as np
 import pytest
-import torch
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
 from mrl import adapt
@@ -13,7 +12,6 @@ from mrl.studies.baselines import (
     classification_baselines,
     fit_linear_probe,
     learned_baselines,
-    low_rank,
     retrieval_baselines,
 )
 from mrl.studies.retrieval import retrieval
@@ -58,11 +56,6 @@ def test_principal_components_are_numpys_singular_directions_in_whatever_blocks(
     center = database.mean(0) if centered else np.zeros(32, np.float32)
     right = np.linalg.svd(database - center, full_matrices=False)[2]
     np.testing.assert_allclose(np.abs((right.T * principal_components(database, center)).sum(0)), 1, atol=1e-5)
-    if centered:
-        sklearn = pytest.importorskip("sklearn.decomposition").PCA().fit(database)
-        np.testing.assert_allclose(
-            np.abs(principal_components(database, center).T), np.abs(sklearn.components_), atol=1e-3
-        )
 
 
 def test_pca_and_svd_search_in_those_directions_even_with_fewer_images_than_dims(sets):
@@ -73,13 +66,6 @@ def test_pca_and_svd_search_in_those_directions_even_with_fewer_images_than_dims
         turned = [(vectors - mean) @ principal_components(few, mean) for vectors in (queries, few)]
         slow = retrieval(turned[0], query_labels, turned[1], few_labels, {method: [4, 32]}, SOURCE, ks=(10,))
         assert {key: found[key] for key in values(slow)} == pytest.approx(values(slow, "map@10"), abs=1e-3)
-
-
-def test_moving_all_embeddings_does_not_change_pca(sets, rows):
-    queries, query_labels, database, database_labels = sets
-    moved = retrieval_baselines(queries + 5, query_labels, database + 5, database_labels, DIMS, SOURCE, num_random=1)
-    for dim in DIMS:
-        assert values(moved, "map@10")["FF PCA", dim] == pytest.approx(values(rows, "map@10")["FF PCA", dim], abs=2e-3)
 
 
 def test_at_full_width_svd_and_coordinates_are_the_model_itself_and_a_projection_is_close(sets):
@@ -105,29 +91,17 @@ def test_random_choices_are_seeded_by_the_run_and_averaged(sets, rows):
     assert {dim: found["FF random coordinates", dim] for dim in DIMS} == pytest.approx(sums)
 
 
-def test_fewer_queries_are_the_same_for_every_method(sets):
-    queries, query_labels, database, database_labels = sets
-    rows = retrieval_baselines(*sets, DIMS, SOURCE, num_random=1, max_queries=11)
-    ends = np.linspace(0, 109, 11).round().astype(int)
-    alone = retrieval_baselines(
-        queries[ends], query_labels[ends], database, database_labels, DIMS, SOURCE, num_random=1
-    )
-    assert {row.n for row in rows} == {11} and rows == alone
-
-
-def test_the_projected_embeddings_are_quantized_too(sets, rows):
+def test_the_projected_embeddings_are_quantized_too(rows):
     pytest.importorskip("faiss")
     coded = [row for row in rows if row.study == "quantization"]
-    assert {row.method for row in coded} == {"FF PCA"} and {row.dim for row in coded} == set(DIMS)
+    assert {row.method for row in coded} == {"FF PCA"}
     exact = {(row.metric, row.dim): row.value for row in coded if row.code == "float32"}
-    assert exact == {
-        (row.metric, row.dim): row.value
-        for row in rows
-        if row.study == "retrieval" and row.method == "FF PCA" and row.metric in ("top_1", "map@10")
-    }
+    of_pca = [row for row in rows if (row.study, row.method) == ("retrieval", "FF PCA")]
+    assert exact == {(row.metric, row.dim): row.value for row in of_pca if row.metric in ("top_1", "map@10")}
 
 
-def test_learned_maps_are_fit_on_the_database_with_the_seed_of_the_run(sets):
+def test_learned_maps_are_fit_on_the_database_with_the_seed_of_the_run(sets, monkeypatch):
+    monkeypatch.setattr(adapt, "STEPS", 5)
     queries, query_labels, database, database_labels = sets
     rows = learned_baselines(*sets, DIMS, SOURCE)
     expected = {(f"FF {kind}supervised map", dim) for kind in ("", "un") for dim in DIMS}
@@ -141,16 +115,6 @@ def test_learned_maps_are_fit_on_the_database_with_the_seed_of_the_run(sets):
         arrays = (transform(queries), query_labels, transform(database), database_labels)
         again = retrieval(*arrays, {method: [2, 8]}, SOURCE, ks=(10,))
         assert [row for row in rows if row.method == method and row.dim in (2, 8)] == again
-
-
-def test_low_rank_is_the_best_approximation_and_at_full_rank_the_weight_itself():
-    weight = torch.randn(7, 12, generator=torch.Generator().manual_seed(0))
-    directions, scaled = low_rank(weight)
-    left, sizes, right = np.linalg.svd(weight.numpy(), full_matrices=False)
-    for rank in (1, 3, 7):
-        expected = (left[:, :rank] * sizes[:rank]) @ right[:rank]
-        np.testing.assert_allclose(scaled[:, :rank] @ directions[:, :rank].T, expected, atol=1e-5)
-    np.testing.assert_allclose(scaled @ directions.T, weight, atol=1e-5)
 
 
 def test_classifiers_of_few_dims(sets):
@@ -169,10 +133,6 @@ def test_classifiers_of_few_dims(sets):
     assert probes[-1] == pytest.approx(own, abs=0.02), "all coordinates, in another order"
     assert probes[0] < probes[1] < probes[-1]
     assert {(row.study, row.n) for row in rows} == {("classification", 110)}
-    first = np.random.default_rng(3).permutation(32)[:8]
-    again = fit_linear_probe(train[:, first], train_labels, 10)
-    logits = vectors[:, first] @ again[0].numpy().T + again[1].numpy()
-    assert probes[1] == pytest.approx((logits.argmax(1) == labels).mean())
 
 
 @pytest.mark.parametrize("batch_size", [8192, 64])

@@ -5,7 +5,7 @@ import torch
 from mrl.matryoshka import NestedLinear
 from mrl.results import Source
 from mrl.studies import classification as module
-from mrl.studies.classification import classification, logit_batches, predict, true_ranks, truncations
+from mrl.studies.classification import classification, predict
 
 SOURCE = Source("digits", "some_run", 3, 32, 28, False)
 DIMS = (4, 8, 12)
@@ -20,6 +20,7 @@ def case(request):
     """A head with its classifiers, and embeddings of 101 images and of their mirror images."""
     head = NestedLinear(DIMS, 9, request.param)
     vectors, mirrored = np.random.default_rng(0).standard_normal((2, 101, 16)).astype(np.float32)
+    vectors[:, 12:] = np.nan  # fault 21: coordinates past the size change nothing
     return head, [head.weight_and_bias(g) for g in range(3)], vectors, mirrored
 
 
@@ -36,7 +37,7 @@ def one_image_at_a_time(vectors, labels, weight, bias, k):
     return correct / len(vectors)
 
 
-def test_accuracies_equal_a_loop_over_images(case, batch_size):
+def test_fault_21_accuracies_equal_a_loop_over_images_that_reads_the_prefix_alone(case, batch_size):
     _, classifiers, vectors, _ = case
     labels = np.random.default_rng(1).integers(9, size=101)
     rows = classification(vectors, labels, classifiers, SOURCE, "MRL")
@@ -52,26 +53,13 @@ def test_accuracies_equal_a_loop_over_images(case, batch_size):
 def test_predictions_are_those_of_the_head_and_the_logits_of_both_flips_are_added(case, batch_size):
     head, classifiers, vectors, mirrored = case
     with torch.no_grad():
-        one, both = head(torch.from_numpy(vectors)), head(torch.from_numpy(vectors)) + head(torch.from_numpy(mirrored))
-    torch.testing.assert_close(torch.cat(list(logit_batches(vectors, classifiers)), 1), one)
-    torch.testing.assert_close(torch.cat(list(logit_batches(vectors, classifiers, mirrored)), 1), both)
-    found = predict(vectors, classifiers, mirrored)
-    np.testing.assert_array_equal(found.classes, both.argmax(2))
-    np.testing.assert_allclose(found.confidence, both.softmax(2).max(2).values, rtol=1e-5)
-    twice = predict(vectors, classifiers, vectors)
-    assert (twice.confidence > predict(vectors, classifiers).confidence).all(), "a sum, not a mean"
-
-
-def test_worked_by_hand():
-    # Two dims, three classes: at 1 dim class 0 wins where z > 0 and class 1 where z < 0; the second dim is class 2's.
-    classifiers = [
-        (torch.tensor([[1.0], [-1.0], [0.0]]), torch.zeros(3)),
-        (torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 5.0]]), torch.zeros(3)),
-    ]
-    vectors = np.array([[2.0, 0.0], [-2.0, 0.0], [-2.0, 1.0], [1.0, -9.0]], dtype=np.float32)
-    rows = classification(vectors, np.array([0, 1, 2, 1]), classifiers, SOURCE, "MRL")
-    # 1 dim: right, right, wrong, wrong. 2 dims: right, right, right, wrong.
-    assert values(rows) == {("top_1", 1): 0.5, ("top_1", 2): 0.75}
+        one, other = head(torch.from_numpy(vectors)), head(torch.from_numpy(mirrored))
+    for logits, found in (
+        (one, predict(vectors, classifiers)),
+        (one + other, predict(vectors, classifiers, mirrored)),  # a sum, not a mean
+    ):
+        np.testing.assert_array_equal(found.classes, logits.argmax(2))
+        np.testing.assert_allclose(found.confidence, logits.softmax(2).max(2).values, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("num_classes", "metrics"), [(5, {"top_1"}), (6, {"top_1", "top_5"})])
@@ -82,42 +70,18 @@ def test_five_classes_have_no_top_5(num_classes, metrics):
 
 
 def test_of_equal_logits_the_lower_class_wins_and_confidence_is_at_most_1():
-    logits = torch.tensor([[1.0, 1.0, 1.0, 0.0]]).expand(1, 4, 4)
-    assert true_ranks(logits, torch.arange(4)).tolist() == [[0, 1, 2, 3]]
-    equal = predict(np.ones((2, 4), np.float32), [(torch.zeros(3, 4), torch.zeros(3))])
-    assert equal.classes.tolist() == [[0, 0]]
-    np.testing.assert_allclose(equal.confidence, 1 / 3)
+    equal = [(torch.zeros(6, 4), torch.zeros(6))]
+    found = values(classification(np.ones((6, 4), np.float32), np.arange(6), equal, SOURCE, "FF"))
+    assert found == {("top_1", 4): 1 / 6, ("top_5", 4): 5 / 6}
+    assert predict(np.ones((2, 4), np.float32), equal).classes.tolist() == [[0, 0]]
     sure = predict(np.ones((1, 4), np.float32), [(torch.eye(3, 4) * 1e4, torch.tensor([0.0, 1e4, 0.0]))])
     assert sure.confidence.tolist() == [[1.0]]
 
 
-def test_truncation_is_the_wide_classifier_on_vectors_with_zeros_behind():
-    head = NestedLinear([16], 10)
-    vectors = np.random.default_rng(0).standard_normal((50, 16)).astype(np.float32)
-    labels = np.random.default_rng(1).integers(10, size=50)
-    rows = classification(vectors, labels, truncations(*head.weight_and_bias(0), [2, 8, 16]), SOURCE, "FF truncated")
-    for dim in (2, 8, 16):
-        zeroed = vectors.copy()
-        zeroed[:, dim:] = 0
-        assert values(rows)["top_1", dim] == (head(torch.from_numpy(zeroed))[0].argmax(1).numpy() == labels).mean()
-
-
-def test_fault_21_coordinates_past_the_size_change_nothing(case):
-    _, classifiers, vectors, _ = case
-    changed = vectors.copy()
-    changed[:, 12:] = np.nan
-    before, after = (classification(v, np.arange(101) % 9, classifiers, SOURCE, "MRL") for v in (vectors, changed))
-    assert after == before
-
-
-def test_fault_1_labels_beyond_65536_are_classes_of_their_own(monkeypatch):
-    monkeypatch.setattr(module, "BATCH_SIZE", 2)
+def test_fault_1_labels_beyond_65536_are_classes_of_their_own():
     labels = np.array([2048, 2049, 65_536, 65_537, 69_999])
     weight = torch.zeros(70_000, 5)
     weight[torch.from_numpy(labels), torch.arange(5)] = 1
-    classifier = (weight, torch.zeros(70_000))
     for truth, accuracy in ((labels, 1), (labels[[1, 0, 3, 2, 4]], 0.2)):
-        assert (
-            values(classification(np.eye(5, dtype=np.float32), truth, [classifier], SOURCE, "FF"))["top_1", 5]
-            == accuracy
-        )
+        rows = classification(np.eye(5, dtype=np.float32), truth, [(weight, torch.zeros(70_000))], SOURCE, "FF")
+        assert values(rows)["top_1", 5] == accuracy

@@ -1,10 +1,9 @@
 import numpy as np
-import pandas as pd
 import pytest
 
 from mrl.results import Source
 from mrl.retrieval.quantization import CODES
-from mrl.studies.quantization import SECOND_PASS, pareto_front, quantization
+from mrl.studies.quantization import SECOND_PASS, quantization
 from mrl.studies.retrieval import retrieval
 
 pytest.importorskip("faiss")
@@ -36,20 +35,12 @@ def values(rows, metric="top_1"):
 def test_every_code_has_rows_at_every_dim_where_it_is_smaller_than_int8(rows):
     kinds = [("float32", None), *((code, None) for code in CODES)]
     kinds += [(code, length) for code, lengths in SECOND_PASS.items() for length in lengths]
+    expected = {(*kind, dim) for kind in kinds for dim in DIMS if dim == 64 or "RaBitQ" not in kind[0]}
     for metric in ("top_1", "map@10"):
-        assert values(rows, metric).keys() == {
-            (*kind, dim) for kind in kinds for dim in DIMS if dim == 64 or "RaBitQ" not in kind[0]
-        }
+        assert values(rows, metric).keys() == expected
+    assert len(rows) == 2 * len(expected)
     assert {(row.study, row.method, row.run, row.n) for row in rows} == {("quantization", "MRL", "mrl", 40)}
     assert all(row.rerank_dim == (row.dim if row.shortlist_size else None) for row in rows)
-    assert len(rows) == len({(row.metric, row.code, row.shortlist_size, row.dim) for row in rows})
-
-
-def test_bytes_count_what_the_search_reads(rows):
-    assert {(row.code, row.bytes) for row in rows if row.dim == 64} == {
-        *(("float32", 256), ("float16", 128), ("int8", 64), ("4 bits", 32), ("RaBitQ, 4 bits", 52)),
-        *(("RaBitQ, 1 bit", 16), ("sign bits", 8)),
-    }
 
 
 def test_the_values_are_those_of_a_loop_over_rounded_vectors(sets, rows):
@@ -80,18 +71,8 @@ def test_a_second_pass_over_everything_is_the_search_in_float32_again(sets, rows
     assert alone + 0.02 < second < exact + 0.01
 
 
-def test_what_stands_behind_a_prefix_changes_nothing_at_its_dim(sets):
-    queries, query_labels, database, labels = sets
-    turned = [np.concatenate([part[:, :8], -2 * part[:, :7:-1]], axis=1) for part in (queries, database)]
-    other = (turned[0], query_labels, turned[1], labels)
-    first, second = (values(quantization(*of, retrieval(*of, {"MRL": [8]}, SOURCE, ks=(10,)))) for of in (sets, other))
-    assert first == second
-
-
-def test_the_methods_of_one_dim_share_their_codes_and_max_queries_is_that_of_retrieval(sets):
-    found = retrieval(*sets, {"FF": [64], "FF truncated": [2, 64]}, SOURCE, ks=(10,), max_queries=7)
-    rows = quantization(*sets, found, max_queries=7)
-    assert {row.n for row in rows} == {7}
+def test_the_methods_of_one_dim_share_their_codes(sets):
+    rows = quantization(*sets, retrieval(*sets, {"FF": [64], "FF truncated": [2, 64]}, SOURCE, ks=(10,)))
     of_ff, truncated = (values([row for row in rows if row.method == method]) for method in ("FF", "FF truncated"))
     assert {dim for *_, dim in truncated} == {2, 64} and {dim for *_, dim in of_ff} == {64}
     assert of_ff == {key: value for key, value in truncated.items() if key[-1] == 64}
@@ -104,10 +85,3 @@ def test_a_database_of_six_images_has_no_map_at_10_and_no_second_pass(sets):
     rows = quantization(*few, retrieval(*few, {"MRL": [8]}, SOURCE))
     assert {(row.metric, row.shortlist_size) for row in rows} == {("top_1", None)}
     assert {row.code for row in rows} == {"float32", "float16", "int8", "4 bits", "sign bits"}
-
-
-def test_pareto_front_by_hand():
-    points = pd.DataFrame(
-        {"bytes": [8, 4, 8, 2, 16, 32], "percent": [70.0, 60, 75, 60, 75, 80], "code": list("abcdef")}
-    )
-    assert list(pareto_front(points).code) == ["d", "c", "f"]

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from mrl import adapt
 from mrl.config import Config
 from mrl.matryoshka import NestedLinear
 from mrl.results import Source
@@ -38,8 +39,9 @@ def test_retrieval_is_scored_at_trained_doubling_and_half_way_sizes(trained, sco
 
 
 @pytest.mark.parametrize(("max_queries", "n"), [(None, 30), (7, 7)])
-def test_all_methods_of_a_retrieval_table_have_the_same_queries(max_queries, n):
+def test_all_methods_of_a_retrieval_table_have_the_same_queries(max_queries, n, monkeypatch):
     pytest.importorskip("faiss")
+    monkeypatch.setattr(adapt, "STEPS", 5)
     rows = [
         row
         for trained in ((8, 16, 32), (32,))
