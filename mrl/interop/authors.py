@@ -66,8 +66,7 @@ def load_checkpoint(
         dims, is_tied = _nesting_list(state, path.name, given, tied)
         blurpool = any(key.endswith(BLUR) for key in state)
         model = build_model(build_backbone("resnet50", blurpool=blurpool), len(class_names()), dims, is_tied)
-        modules = model.named_modules()
-        blurs = {f"{name}{BLUR}": module.blur for name, module in modules if isinstance(module, BlurConv2d)}
+        blurs = {f"{name}{BLUR}": conv.blur for name, conv in model.named_modules() if isinstance(conv, BlurConv2d)}
         state = {_our_name(key, blurpool): value for key, value in state.items()}
         check_fits(state, model.state_dict() | blurs, "it is not a ResNet-50 with a nested head")
         for name, blur in blurs.items():
@@ -76,19 +75,8 @@ def load_checkpoint(
     except UserError as error:
         raise UserError(f"{path} cannot be read as a checkpoint of the paper's authors: {error}") from error
     model.load_state_dict(state)
-    model.info = ModelInfo(
-        backbone="resnet50",
-        kwargs={},
-        stem_stride=4,
-        blurpool=blurpool,
-        nesting_list=dims,
-        tied=is_tied,
-        classes=class_names(),
-        resize_px=data.eval_resize_px,
-        crop_px=data.eval_px,
-        mean=data.mean,
-        std=data.std,
-    )
+    images = data.eval_resize_px, data.eval_px, data.mean, data.std
+    model.info = ModelInfo("resnet50", {}, 4, blurpool, dims, is_tied, class_names(), *images)
     return model.eval()
 
 

@@ -67,13 +67,10 @@ def report_evaluation(
     - ``eval/<study>``: a table of the study's rows. ``eval/figures/<name>``: the figures, of all runs together.
     - ``eval/top_1``, ``eval/1nn_top_1``, ... (``eval/truncated_top_1``, ... of "FF truncated"): a point per dim,
       against ``eval/dim``, and in the summary as ``eval/top_1/8`` and so on.
-    - Config ``eval_method`` (MRL, MRL-E, FF) and ``eval_provenance``, beside the training's.
+    - Config ``eval_method`` (MRL, MRL-E, FF) and ``eval_provenance``, the ``record``, beside the training's.
 
-    Args:
-        runs: ``{name in rows: run directory}``.
-        record: The evaluation's provenance.
-        mode: "offline" (written below the run directory, to ``wandb sync`` later) or "online" (needs a login).
-        artifacts: Also upload the model and the embeddings.
+    ``runs`` is ``{name in rows: run directory}``, and ``mode`` "offline" (written below the run directory, to ``wandb
+    sync`` later) or "online" (needs a login). ``artifacts`` uploads the model and the embeddings too.
     """
     try:
         import wandb
@@ -116,10 +113,9 @@ def _start(directory: Path, name: str, settings: WandbConfig, mode: str) -> Any:
     id_path = directory / "wandb_id"
     if not id_path.exists():
         atomic_write_text(id_path, secrets.token_hex(4))
-    about: dict[str, Any] = {"project": settings.project, "entity": settings.entity, "name": name, "job_type": "eval"}
-    about |= {"mode": mode, "id": id_path.read_text(), "resume": "allow", "dir": str(directory)}
+    about: Any = {"project": settings.project, "entity": settings.entity, "name": name, "mode": mode}
     try:
-        return wandb.init(**about)
+        return wandb.init(**about, job_type="eval", id=id_path.read_text(), resume="allow", dir=str(directory))
     except wandb.errors.Error as error:
         raise UserError(f"W&B could not start ({error}); --wandb offline needs no login") from error
 
