@@ -67,12 +67,10 @@ def authors_step(model: nn.Module, images: Tensor, labels: Tensor, dtype: torch.
     groups = [{"params": norms, "weight_decay": 0.0}, {"params": others, "weight_decay": 1e-4}]
     optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
     scaler = torch.amp.GradScaler(images.device.type, enabled=dtype == torch.float16)
-    losses: list[Tensor] = []
     bar = tqdm(file=open(os.devnull, "w"))  # noqa: SIM115 - open as long as the step is in use
+    losses: list[Tensor] = []
 
     def step() -> None:
-        for group in optimizer.param_groups:
-            group["lr"] = 0.1
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(images.device.type, dtype):
             loss = summed_losses(model(images), labels)

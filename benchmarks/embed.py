@@ -4,19 +4,15 @@
     python -m benchmarks.embed --images DIR --batch_sizes 16 32 64 256 --workers 0 1 2
 
 Contenders: PyTorch, torch.compile with frozen weights, ONNX Runtime in a plain loop, and `embed_split` with the engine
-that it chooses. All decode with the same worker processes. Prints one JSON line each with images/s, the ratio to ONNX
-Runtime of the same turn (median, smallest, largest), and the smallest cosine with PyTorch's vectors. They take turns.
-Exports and compilation happen before and do not count. On a busy machine only the ratios mean something.
+that it chooses. All decode with the same worker processes. Prints one JSON line each with images/s and the ratio to the
+fastest engine's plain loop. Contenders take turns; exports and compilation happen before and do not count.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import json
-import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -25,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.timing import rate, ratios, report, take_turns
 from mrl.config import images_of_weights
 from mrl.data.folder import FolderImages, LeftOut, evaluated_images, find_images
 from mrl.data.images import threads_beside
@@ -33,20 +30,19 @@ from mrl.distributed import Process
 from mrl.engine import fast_forward
 from mrl.model import ModelInfo, build_backbone, build_model
 from mrl.retrieval.embeddings import EmbeddingMetadata, embed_split
-from mrl.rundir import provenance
 from mrl.training.frozen import Trunk
 
 Forward = Callable[[Tensor], Tensor]
 CPU = torch.device("cpu")
 
 
-def engines(pool: Trunk, images: Tensor) -> dict[str, Forward]:
-    """Return each engine, ready to run on batches like ``images``."""
+def engines(trunk: Trunk, images: Tensor) -> dict[str, Forward]:
+    """Return each engine, ready to run on batches like ``images``; the last is the one that `fast_forward` chooses."""
     import torch._inductor.config as inductor
 
     inductor.freezing = True
-    found: dict[str, Forward] = {"PyTorch": pool, "torch.compile, frozen weights": torch.compile(copy.deepcopy(pool))}
-    fast, name = fast_forward(pool, images)
+    found: dict[str, Forward] = {"PyTorch": trunk, "torch.compile, frozen weights": torch.compile(copy.deepcopy(trunk))}
+    fast, name = fast_forward(trunk, images)
     with torch.inference_mode():
         for forward in found.values():
             forward(images)
@@ -79,42 +75,29 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[1], help="decoding processes; default: 1")
     parser.add_argument("--repeats", type=int, default=3, help="timed repeats; default: 3")
     args = parser.parse_args()
-    about = {key: provenance(1)[key] for key in ("cpu", "torch", "git_commit")} | {"threads": torch.get_num_threads()}
-    print(json.dumps(about | {"backbone": args.backbone, "px": args.px}))
     own = images_of_weights(args.backbone, "pretrained")
     resize_px = round(own["eval_resize_px"] * args.px / own["eval_px"])
     scale = own["mean"], own["std"], "apply", own["interpolation"]
     info = ModelInfo(args.backbone, {}, 4, False, (8,), False, (), resize_px, args.px, *scale)
     paths = [f"{args.images}/{name}" for name in find_images(args.images, LeftOut())][: args.num_images]
     model = build_model(build_backbone(args.backbone), 2).to(memory_format=torch.channels_last)
-    pool = Trunk(model.backbone, whole=True).eval()
+    trunk = Trunk(model.backbone, whole=True).eval()
     for workers in args.workers:
         images = evaluated_images(paths, info, CPU, workers)
         for batch_size in args.batch_sizes:
             [(first, _)] = images.eval_batches([range(batch_size)])  # type: ignore[list-item]
             with threads_beside(workers):  # engines take the threads of their first batch
-                forwards = engines(pool, first)
+                forwards = engines(trunk, first)
             runs = {name: partial(plain_loop, images, forward, batch_size) for name, forward in forwards.items()}
             fastest = list(forwards)[-1]
             runs["mrl.embed"] = partial(our_pass, images, forwards[fastest], batch_size, model.width)
-            expected = runs["PyTorch"]()
-            seconds: dict[str, list[float]] = {name: [] for name in runs}
-            for _ in range(args.repeats):
-                for name, run in runs.items():
-                    start = time.perf_counter()
-                    vectors = run()
-                    seconds[name].append(time.perf_counter() - start)
-                    cosine = F.cosine_similarity(vectors, expected).min()
-                    assert cosine > 0.9999, f"{name} gives other vectors"
-            for name, took in seconds.items():
-                ratios = sorted(base / own for base, own in zip(seconds[fastest], took, strict=True))
-                line = {"engine": name, "batch_size": batch_size, "workers": workers}
-                line["images_per_second"] = round(len(paths) / statistics.median(took), 1)
-                line[f"ratio to {fastest}"] = [
-                    round(statistics.median(ratios), 2),
-                    *(round(r, 2) for r in ratios[:: len(ratios) - 1 or 1]),
-                ]
-                print(json.dumps(line), flush=True)
+            timed = take_turns(runs, args.repeats)
+            for name, run in timed.items():
+                cosine = F.cosine_similarity(run.answer, timed["PyTorch"].answer).min()
+                assert cosine > 0.9999, f"{name} gives other vectors"
+                about = {"backbone": args.backbone, "px": args.px, "batch_size": batch_size, "workers": workers}
+                speed = ratios(f"speed_vs {fastest}", timed[fastest].seconds, run.seconds)
+                report("embed", name=name, images_per_second=rate(len(paths), run), **speed, **about)
 
 
 if __name__ == "__main__":

@@ -11,12 +11,7 @@ Leave the machine idle.
 from __future__ import annotations
 
 import argparse
-import copy
-import json
-import statistics
 import tempfile
-import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,15 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.embed import Forward, engines
+from benchmarks.timing import rate, ratios, report, take_turns
 from mrl.config import parse_command_line
 from mrl.data.memory import MemoryImages
 from mrl.data.transforms import Transform, train_indices
 from mrl.distributed import Process
-from mrl.engine import fast_forward, good_batch_size
+from mrl.engine import good_batch_size
 from mrl.matryoshka import nested_cross_entropy
 from mrl.model import MatryoshkaClassifier, build_backbone, build_model, freeze
-from mrl.rundir import provenance
-from mrl.training.frozen import Trunk, TrunkCache, split_frozen
+from mrl.training.frozen import TrunkCache, split_frozen
 
 CASES = [
     ("resnet50", "head"),
@@ -41,18 +37,6 @@ CASES = [
     ("tf_efficientnet_lite0", "[blocks.6, conv_head, bn2]"),
 ]
 NUM_CLASSES = 200
-
-
-def timed(contenders: dict[str, Callable[[], int]], repeats: int) -> dict[str, float]:
-    """Return the median images/s of each contender after a first call that does not count."""
-    speeds: dict[str, list[float]] = {name: [] for name in contenders}
-    for repeat in range(repeats + 1):
-        for name, run in contenders.items():
-            start = time.perf_counter()
-            num_images = run()
-            if repeat:
-                speeds[name].append(num_images / (time.perf_counter() - start))
-    return {name: statistics.median(found) for name, found in speeds.items()}
 
 
 def epoch(model: MatryoshkaClassifier, images: Any, batch_size: int, px: int) -> int:
@@ -67,29 +51,9 @@ def epoch(model: MatryoshkaClassifier, images: Any, batch_size: int, px: int) ->
     return len(indices) * batch_size
 
 
-def engines(trunk: Trunk, images: Tensor, repeats: int) -> tuple[dict[str, float], dict[str, float]]:
-    """Return images/s of each engine, and the largest difference from PyTorch relative to the largest value."""
-    import torch._inductor.config as inductor
-
-    inductor.freezing = True
-    forwards: dict[str, Callable[[Tensor], Tensor]] = {"PyTorch": trunk}
-    fast, name = fast_forward(trunk, images[:2])
-    forwards |= {name: fast, "torch.compile, frozen weights": torch.compile(copy.deepcopy(trunk))}
-    batches = images.to(memory_format=torch.channels_last).split(good_batch_size(images.device))
-    with torch.inference_mode():
-        expected = trunk(batches[0])
-        differences = {
-            name: float((forward(batches[0]) - expected).abs().max() / expected.abs().max())
-            for name, forward in forwards.items()
-        }
-
-        def run(forward: Callable[[Tensor], Tensor]) -> int:
-            for batch in batches:
-                forward(batch)
-            return len(images)
-
-        speeds = timed({name: partial(run, forward) for name, forward in forwards.items()}, repeats)
-    return speeds, differences
+@torch.inference_mode()
+def all_outputs(forward: Forward, batches: list[Tensor]) -> Tensor:
+    return torch.cat([forward(batch) for batch in batches])
 
 
 def main() -> None:
@@ -101,8 +65,6 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="timed repeats; default: 3")
     args = parser.parse_args()
     process = Process(0, 1, torch.device("cpu"))
-    about = {key: provenance(1)[key] for key in ("cpu", "torch", "git_commit")} | {"threads": torch.get_num_threads()}
-    print(json.dumps(about))
     pixels = torch.randint(0, 256, (args.num_images, 3, args.px, args.px), dtype=torch.uint8)
     labels = torch.arange(args.num_images) % NUM_CLASSES
     for backbone, trainable in CASES:
@@ -116,27 +78,26 @@ def main() -> None:
         freeze(model, config.model.trainable)
         model.to(memory_format=torch.channels_last)
         trunk, _ = split_frozen(model, args.px)
+        about: dict[str, Any] = {"backbone": backbone, "trainable": trainable, "px": args.px}
         with tempfile.TemporaryDirectory() as store:
             cache = TrunkCache(model, config, Path(store), "fp32", process)
             cached = cache.images("train", images)
             cached.view(0, args.px)
-            speeds = timed(
-                {
-                    "without": partial(epoch, model, images, args.batch_size, args.px),
-                    "with": partial(epoch, cache.tail, cached, args.batch_size, args.px),
-                },
-                args.repeats,
-            )
-        for name, speed in speeds.items():
-            line: dict[str, Any] = {"backbone": backbone, "trainable": trainable, "epoch": f"{name} the cache"}
-            line |= {"images_per_second": round(speed, 1), "ratio": round(speed / speeds["without"], 2)}
-            print(json.dumps(line), flush=True)
-        normalized = torch.randn(args.num_images, 3, args.px, args.px)
-        found, differences = engines(trunk, normalized, args.repeats)
-        for name, speed in found.items():
-            line = {"backbone": backbone, "in front of": trainable, "engine": name}
-            line |= {"images_per_second": round(speed, 1), "ratio": round(speed / found["PyTorch"], 2)}
-            print(json.dumps(line | {"difference": float(f"{differences[name]:.1e}")}), flush=True)
+            without = partial(epoch, model, images, args.batch_size, args.px)
+            with_cache = partial(epoch, cache.tail, cached, args.batch_size, args.px)
+            timed = take_turns({"without the cache": without, "with the cache": with_cache}, args.repeats)
+        for name, own in timed.items():
+            speed = ratios("ratio", timed["without the cache"].seconds, own.seconds)
+            report("epoch", name=name, images_per_second=rate(own.answer, own), **speed, **about)
+        normalized = torch.randn(args.num_images, 3, args.px, args.px).to(memory_format=torch.channels_last)
+        batches = list(normalized.split(good_batch_size(process.device)))
+        forwards = engines(trunk.eval(), batches[0])
+        timed = take_turns({name: partial(all_outputs, each, batches) for name, each in forwards.items()}, args.repeats)
+        expected = timed["PyTorch"].answer
+        for name, own in timed.items():
+            difference = float((own.answer - expected).abs().max() / expected.abs().max())
+            speed = ratios("ratio", timed["PyTorch"].seconds, own.seconds) | {"difference": difference}
+            report("frozen layers", name=name, images_per_second=rate(args.num_images, own), **speed, **about)
 
 
 if __name__ == "__main__":

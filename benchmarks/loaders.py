@@ -5,31 +5,28 @@
 
 The baseline of the folder and ffcv backends is torchvision's usual recipe: ImageFolder (PIL), v2 transforms, and a
 DataLoader with as many workers. FFCV files hold half of the images as JPEG as in the paper, or all, or none. Each
-photograph in DIR is linked as often as --num_images needs. Prints one JSON line per contender. The contenders take
-turns within each repeat; speeds are medians, ratios medians of the ratios of each repeat. Leave the machine idle
-("load" shows whether it was); CPU time per image, of all processes together, stays comparable if it was not.
+photograph in DIR is linked as often as --num_images needs. Prints one JSON line per contender. Contenders take turns;
+speeds are medians, ratios medians of the ratios of each repeat. Leave the machine idle ("load" shows whether it was);
+CPU time per image, of all processes together, stays comparable if it was not.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import resource
+import itertools
+import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterable
-from functools import partial
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
-import torchvision
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
+from benchmarks.timing import rate, ratios, report, take_turns
 from mrl.config import DataConfig
 from mrl.data import FolderImages, cores_per_process
 from mrl.data.ffcv import FFCVFile, FFCVImages, import_ffcv
@@ -39,31 +36,40 @@ from mrl.data.memory import MemoryImages
 from mrl.data.transforms import Transform, normalize, train_indices
 from mrl.data.write_ffcv import Settings, write
 from mrl.errors import UserError
-from mrl.rundir import provenance
 
-Epoch = Callable[[int], Iterable[tuple[Tensor, Tensor]]]
 CONFIG = DataConfig()
 CROP = (CONFIG.crop_scale, CONFIG.crop_ratio)
 BASELINE = "torchvision ImageFolder (PIL)"
 JPEG_SHARES = {"50% JPEG": 0.5, "JPEG": 1.0, "raw": 0.0}
 
 
-def our_epoch(images: Images, batch_size: int, px: int, epoch: int) -> Iterable[tuple[Tensor, Tensor]]:
-    return images.train_batches(train_indices(len(images), batch_size, 0, epoch), epoch, px)
+def our_epochs(images: Images, batch_size: int, px: int) -> Callable[[], int]:
+    """Return a function that reads an epoch, each time the next one, and returns the number of images."""
+    epochs = itertools.count()
+
+    def read() -> int:
+        indices = train_indices(len(images), batch_size, 0, epoch := next(epochs))
+        return sum(len(labels) for _, labels in images.train_batches(indices, epoch, px))
+
+    return read
 
 
-def their_epoch(loader: Iterable, device: torch.device, epoch: int) -> Iterable[tuple[Tensor, Tensor]]:
-    for images, labels in loader:
+def their_epochs(loader: Iterable, device: torch.device) -> Callable[[], int]:
+    """Return the same of another library's loader; uint8 images are normalized as ours are."""
+
+    def on_device(images: Tensor) -> Tensor:
         images = images.to(device)
-        yield normalize(images, CONFIG.mean, CONFIG.std) if images.dtype == torch.uint8 else images, labels.to(device)
+        return normalize(images, CONFIG.mean, CONFIG.std) if images.dtype == torch.uint8 else images
+
+    return lambda: sum(len(on_device(images)) for images, _ in loader)
 
 
-def torchvision_loader(root: Path, px: int, batch_size: int, num_workers: int, pin_memory: bool) -> DataLoader:
+def torchvision_loader(root: Path, px: int, batch_size: int, num_workers: int) -> DataLoader:
     """Return torchvision's usual recipe."""
     steps = [v2.RandomResizedCrop(px, *CROP), v2.RandomHorizontalFlip(), v2.PILToTensor()]
     steps += [v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(CONFIG.mean), list(CONFIG.std))]
     images = ImageFolder(root / "train", v2.Compose(steps))
-    settings = {"num_workers": num_workers, "pin_memory": pin_memory}
+    settings = {"num_workers": num_workers, "pin_memory": torch.cuda.is_available()}
     return DataLoader(images, batch_size, shuffle=True, drop_last=True, **settings)  # type: ignore[arg-type]
 
 
@@ -94,35 +100,16 @@ def link_photographs(source: Path, root: Path, num_images: int) -> None:
         (root / "train" / "all" / f"{number:07d}.jpg").symlink_to(paths[number % len(paths)])
 
 
-def cpu_seconds() -> float:
-    """Return the CPU time of this process and of the workers that have ended."""
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(each.ru_utime + each.ru_stime for each in used)
-
-
-def measure(epochs: dict[str, Epoch], repeats: int, **about: object) -> None:
-    """Print one JSON line per contender: images per second, CPU ms per image, and their ratios to the baseline."""
-    measured = np.empty((len(epochs), repeats + 1, 2))
-    for repeat in range(repeats + 1):  # the first does not count
-        for contender, epoch in enumerate(epochs.values()):
-            started, cpu_started = time.perf_counter(), cpu_seconds()
-            num_images = sum(len(labels) for _, labels in epoch(repeat))
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            seconds, cpu = time.perf_counter() - started, cpu_seconds() - cpu_started
-            measured[contender, repeat] = num_images / seconds, 1000 * cpu / num_images
-    names, (speeds, costs) = list(epochs), measured[:, 1:].transpose(2, 0, 1)
-    for name, speed, cost in zip(names, speeds, costs, strict=True):
-        row: dict[str, object] = {"name": name, "images_per_second": round(np.median(speed), 1)}
-        row["images_per_second_range"] = [round(speed.min(), 1), round(speed.max(), 1)]
-        row["cpu_ms_per_image"] = round(np.median(cost), 3)
-        if BASELINE in names:
-            ratios = speed / speeds[names.index(BASELINE)]
-            row |= {"ratio": round(np.median(ratios), 3), "baseline": BASELINE}
-            row["ratio_range"] = [round(ratios.min(), 3), round(ratios.max(), 3)]
-            row["cpu_ratio"] = round(np.median(costs[names.index(BASELINE)]) / np.median(cost), 3)
-        row |= {"repeats": repeats, "load": round(os.getloadavg()[0], 1), "torchvision": torchvision.__version__}
-        print(json.dumps(row | about | provenance()), flush=True)
+def measure(epochs: dict[str, Callable[[], int]], repeats: int, **about: Any) -> None:
+    """Report images per second, CPU ms per image, and their ratios to the baseline."""
+    timed = take_turns(epochs, repeats)
+    for name, own in timed.items():
+        line: dict[str, Any] = {"images_per_second": rate(own.answer, own)}
+        line["cpu_ms_per_image"] = round(1000 * statistics.median(own.cpu_seconds) / own.answer, 3)
+        if base := timed.get(BASELINE):
+            line |= ratios("speed_vs_torchvision", base.seconds, own.seconds)
+            line |= ratios("cpu_vs_torchvision", own.cpu_seconds, base.cpu_seconds)
+        report("loader", name=name, **line, repeats=repeats, **about)
 
 
 def main() -> None:
@@ -142,8 +129,7 @@ def main() -> None:
     transform = Transform(0, *CROP, CONFIG.flip, px, px, CONFIG.mean, CONFIG.std)
     pixels = torch.randint(0, 256, (20_000, 3, px, px), dtype=torch.uint8)
     memory = MemoryImages(pixels, torch.zeros(len(pixels), dtype=torch.int64), ["a"], transform, device)
-    about = {"device": device.type, "px": px, "batch_size": batch_size, "threads": torch.get_num_threads()}
-    measure({"memory backend": partial(our_epoch, memory, batch_size, px)}, args.repeats, **about)
+    measure({"memory backend": our_epochs(memory, batch_size, px)}, args.repeats, px=px, batch_size=batch_size)
     if args.images is None:
         return
     with tempfile.TemporaryDirectory() as folder:
@@ -158,17 +144,18 @@ def main() -> None:
         except UserError as error:
             print(f"without FFCV: {error}")
         for px in args.px:
-            loader: Iterable = torchvision_loader(root, px, batch_size, num_workers, device.type == "cuda")
-            epochs: dict[str, Epoch] = {BASELINE: partial(their_epoch, loader, device)}
+            theirs = torchvision_loader(root, px, batch_size, num_workers)
             ours: dict[str, Images] = {"folder backend": FolderImages(listed, transform, device, num_workers)}
-            for name, file in files.items():
-                ours[f"ffcv backend, {name}"] = FFCVImages(file, transform, device, num_workers)
-            epochs |= {name: partial(our_epoch, images, batch_size, px) for name, images in ours.items()}
+            ours |= {
+                f"ffcv backend, {name}": FFCVImages(file, transform, device, num_workers)
+                for name, file in files.items()
+            }
+            epochs = {BASELINE: their_epochs(theirs, device)}
+            epochs |= {name: our_epochs(images, batch_size, px) for name, images in ours.items()}
             if files:
                 loader = ffcv_loader(files["50% JPEG"].path, px, batch_size, num_workers, device)
-                epochs["FFCV's Loader, 50% JPEG"] = partial(their_epoch, loader, device)
-            about = {"device": device.type, "px": px, "batch_size": batch_size, "workers": num_workers}
-            measure(epochs, args.repeats, **about)
+                epochs["FFCV's Loader, 50% JPEG"] = their_epochs(loader, device)
+            measure(epochs, args.repeats, px=px, batch_size=batch_size, workers=num_workers)
 
 
 if __name__ == "__main__":

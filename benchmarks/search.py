@@ -1,31 +1,31 @@
-"""Measure exact search at all prefix sizes in one pass, and reranking, each beside an alternative.
+"""Measure exact search at all prefix sizes in one pass, reranking, and the memory of a search.
 
-    python -m benchmarks.search                                          # everything, at the sizes of docs/SPEED.md
+    python -m benchmarks.search                                          # at the sizes of docs/SPEED.md
     python -m benchmarks.search --parts sizes --rows 5000 --queries 100  # one part, small
     python -m benchmarks.search --parts sizes --run runs/mine            # the embeddings of a trained model
+    python -m benchmarks.search --parts memory --rows 1281167 --ks 200   # a memory-mapped file of 10 GiB (Linux)
 
-Prints one JSON line per measurement. The contenders take turns within each repeat, so that a slow moment of the machine
-affects all of them; ratios are medians of the ratios of each repeat. Without --run, embeddings are normal noise.
-FAISS's IndexFlatIPPanorama skips the rest of a vector whose first coordinates rule it out; its answer is exact. Needs
-faiss-cpu 1.15 or newer.
+Prints one JSON line per measurement. Contenders take turns; ratios are medians of the ratios of each repeat. Without
+--run, embeddings are normal noise. FAISS's IndexFlatIPPanorama skips the rest of a vector whose first coordinates rule
+it out; its answer is exact. Needs faiss-cpu 1.15 or newer.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import json
-import os
-import platform
-import resource
 import statistics
+import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from benchmarks.timing import Timed, ratios, report, take_turns
 from mrl import exact_search, rerank
 from mrl.matryoshka import default_nesting_list
 from mrl.studies.retrieval import thin_indices
@@ -37,45 +37,11 @@ except ImportError as error:
     raise SystemExit("this benchmark compares with faiss; install it with: pip install faiss-cpu") from error
 
 
-def report(measurement: str, **values: Any) -> None:
-    """Print one JSON line."""
-    machine = {
-        "cpu": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "load": round(os.getloadavg()[0], 1),
-        "max_resident_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
-    }
-    print(json.dumps({"measurement": measurement} | values | machine), flush=True)
-
-
-def take_turns(contenders: dict[str, Callable[[], Any]], repeats: int) -> tuple[dict[str, list[float]], dict[str, Any]]:
-    """Return the seconds of each contender, one per repeat after a warm-up, and its last answer."""
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    answers = {}
-    names = list(contenders)
-    for repeat in range(repeats + 1):
-        for name in names[repeat % len(names) :] + names[: repeat % len(names)]:  # nobody is always the first
-            started = time.perf_counter()
-            answers[name] = contenders[name]()
-            if repeat:
-                seconds[name].append(time.perf_counter() - started)
-    return seconds, answers
-
-
-def compare(measurement: str, seconds: dict[str, list[float]], base: str, **about: Any) -> None:
+def compare(measurement: str, timed: dict[str, Timed], base: str, **about: Any) -> None:
     """Report the median seconds of each contender, and its time as a multiple of ``base``'s."""
-    for name, values in seconds.items():
-        ratios = [own / other for own, other in zip(values, seconds[base], strict=True)]
-        report(
-            measurement,
-            name=name,
-            seconds=round(statistics.median(values), 4),
-            fastest_seconds=round(min(values), 4),
-            **{f"time_vs {base}": round(statistics.median(ratios), 3)},
-            range=[round(min(ratios), 3), round(max(ratios), 3)],
-            repeats=len(values),
-            **about,
-        )
+    for name, own in timed.items():
+        about |= {"seconds": round(statistics.median(own.seconds), 4), "repeats": len(own.seconds)}
+        report(measurement, name=name, **about, **ratios(f"time_vs {base}", own.seconds, timed[base].seconds))
 
 
 def unit(vectors: np.ndarray, dim: int) -> np.ndarray:
@@ -106,7 +72,6 @@ def sizes(args: argparse.Namespace, rng: np.random.Generator) -> None:
     flat = {dim: flat_index(database, dim) for dim in dims}
     panorama = {dim: flat_index(database, dim, max(2, dim // 32)) for dim in dims}
     units = {dim: unit(queries, dim) for dim in dims}
-    about: dict[str, Any] = {"rows": len(database), "queries": len(queries), "width": width}
 
     def by_faiss(indexes: dict[int, Any], sizes: Sequence[int], k: int) -> dict[int, np.ndarray]:
         return {dim: indexes[dim].search(units[dim], k)[1] for dim in sizes}
@@ -120,13 +85,12 @@ def sizes(args: argparse.Namespace, rng: np.random.Generator) -> None:
             "exact_search full width": functools.partial(exact_search, queries, database, k, [width]),
             "one pass, every size": functools.partial(exact_search, queries, database, k, dims),
         }
-        seconds, answers = take_turns(contenders, args.repeats)
-        exact = answers["faiss every size"]
-        same = min((answers["one pass, every size"][d][0] == exact[d]).mean() for d in dims)
-        about |= {"k": k, "same_neighbors_as_faiss": round(float(same), 6)}
-        same = min((answers["faiss Panorama every size"][d] == exact[d]).mean() for d in dims)
-        about |= {"same_neighbors_by_panorama": round(float(same), 6)}
-        compare(f"{len(dims)} sizes", seconds, "faiss full width", **about)
+        timed = take_turns(contenders, args.repeats)
+        exact, panorama_found, ours = (timed[name].answer for name in list(timed)[1::2])
+        about: dict[str, Any] = {"rows": len(database), "queries": len(queries), "width": width, "k": k}
+        about["same_neighbors_as_faiss"] = round(min(float((ours[d][0] == exact[d]).mean()) for d in dims), 6)
+        about["same_by_panorama"] = round(min(float((panorama_found[d] == exact[d]).mean()) for d in dims), 6)
+        compare(f"{len(dims)} sizes", timed, "faiss full width", **about)
 
 
 def loop_rerank(queries: np.ndarray, database: np.ndarray, shortlist: np.ndarray) -> np.ndarray:
@@ -149,28 +113,59 @@ def reranking(args: argparse.Namespace, rng: np.random.Generator) -> None:
         "loop over queries": lambda: loop_rerank(queries[:few], database, shortlist[:few]),
         "rerank": lambda: rerank(queries, database, shortlist, args.width),
     }
-    seconds, answers = take_turns(contenders, args.repeats)
-    seconds["loop over queries"] = [value * args.rerank_queries / few for value in seconds["loop over queries"]]
-    same = float((answers["rerank"][:few] == answers["loop over queries"]).mean())
+    timed = take_turns(contenders, args.repeats)
+    loop = timed["loop over queries"]
+    loop.seconds = [value * args.rerank_queries / few for value in loop.seconds]
+    same = float((timed["rerank"].answer[:few] == loop.answer).mean())
     about = {"rows": args.rows, "queries": args.rerank_queries, "width": args.width}
     about |= {"shortlist_size": args.shortlist_size, "same_order_as_loop": round(same, 6)}
-    compare("rerank", seconds, "rerank", **about)
+    compare("rerank", timed, "rerank", **about)
 
 
-PARTS = {"sizes": sizes, "rerank": reranking}
+def memory(args: argparse.Namespace, rng: np.random.Generator) -> None:
+    """Measure the memory that a search over a memory-mapped file adds, without the pages of files."""
+    queries, dims = rng.standard_normal((args.queries, args.width), dtype=np.float32), default_nesting_list(args.width)
+    samples, done = [], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.05):
+            status = Path("/proc/self/status").read_text()
+            samples.append(int(status.partition("RssAnon:")[2].split()[0]) / 2**20)
+
+    with tempfile.NamedTemporaryFile(dir=args.scratch) as file:
+        database = np.memmap(file, np.float32, "w+", shape=(args.rows, args.width))
+        for first in range(0, args.rows, 10_000):
+            rng.standard_normal(out=database[first : first + 10_000], dtype=np.float32)
+        database.flush()
+        exact_search(queries[:1], database[:64], 1, dims)  # load the libraries first
+        watcher = threading.Thread(target=watch, daemon=True)
+        watcher.start()
+        time.sleep(0.2)
+        started = time.perf_counter()
+        exact_search(queries, database, args.ks[0], dims, progress=True)
+        seconds = time.perf_counter() - started
+        done.set()
+        watcher.join()
+    about = {"rows": args.rows, "width": args.width, "queries": args.queries, "k": args.ks[0], "dims": dims}
+    added = {"memory_beyond_page_cache_gib": round(max(samples) - samples[0], 2), "seconds": round(seconds, 1)}
+    report("every size in one pass, database in a mapped file", **about, **added)
+
+
+PARTS = {"sizes": sizes, "rerank": reranking, "memory": memory}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=["sizes", "rerank"], help="what to measure")
     parser.add_argument("--run", help="sizes: a run that eval.py has embedded; training images are the database")
     parser.add_argument("--rows", type=int, default=50_000, help="database vectors")
-    parser.add_argument("--queries", type=int, default=500, help="queries of sizes")
+    parser.add_argument("--queries", type=int, default=500, help="queries of sizes and memory")
     parser.add_argument("--rerank_queries", type=int, default=10_000, help="queries of rerank")
     parser.add_argument("--width", type=int, default=2048, help="coordinates of an embedding")
     parser.add_argument("--ks", type=int, nargs="+", default=[1, 10, 200], help="neighbors per query")
     parser.add_argument("--shortlist_size", type=int, default=200, help="neighbors to rerank")
     parser.add_argument("--repeats", type=int, default=5, help="counted repeats")
+    parser.add_argument("--scratch", metavar="DIR", help="memory: folder for a file of rows x width x 4 bytes")
     args = parser.parse_args()
     faiss.omp_set_num_threads(torch.get_num_threads())
     for part in args.parts:

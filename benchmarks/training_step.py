@@ -5,20 +5,15 @@
         --modes eager compiled --repeats 20 --inner 10       # on a GPU
 
 Prints one JSON line per measurement. Beside them: timm's own classifier in a plain loop ("plain timm"), and MRL in the
-manner of the authors' loop ("authors' loop"; always eager, and always fp16 on a GPU). The contenders take turns within
-each repeat, so that a slow moment of the machine affects all of them; ratios are medians of the ratios of each repeat.
+manner of the authors' loop ("authors' loop"; always eager, and always fp16 on a GPU). Contenders take turns; ratios are
+medians of the ratios of each repeat.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import json
-import os
-import platform
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -29,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.authors_loop import authors_step, build_authors_model
+from benchmarks.timing import rate, ratios, report, take_turns
 from mrl import NestedLinear, nested_cross_entropy
 from mrl.matryoshka import default_nesting_list
 from mrl.model import build_backbone, build_model
@@ -42,11 +38,11 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 def amp_step(model: nn.Module, optimizer: torch.optim.Optimizer, dtype: torch.dtype, loss: Callable) -> Step:
     """Return a training step with mixed precision; ``loss()`` returns the scalar loss."""
-    [device] = {parameter.device for parameter in model.parameters()}
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    device = next(model.parameters()).device.type
+    scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
 
     def step() -> None:
-        with torch.autocast(device.type, dtype):
+        with torch.autocast(device, dtype):
             scalar = loss()
         scaler.scale(scalar).backward()
         scaler.step(optimizer)
@@ -57,10 +53,9 @@ def amp_step(model: nn.Module, optimizer: torch.optim.Optimizer, dtype: torch.dt
 
 
 def contenders(
-    args: argparse.Namespace, dims: tuple[int, ...], images: Tensor, labels: Tensor, precision: str, mode: str
+    args: argparse.Namespace, dims: tuple[int, ...], images: Tensor, labels: Tensor, dtype: torch.dtype, mode: str
 ) -> dict[str, Callable[[], Step]]:
     """Return a function per contender that builds it and returns its training step."""
-    dtype = DTYPES[precision]
 
     def prepare(model: nn.Module) -> None:
         model.to(images.device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
@@ -68,8 +63,7 @@ def contenders(
             model.compile()
 
     def ours(dims: tuple[int, ...], tied: bool) -> Step:
-        backbone = build_backbone(args.backbone, blurpool=args.blurpool)
-        model = build_model(backbone, args.num_classes, dims, tied)
+        model = build_model(build_backbone(args.backbone, blurpool=args.blurpool), args.num_classes, dims, tied)
         prepare(model)
         weights, sums = torch.ones(len(dims), device=images.device), MetricAccumulator(dims, images.device)
 
@@ -91,16 +85,16 @@ def contenders(
         model = build_authors_model(args.backbone, dims, args.num_classes, args.blurpool)
         return authors_step(model, images, labels, torch.float16 if images.is_cuda else dtype)
 
-    return {
-        "plain": partial(ours, dims[-1:], False),
-        "MRL": partial(ours, dims, False),
-        "MRL-E": partial(ours, dims, True),
-        "plain timm": plain_timm,
-        AUTHORS: authors,
-    }
+    kinds = {name: partial(ours, *kind) for name, kind in kinds_of(dims).items()}
+    return {**kinds, "plain timm": plain_timm, AUTHORS: authors}
 
 
-def head_step(dims: tuple[int, ...], tied: bool, args: argparse.Namespace, device: torch.device) -> Step:
+def kinds_of(dims: tuple[int, ...]) -> dict[str, tuple[tuple[int, ...], bool]]:
+    """Return nesting list and ``tied`` of each kind of head."""
+    return {"plain": (dims[-1:], False), "MRL": (dims, False), "MRL-E": (dims, True)}
+
+
+def head_step(args: argparse.Namespace, device: torch.device, dims: tuple[int, ...], tied: bool) -> Step:
     """Return a forward and backward pass of the head and its loss alone, in float32."""
     head = NestedLinear(dims, args.num_classes, tied).to(device)
     z = torch.randn(args.head_batch_size, dims[-1], device=device, requires_grad=True)
@@ -114,10 +108,10 @@ def head_step(dims: tuple[int, ...], tied: bool, args: argparse.Namespace, devic
     return step
 
 
-def peak_memory(build: Callable[[], Step], device: torch.device) -> tuple[Step, int | None]:
+def peak_memory(build: Callable[[], Step]) -> tuple[Step, int | None]:
     """Return a contender after its first steps, and the GPU memory in MiB that it and one later step take."""
     torch.manual_seed(0)
-    if device.type != "cuda":
+    if not torch.cuda.is_available():
         return build(), None
     before = torch.cuda.memory_allocated()
     step = build()
@@ -129,35 +123,16 @@ def peak_memory(build: Callable[[], Step], device: torch.device) -> tuple[Step, 
     return step, round((torch.cuda.max_memory_allocated() - before) / 2**20)
 
 
-def measure(steps: dict[str, Step], repeats: int, inner: int, device: torch.device) -> dict[str, list[float]]:
-    """Return the seconds per step of each contender, one value per repeat, after one that is not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for repeat in range(repeats + 1):
-        for name, step in steps.items():
-            started = time.perf_counter()
-            for _ in range(inner):
-                step()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            if repeat > 0:
-                seconds[name].append((time.perf_counter() - started) / inner)
-    return seconds
-
-
-def print_rows(seconds: dict[str, list[float]], memory: dict[str, int | None], about: dict[str, Any]) -> None:
-    """Print one JSON line per contender, compared with the plain classifier and the authors' loop."""
-    for name, values in seconds.items():
-        images_per_second = about["batch_size"] / statistics.median(values)
-        row: dict[str, Any] = {"name": name, "images_per_second": round(images_per_second, 1)}
-        for key, other in (("speed_vs_plain", "plain"), ("speed_vs_authors", AUTHORS)):
-            if other in seconds:
-                ratios = [theirs / own for theirs, own in zip(seconds[other], values, strict=True)]
-                row[key] = round(statistics.median(ratios), 3)
-                row[f"{key}_range"] = [round(min(ratios), 3), round(max(ratios), 3)]
-        row |= {"peak_memory_mib": memory.get(name)} | about
-        if name == AUTHORS:
-            row |= {"mode": "eager", "precision": "fp16" if about["cuda"] else about["precision"]}
-        print(json.dumps(row), flush=True)
+def compare(args: argparse.Namespace, steps: dict[str, Step], memory: dict[str, int | None], **about: Any) -> None:
+    """Time the steps, and report each beside the plain classifier and the authors' loop."""
+    timed = take_turns(steps, args.repeats, args.inner)
+    for name, own in timed.items():
+        line = about | {"images_per_second": rate(about["batch_size"], own), "peak_memory_mib": memory.get(name)}
+        for key, other in (("plain", "plain"), ("authors", AUTHORS)):
+            if other in timed:
+                line |= ratios(f"speed_vs_{key}", timed[other].seconds, own.seconds)
+        line |= {"precision": "fp16"} if name == AUTHORS and torch.cuda.is_available() else {}
+        report(name=name, backbone=args.backbone, repeats=args.repeats, **line)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -180,33 +155,20 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_float32_matmul_precision("high")
     width: int = timm.create_model(args.backbone, num_classes=0).head_hidden_size  # type: ignore[assignment]
     dims = default_nesting_list(width)
-    about = {
-        "backbone": args.backbone,
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda if device.type == "cuda" else None,
-        "timm": timm.__version__,
-        "load": round(os.getloadavg()[0], 1),
-        "repeats": args.repeats,
-    }
     for precision, mode, batch_size in itertools.product(args.precisions, args.modes, args.batch_sizes):
         torch.compiler.reset()  # torch stops compiling after some models of one class
         images = torch.randn(batch_size, 3, args.px, args.px, device=device).to(memory_format=torch.channels_last)
         labels = torch.randint(args.num_classes, (batch_size,), device=device)
         steps, memory = {}, {}
-        for name, build in contenders(args, dims, images, labels, precision, mode).items():
+        for name, build in contenders(args, dims, images, labels, DTYPES[precision], mode).items():
             try:
-                steps[name], memory[name] = peak_memory(build, device)
+                steps[name], memory[name] = peak_memory(build)
             except torch.cuda.OutOfMemoryError:
                 print(f"{name} with batch size {batch_size} in {precision} exceeds the GPU memory", file=sys.stderr)
-        settings = {"measurement": "training step", "batch_size": batch_size, "px": args.px, "precision": precision}
-        seconds = measure(steps, args.repeats, args.inner, device)
-        print_rows(seconds, memory, settings | {"mode": mode, "blurpool": args.blurpool} | about)
-    kinds = {"plain": (dims[-1:], False), "MRL": (dims, False), "MRL-E": (dims, True)}
-    heads = {name: head_step(*kind, args, device) for name, kind in kinds.items()}
-    settings = {"measurement": "head + loss", "batch_size": args.head_batch_size, "precision": "fp32"}
-    print_rows(measure(heads, args.repeats, args.inner, device), {}, settings | about)
+        about = {"batch_size": batch_size, "px": args.px, "precision": precision, "mode": mode}
+        compare(args, steps, memory, measurement="training step", blurpool=args.blurpool, **about)
+    heads = {name: head_step(args, device, *kind) for name, kind in kinds_of(dims).items()}
+    compare(args, heads, {}, measurement="head + loss", batch_size=args.head_batch_size, precision="fp32")
 
 
 if __name__ == "__main__":

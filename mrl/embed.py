@@ -34,7 +34,7 @@ from mrl.data.folder import (
 from mrl.distributed import Process
 from mrl.engine import FastForward, good_batch_size
 from mrl.errors import UserError
-from mrl.matryoshka import unit_prefix
+from mrl.matryoshka import prefix, unit_prefix
 from mrl.model import load
 from mrl.retrieval.embeddings import (
     EmbeddingMetadata,
@@ -56,17 +56,10 @@ def embed_folder(args: argparse.Namespace, process: Process) -> None:
     info = model.info
     assert info is not None  # load fills it
     dim = model.head.nesting_list[-1] if args.dim is None else args.dim
-    if not 1 <= dim <= model.width:
-        raise UserError(f"--dim is {dim}; allowed: 1 to {model.width}, preferably one of {list(info.nesting_list)}")
-    ids, left_out = list_images(folder)
-    if args.max_unreadable > 0:
-        listed = ImageList([str(folder / name) for name in ids], torch.zeros(len(ids)), [], left_out)
-        how = args.max_unreadable, info.exif_rotation, cores_per_process()
-        listed, reasons = leave_out_unreadable(listed, str(folder), *how, show_progress=process.is_main)
-        ids, left_out = [path[len(str(folder)) + 1 :] for path in listed.paths], listed.left_out
-        if process.is_main:
-            print(*reasons, sep="\n", file=sys.stderr)
-    files = files_sha256([folder / name for name in ids])
+    prefix(torch.empty(model.width), dim)  # raises if there is no such prefix
+    paths, left_out = list_images(folder, args.max_unreadable, info.exif_rotation, process)
+    ids = [path[len(str(folder)) + 1 :] for path in paths]
+    files = files_sha256([Path(path) for path in paths])
     if not distributed.agree(int(files[:14], 16)):
         raise UserError(f"--images {folder} does not hold the same files, of the same times, on all machines; share it")
     metadata = EmbeddingMetadata(
@@ -88,7 +81,7 @@ def embed_folder(args: argparse.Namespace, process: Process) -> None:
         return
     model.to(process.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     model.warn_if_untrained(dim)
-    images = evaluated_images([str(folder / name) for name in ids], info, process.device, args.num_workers)
+    images = evaluated_images(paths, info, process.device, args.num_workers)
     unfinished = out.with_name(f"{out.name}.unfinished")
     if args.force and process.is_main:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -106,17 +99,22 @@ def embed_folder(args: argparse.Namespace, process: Process) -> None:
         print(f"{out}: {len(ids):,} images x {dim} dims, length 1{by}; ids beside it{describe_left_out(left_out)}")
 
 
-def list_images(folder: Path) -> tuple[list[str], LeftOut]:
-    """Return the image files below ``folder``, relative to it, and what else is there."""
+def list_images(folder: Path, max_unreadable: float, exif_rotation: str, process: Process) -> tuple[list[str], LeftOut]:
+    """Return the paths of the image files below ``folder``, and what else is there."""
     if not folder.is_dir():
         raise UserError(f"--images {folder} is not a folder")
     left_out = LeftOut()
-    ids = find_images(folder, left_out, show_progress=True)
-    if not ids:
+    paths = [f"{folder}/{name}" for name in find_images(folder, left_out, show_progress=True)]
+    if not paths:
         raise UserError(f"--images {folder} holds no images; allowed: {' '.join(IMAGE_EXTENSIONS)}")
-    if broken := [name for name in ids if "\n" in name]:
-        raise UserError(f"the name {broken[0]!r} has a line break, which vectors.ids.txt cannot hold; rename the file")
-    return ids, left_out
+    if max_unreadable > 0:
+        listed = ImageList(paths, torch.zeros(len(paths)), [], left_out)
+        how = max_unreadable, exif_rotation, cores_per_process()
+        listed, reasons = leave_out_unreadable(listed, str(folder), *how, show_progress=process.is_main)
+        paths, left_out = listed.paths, listed.left_out
+        if process.is_main:
+            print(*reasons, sep="\n", file=sys.stderr)
+    return paths, left_out
 
 
 def already_there(out: Path, metadata: EmbeddingMetadata, dim: int) -> bool:
@@ -132,31 +130,21 @@ def already_there(out: Path, metadata: EmbeddingMetadata, dim: int) -> bool:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse and check the command line."""
+    form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        prog="python -m mrl.embed",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        "python -m mrl.embed", description=__doc__, formatter_class=form, allow_abbrev=False
     )
-    parser.add_argument("--run", required=True, help="a run directory, or a folder that mrl.export wrote")
-    parser.add_argument("--images", required=True, metavar="DIR", help="a folder of images, at any depth")
-    parser.add_argument("--dim", type=int, help="prefix size; default: the largest trained one")
-    parser.add_argument("--out", required=True, metavar="FILE.npy", help="file for the vectors")
-    parser.add_argument(
-        "--batch_size", type=int, help="images at a time on each process; default: 256 on a GPU, 32 on a CPU"
-    )
-    parser.add_argument(
-        "--num_workers",
-        type=int,
-        help="processes that decode images; default: the cores, without a GPU a quarter of them (0 below 4)",
-    )
-    parser.add_argument(
-        "--max_unreadable",
-        type=float,
-        default=0.0,
-        help="share of the images that may be unreadable and are left out; above 0, each is decoded twice; default: 0",
-    )
-    parser.add_argument("--force", action="store_true", help="compute vectors anew that are there already")
+    add = parser.add_argument
+    add("--run", required=True, help="a run directory, or a folder that mrl.export wrote")
+    add("--images", required=True, metavar="DIR", help="a folder of images, at any depth")
+    add("--dim", type=int, help="prefix size; default: the largest trained one")
+    add("--out", required=True, metavar="FILE.npy", help="file for the vectors")
+    add("--batch_size", type=int, help="images at a time on each process; default: 256 on a GPU, 32 on a CPU")
+    workers = "processes that decode images; default: the cores, without a GPU a quarter of them (0 below 4)"
+    add("--num_workers", type=int, help=workers)
+    unreadable = "share of the images that may be unreadable and are left out; above 0, each is decoded twice"
+    add("--max_unreadable", type=float, default=0.0, help=unreadable)
+    add("--force", action="store_true", help="compute vectors anew that are there already")
     args = parser.parse_args(expand_home(argv))
     if args.batch_size is not None and args.batch_size < 1:
         raise UserError(f"--batch_size is {args.batch_size}; allowed: 1 or more")
@@ -171,12 +159,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """Embed from a command line; return the exit status."""
-
-    def parse_and_embed() -> int:
-        embed_folder(parse(argv), distributed.start())
-        return 0
-
-    return distributed.run(parse_and_embed, "interrupted; the same command resumes the pass")
+    interrupted = "interrupted; the same command resumes the pass"
+    return distributed.run(lambda: embed_folder(parse(argv), distributed.start()), interrupted)
 
 
 if __name__ == "__main__":

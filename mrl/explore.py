@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision.transforms.v2.functional import to_pil_image
 
 from mrl import adapt, distributed
@@ -53,34 +53,33 @@ class Collection(NamedTuple):
     picture: Callable[[int], Image.Image]
 
 
-def of_vectors(args: argparse.Namespace) -> Collection:
+def of_vectors(path: str, moved_to: str | None) -> Collection:
     """Return the images of a vector file."""
-    file = open_vectors(args.vectors)
-    folder = file.folder(args.images)
+    file = open_vectors(path)
+    folder = file.folder(moved_to)
     names = [os.fsencode(name).decode(errors="backslashreplace") for name in file.ids]  # JSON takes no others
+    trained = [dim for dim in file.metadata.trained_dims if dim <= file.vectors.shape[1]]
+    title = f"{'/'.join(folder.resolve().parts[-2:])} by {Path(file.metadata.run).name}"
+    folders = [folder_of(name) for name in names]
 
     def picture(index: int) -> Image.Image:
         return to_pil_image(decode(str(folder / file.ids[index])))
 
-    trained = [dim for dim in file.metadata.trained_dims if dim <= file.vectors.shape[1]]
-    title = f"{'/'.join(folder.resolve().parts[-2:])} by {Path(file.metadata.run).name}"
-    return Collection(title, names, [folder_of(name) for name in names], file.vectors, trained, picture)
+    return Collection(title, names, folders, file.vectors, trained, picture)
 
 
-def of_run(args: argparse.Namespace) -> Collection:
+def of_run(path: str, moved_to: str | None) -> Collection:
     """Return the validation images of a run."""
-    run = open_run(args.run, args.images)
+    run = open_run(path, moved_to)
     folders = [run.classes[label] for label in run.val.labels]
     names = [f"{folder}, validation image {index}" for index, folder in enumerate(folders)]
-    largest = run.head.nesting_list[-1]
-
-    def picture(index: int) -> Image.Image:
-        [pixels] = run.pictures("val", np.array([index]))
-        return Image.fromarray((255 * pixels).round().astype(np.uint8))
-
     trained = run.head.nesting_list
     title = f"{run.source.dataset}, validation images, by {run.source.run}"
-    return Collection(title, names, folders, run.val.vectors[:, :largest], trained, picture)
+
+    def picture(index: int) -> Image.Image:
+        return Image.fromarray((255 * run.pictures("val", np.array([index]))[0]).round().astype(np.uint8))
+
+    return Collection(title, names, folders, run.val.vectors[:, : trained[-1]], trained, picture)
 
 
 def slider_stops(trained: Sequence[int], width: int) -> list[int]:
@@ -100,25 +99,22 @@ def int8_codes(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.rint(vectors / steps).astype(np.int8), steps
 
 
-def agreement(vectors: np.ndarray, reference: np.ndarray, k: int, dims: Sequence[int]) -> dict[int, float]:
-    """Return the mean share of the ``k`` neighbors by whole ``reference`` vectors that each prefix of others finds."""
-    width = reference.shape[1]
+def agreement(vectors: np.ndarray, k: int, dims: Sequence[int]) -> list[float]:
+    """Return the mean share of the ``k`` neighbors by whole vectors that each prefix finds."""
+    itself, width = np.arange(len(vectors))[:, None], vectors.shape[1]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "prefixes are all zero")  # they share nothing
-        true = exact_search(reference, reference, k + 1, [width])[width][0]
-        found = exact_search(vectors, vectors, k + 1, dims)
-    itself = np.arange(len(vectors))[:, None]
-
-    def shared(indices: np.ndarray, has_cosine: np.ndarray) -> float:
-        equal = (indices[:, :, None] == true[:, None, :]) & (indices != itself)[:, :, None]
-        return float((equal.any(axis=2) & has_cosine[:, None]).sum() / (k * len(indices)))
-
-    return {dim: shared(indices, np.any(vectors[:, :dim], axis=1)) for dim, (indices, _) in found.items()}
+        found = exact_search(vectors, vectors, k + 1, [*dims, width])
+    true, shares = found[width][0], []
+    for dim in dims:
+        indices = np.where(np.any(vectors[:, :dim], axis=1)[:, None] & (found[dim][0] != itself), found[dim][0], -1)
+        shares.append(float((indices[:, :, None] == true[:, None, :]).sum() / (k * len(vectors))))
+    return shares
 
 
 def explore(args: argparse.Namespace) -> None:
     """Write the page and print where it is."""
-    images = of_run(args) if args.run else of_vectors(args)
+    images = of_run(args.run, args.images) if args.run else of_vectors(args.vectors, args.images)
     vectors, trained = images.vectors, list(images.trained)
     if args.map:
         mapping = adapt.load(args.map)
@@ -136,7 +132,6 @@ def explore(args: argparse.Namespace) -> None:
     codes, steps = int8_codes(vectors)
     stops, k = slider_stops(trained, width), min(NEIGHBORS, len(chosen) - 1)
     seen = map_ahead(lambda index: thumbnail(images.picture(index)), chosen.tolist(), cores_per_process())
-    thumbnails = list(progress(seen, show=True, total=len(chosen), desc="thumbnails", unit="image"))
     folders = sorted({images.folders[index] for index in chosen})
     content = {
         "title": images.title,
@@ -145,15 +140,15 @@ def explore(args: argparse.Namespace) -> None:
         "group": "class" if args.run else "folder",
         "folders": folders,
         "folderOf": [folders.index(images.folders[index]) for index in chosen],
-        "thumbnails": thumbnails,
+        "thumbnails": list(progress(seen, total=len(chosen), desc="thumbnails", unit="image")),
         "codes": base64.b64encode(codes.tobytes()).decode(),
-        "steps": [float(step) for step in steps],
+        "steps": steps.tolist(),
         "width": width,
         "k": k,
         "stops": stops,
         "trained": trained,
-        "zeros": [count_zero_prefixes(codes, [dim])[dim] for dim in stops],
-        "agreement": list(agreement(codes * steps, codes * steps, k, stops).values()),
+        "zeros": list(count_zero_prefixes(codes, stops).values()),
+        "agreement": agreement(codes * steps, k, stops),
     }
     out = Path(args.out or Path(args.run or Path(args.vectors).parent) / "explore.html")
     data = json.dumps(content, separators=(",", ":")).replace("<", "\\u003c")
@@ -163,22 +158,16 @@ def explore(args: argparse.Namespace) -> None:
 
 def thumbnail(image: Image.Image) -> str:
     """Return the middle square of an RGB image as WebP in base64; small images are not enlarged."""
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    px = min(side, THUMBNAIL_PX)
-    square = image.resize((px, px), Image.Resampling.LANCZOS, (left, top, left + side, top + side))
-    content = io.BytesIO()
-    square.save(content, "WEBP", quality=75)
+    px, content = min(*image.size, THUMBNAIL_PX), io.BytesIO()
+    ImageOps.fit(image, (px, px), Image.Resampling.LANCZOS).save(content, "WEBP", quality=75)
     return base64.b64encode(content.getvalue()).decode()
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse and check the command line."""
+    form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        prog="python -m mrl.explore",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        "python -m mrl.explore", description=__doc__, formatter_class=form, allow_abbrev=False
     )
     add = parser.add_argument
     source = parser.add_mutually_exclusive_group(required=True)

@@ -54,20 +54,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m mrl.export", description=__doc__, formatter_class=form)
     targets = parser.add_subparsers(dest="target", required=True, metavar="TARGET")
-    parsers = {name: targets.add_parser(name, help=text, description=text) for name, text in TARGETS.items()}
-    for target in parsers.values():
-        target.add_argument(
-            "--run", required=True, help="a run directory of train.py, or a folder exported for the Hub"
-        )
-        target.add_argument("--out", required=True, help="where the export goes")
-    to_hub = parsers["hub"]
-    to_hub.add_argument("--license", required=True, help="of the weights, as the Hub spells it: mit, cc-by-nc-4.0, ...")
-    to_hub.add_argument("--results", metavar="JSONL", help="rows of eval.py; default: the run's last validation")
-    to_hub.add_argument("--push", metavar="OWNER/NAME", help="upload to this repository; needs a login (hf auth login)")
-    to_hub.add_argument("--private", action="store_true", help="if --push creates the repository, make it private")
-    parsers["onnx"].add_argument("--dim", type=int, help="length of the vectors; default: the largest trained dim")
-    text = "length of the vectors, which are then normalized; default: left to truncate_dim"
-    parsers["sentence_transformers"].add_argument("--dim", type=int, help=text)
+    add = {name: targets.add_parser(name, help=text, description=text).add_argument for name, text in TARGETS.items()}
+    for target in TARGETS:
+        add[target]("--run", required=True, help="a run directory of train.py, or a folder exported for the Hub")
+        add[target]("--out", required=True, help="where the export goes")
+    add["hub"]("--license", required=True, help="of the weights, as the Hub spells it: mit, cc-by-nc-4.0, ...")
+    add["hub"]("--results", metavar="JSONL", help="rows of eval.py; default: the run's last validation")
+    add["hub"]("--push", metavar="OWNER/NAME", help="upload to this repository; needs a login (hf auth login)")
+    add["hub"]("--private", action="store_true", help="if --push creates the repository, make it private")
+    add["onnx"]("--dim", type=int, help="length of the vectors; default: the largest trained dim")
+    length = "length of the vectors, which are then normalized; default: left to truncate_dim"
+    add["sentence_transformers"]("--dim", type=int, help=length)
     return distributed.run(lambda: export(parser.parse_args(expand_home(argv))), "stopped")
 
 

@@ -12,6 +12,7 @@ mrl.adapt changes them. --exclude_query leaves out the image that is searched fo
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -35,23 +36,24 @@ def search(args: argparse.Namespace) -> None:
     """Search, print the neighbors, and draw them."""
     path = Path(args.vectors)
     database = open_vectors(path)
-    mapping = adapt.load(args.map) if args.map else None
-    vectors = database.vectors if mapping is None else mapping(database.vectors)
-    trained = database.metadata.trained_dims if mapping is None else mapping.dims
+    vectors, trained = database.vectors, database.metadata.trained_dims
+    query = encode_query(args.image, database, Path(args.run or database.metadata.run))
+    if args.map:
+        mapping = adapt.load(args.map)
+        vectors, trained, query = mapping(vectors), list(mapping.dims), mapping(query)
     width = vectors.shape[1]
     dims = args.dims or sorted({dim for dim in trained if dim <= width} | {width})
     for dim in dims:
         if not 1 <= dim <= width:
             raise UserError(f"--dims asks for {dim}, but the vectors in {path} have {width} dims")
         if dim not in trained:
-            warnings.warn(f"{dim} dims were not trained; trained are {list(trained)}", stacklevel=2)
-    query = encode_query(args.image, database, Path(args.run or database.metadata.run))
-    query = query if mapping is None else mapping(query)
+            warnings.warn(f"{dim} dims were not trained; trained are {trained}", stacklevel=2)
     folder = database.folder(args.images)
-    left_out = position_of(Path(args.image), folder, database.ids) if args.exclude_query else None
+    itself = os.path.relpath(Path(args.image).resolve(), folder.resolve())
+    left_out = database.ids.index(itself) if args.exclude_query and itself in database.ids else None
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "prefixes are all zero")  # said below
-        found = exact_search(query, vectors, min(args.k + (left_out is not None), len(vectors)), dims, progress=True)
+        found = exact_search(query, vectors, min(args.k + 1, len(vectors)), dims, progress=True)
     if zeros := describe_zero_prefixes(vectors, dims):
         print(zeros)
     pictures: dict[int, list[tuple[torch.Tensor, str]]] = {}
@@ -67,14 +69,6 @@ def search(args: argparse.Namespace) -> None:
             pictures[dim].append((decode(str(folder / name)), f"{folder_of(name)}\n{score:.3f}".strip()))
     for drawn in save(neighbor_grid(decode(args.image), pictures), args.out or path.with_name("neighbors")):
         print(f"figure: {drawn}")
-
-
-def position_of(image: Path, folder: Path, ids: Sequence[str]) -> int | None:
-    """Return the index of an image file among the ``ids``, which are paths below ``folder``; None if it is not one."""
-    try:
-        return ids.index(str(image.resolve().relative_to(folder.resolve())))
-    except ValueError:
-        return None
 
 
 def encode_query(image: str, database: VectorFile, run: Path) -> np.ndarray:
@@ -93,25 +87,20 @@ def encode_query(image: str, database: VectorFile, run: Path) -> np.ndarray:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse and check the command line."""
+    form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        prog="python -m mrl.search",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        "python -m mrl.search", description=__doc__, formatter_class=form, allow_abbrev=False
     )
-    parser.add_argument("--vectors", required=True, metavar="FILE.npy", help="file that python -m mrl.embed wrote")
-    parser.add_argument("--image", required=True, help="the image to find similar ones to")
-    parser.add_argument("--dims", type=int, nargs="+", help="prefix sizes; default: the trained ones")
-    parser.add_argument(
-        "--map", metavar="FILE.safetensors", help="a map that python -m mrl.adapt fitted to such vectors"
-    )
-    parser.add_argument("--k", type=int, default=6, help="neighbors at each size; default: 6")
-    parser.add_argument("--exclude_query", action="store_true", help="do not find the image itself")
-    parser.add_argument(
-        "--out", metavar="STEM", help="the figure, without .png; default: neighbors, beside the vectors"
-    )
-    parser.add_argument("--run", help="the model, if it was moved")
-    parser.add_argument("--images", metavar="DIR", help="the folder of images, if it was moved")
+    add = parser.add_argument
+    add("--vectors", required=True, metavar="FILE.npy", help="file that python -m mrl.embed wrote")
+    add("--image", required=True, help="the image to find similar ones to")
+    add("--dims", type=int, nargs="+", help="prefix sizes; default: the trained ones")
+    add("--map", metavar="FILE.safetensors", help="a map that python -m mrl.adapt fitted to such vectors")
+    add("--k", type=int, default=6, help="neighbors at each size; default: 6")
+    add("--exclude_query", action="store_true", help="do not find the image itself")
+    add("--out", metavar="STEM", help="the figure, without .png; default: neighbors, beside the vectors")
+    add("--run", help="the model, if it was moved")
+    add("--images", metavar="DIR", help="the folder of images, if it was moved")
     args = parser.parse_args(expand_home(argv))
     if args.k < 1:
         raise UserError(f"--k is {args.k}; allowed: 1 or more")

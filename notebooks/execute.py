@@ -61,22 +61,22 @@ def shrink(png: str) -> dict[str, str]:
 def main() -> None:
     """Execute from a command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("notebooks", nargs="*", type=Path, help="default: all in this folder")
-    parser.add_argument("--run", type=Path, help="a run directory; default: runs/digits_mrl")
-    parser.add_argument("--other_run", type=Path, help="the run to compare it with; default: runs/digits_ff")
-    parser.add_argument("--title", help="name of the runs' data in figures; default: that of the data set or folder")
-    parser.add_argument("--superclasses", type=Path, help="a table with the columns class, superclass and maybe name")
-    parser.add_argument("--pictures", type=Path, help="show images of this folder's train and val, not the run's own")
-    parser.add_argument("--credit", help="the source of the pictures, written above them")
-    parser.add_argument("--out", type=Path, help="folder for the executed notebooks; default: in place")
-    args = parser.parse_args()
-    paths = {"RUN": args.run, "OTHER_RUN": args.other_run, "SUPERCLASSES": args.superclasses, "PICTURES": args.pictures}
-    environment = {f"MRL_{name}": str(path.resolve()) for name, path in paths.items() if path}
-    texts = {"TITLE": args.title, "CREDIT": args.credit}
-    environment |= {f"MRL_{name}": text for name, text in texts.items() if text}
-    for notebook in args.notebooks or sorted(HERE.glob("*.ipynb")):
-        target = args.out / notebook.name if args.out else notebook
-        execute(notebook, target, environment)
+    add = parser.add_argument
+    add("notebooks", nargs="*", type=Path, help="default: all in this folder")
+    add("--run", type=Path, help="a run directory; default: runs/digits_mrl")
+    add("--other_run", type=Path, help="the run to compare it with; default: runs/digits_ff")
+    add("--title", help="name of the runs' data in figures; default: that of the data set or folder")
+    add("--superclasses", type=Path, help="a table with the columns class, superclass and maybe name")
+    add("--pictures", type=Path, help="show images of this folder's train and val, not the run's own")
+    add("--credit", help="the source of the pictures, written above them")
+    add("--out", type=Path, help="folder for the executed notebooks; default: in place")
+    args = vars(parser.parse_args())
+    notebooks, out = args.pop("notebooks") or sorted(HERE.glob("*.ipynb")), args.pop("out")
+    # The kernels run in the folder of the notebooks, so paths must be absolute.
+    texts = {key: str(value.resolve() if isinstance(value, Path) else value) for key, value in args.items() if value}
+    for notebook in notebooks:
+        target = out / notebook.name if out else notebook
+        execute(notebook, target, {f"MRL_{key.upper()}": text for key, text in texts.items()})
         print(f"{target}: {target.stat().st_size / 1000:.0f} kB")
 
 

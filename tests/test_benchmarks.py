@@ -2,13 +2,28 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
 from benchmarks import training_step
 from benchmarks.authors_loop import build_authors_model, summed_losses
-from mrl import nested_cross_entropy
-from mrl.model import build_backbone, build_model
+from benchmarks.timing import Timed
+from mrl import distributed, nested_cross_entropy
+from mrl.config import Config, DataConfig, HeadConfig, RunConfig, to_yaml
+from mrl.data import build_data
+from mrl.model import ModelInfo, build_backbone, build_model, save_model
+from mrl.results import Source
+from mrl.retrieval.embeddings import embed_split, embeddings_path
+from mrl.rundir import atomic_write_text
+from mrl.studies.run import describe_embeddings
+
+DATA = DataConfig(name="digits", train_px=16, eval_resize_px=16, eval_px=16)
+VIT = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
+
+
+def lines_of(capsys):
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
 
 def test_the_authors_loop_sums_the_same_losses_of_the_same_model():
@@ -25,16 +40,75 @@ def test_the_authors_loop_sums_the_same_losses_of_the_same_model():
 
 def test_the_training_step_benchmark_prints_a_row_for_every_contender(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    argv = ["--backbone", "resnet10t", "--px", "32", "--batch_sizes", "2", "4", "--num_classes", "5", "--repeats", "1"]
-    training_step.main([*argv, "--inner", "1", "--blurpool", "--head_batch_size", "8"])
-    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    argv = ["--backbone", "test_resnet", "--px", "32", "--batch_sizes", "2", "4", "--num_classes", "5", "--blurpool"]
+    training_step.main([*argv, "--repeats", "1", "--inner", "1", "--head_batch_size", "8"])
+    rows = lines_of(capsys)
     names = ["plain", "MRL", "MRL-E", "plain timm", "authors' loop"]
-    assert [(row["batch_size"], row["name"]) for row in rows if row["measurement"] == "training step"] == [
-        *((2, name) for name in names),
-        *((4, name) for name in names),
-    ]
+    steps = [(row["batch_size"], row["name"]) for row in rows if row["measurement"] == "training step"]
+    assert steps == [(size, name) for size in (2, 4) for name in names]
     assert [row["name"] for row in rows if row["measurement"] == "head + loss"] == names[:3]
     for row in rows:
-        assert row["images_per_second"] > 0 and row["device"] and row["torch"] == torch.__version__
+        assert row["images_per_second"] > 0 and row["cpu"] and row["torch"]
         assert row["name"] != "plain" or row["speed_vs_plain"] == 1
     assert rows[0]["speed_vs_authors"] == pytest.approx(1 / rows[4]["speed_vs_plain"], rel=0.01)
+
+
+@pytest.fixture
+def embedded_run(tmp_path):
+    """An untrained run on digits with the embeddings that eval.py leaves."""
+    classes, dims, process = tuple("0123456789"), (8, 16, 32), distributed.start()
+    model = build_model(build_backbone("vit_tiny_patch16_224", "scratch", 4, False, VIT), 10, dims).eval()
+    info = ModelInfo("vit_tiny_patch16_224", VIT, 4, False, dims, False, classes, 16, 16, DATA.mean, DATA.std)
+    save_model(model, info, tmp_path)
+    config = Config(run=RunConfig(name="run"), data=DATA, head=HeadConfig(nesting_list=list(dims)))
+    atomic_write_text(tmp_path / "config.yaml", to_yaml(config))
+    images = build_data(DATA, 0, process.device)
+    wanted = describe_embeddings(tmp_path, config, Source("digits", "run", 0, 16, 16, False), classes, [])
+    for split in ("train", "val"):
+        place = embeddings_path(tmp_path, split)
+        embed_split(place, wanted[split], images[split], model.embed, 32, process, 256)
+    return tmp_path
+
+
+def test_a_run_is_searched_by_every_contender_with_mirrored_images_too(embedded_run, capsys):
+    pytest.importorskip("faiss")
+    from benchmarks import adaptive_search
+
+    argv = ["--run", str(embedded_run), "--mirrored", "--shortlist_dims", "8", "--shortlist_sizes", "9", "60"]
+    adaptive_search.main([*argv, "--num_queries", "50", "--repeats", "1"])
+    rows = [line for line in lines_of(capsys) if line["measurement"] == "adaptive retrieval"]
+    both = [f"{kind} at 8, funnel [(32, {n})]" for n in (9, 60) for kind in ("faiss exact", "HNSW32")]
+    assert [row["name"] for row in rows] == ["faiss full width", *both]
+    sets = [np.load(embeddings_path(embedded_run, *of) / "vectors.npy") for of in (["val"], ["train"], ["train", True])]
+    queries, database, mirrored = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True) for vectors in sets)
+    assert np.abs(database - mirrored).max() > 0
+    labels = {split: np.load(embeddings_path(embedded_run, split) / "labels.npy") for split in ("train", "val")}
+    some = np.linspace(0, len(queries) - 1, 50).round().astype(int)
+    nearest = (queries[some] @ np.concatenate([database, mirrored]).T).argmax(axis=1)
+    right = np.tile(labels["train"], 2)[nearest] == labels["val"][some]
+    assert rows[0]["top_1"] == pytest.approx(100 * right.mean())
+    assert {(row["rows"], row["queries"], row["width"]) for row in rows} == {(2 * len(database), 50, 32)}
+
+
+def test_the_fastest_is_chosen_by_some_queries_and_judged_by_the_others(monkeypatch, capsys):
+    pytest.importorskip("faiss")
+    from benchmarks import adaptive_search
+
+    # Queries 0, 2, 4, 6 choose; row 0 of the database is right for all queries, row 1 for none.
+    timed = {
+        adaptive_search.FULL: ([4.0, 8.0], [0, 0, 0, 1, 0, 1, 0, 1]),
+        "worse": ([0.1, 0.1], [0, 0, 1, 0, 0, 0, 0, 0]),
+        "as good": ([1.0, 1.0], [0, 0, 0, 0, 0, 1, 0, 0]),
+        "slow": ([2.0, 2.0], [0, 0, 0, 0, 0, 0, 0, 0]),
+    }
+    timed = {name: Timed(seconds, seconds, np.array(found)[:, None]) for name, (seconds, found) in timed.items()}
+    monkeypatch.setattr(adaptive_search, "contenders_of", lambda *given: None)
+    monkeypatch.setattr(adaptive_search, "take_turns", lambda contenders, repeats: timed)
+    adaptive_search.measure((np.zeros((8, 3)), np.full(8, 5), np.zeros((2, 3)), np.array([5, 9])), [2], [1], 2)
+    last = lines_of(capsys)[-1]
+    assert (last["name"], last["speed_vs_full_width"], last["speed_vs_full_width_range"]) == (
+        "as good",
+        6.0,
+        [4.0, 8.0],
+    )
+    assert (last["top_1_of_the_others"], last["full_width"]) == (75.0, 25.0)

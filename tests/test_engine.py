@@ -22,20 +22,22 @@ def test_onnx_runtime_gives_the_same_values_for_any_batch_and_autocast_does_not_
         torch.testing.assert_close(found, backbone(images), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("how", ["wrong values", "raises"])
+@pytest.mark.parametrize("how", ["turned", "raises"])
 def test_an_engine_that_fails_or_gives_other_values_is_not_used(monkeypatch, how):
+    # Errors of all small coordinates, each far below the largest one, turn a vector.
+    wide = torch.full((1, 2048), 0.02)
+    wide[0, 0] = 1.0
+
     def broken(module, images):
         if how == "raises":
             raise RuntimeError("no such operator")
-        return lambda batch: module(batch) * torch.tensor([1.0, 1.1]).repeat(24)
+        return lambda batch: batch + 0.0009
 
     monkeypatch.setattr(engine, "_onnx_runtime", broken)
-    module = nn.Flatten()
-    forward, name = fast_forward(module, torch.randn(2, 3, 4, 4))
+    module = nn.Identity()
+    forward, name = fast_forward(module, wide)
     assert forward is module
-    assert name.startswith(
-        "PyTorch (ONNX Runtime: " + {"raises": "RuntimeError: no such"}.get(how, "its values differ")
-    )
+    assert ("RuntimeError: no such operator" if how == "raises" else "its values differ") in name
 
 
 def test_an_export_must_be_worth_its_time_and_the_first_batch_decides_for_all(monkeypatch):
@@ -43,24 +45,12 @@ def test_an_export_must_be_worth_its_time_and_the_first_batch_decides_for_all(mo
 
     def export(module, images):
         exports.append(len(images))
-        return lambda batch: module(batch)
+        return module
 
     monkeypatch.setattr(engine, "_onnx_runtime", export)
     module, batch = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten()), torch.randn(4, 3, 32, 32)
-    for num_images, expected in ((4, "PyTorch"), (10**9, "ONNX Runtime")):
+    for num_images in (4, 10**9):
         forward = engine.FastForward(module, num_images, reports.append)
-        assert reports == reports[:0] or reports[-1] == "PyTorch", "nothing is chosen before there is a batch"
         for _ in range(3):
             torch.testing.assert_close(forward(batch), module(batch))
-        assert reports[-1] == expected
     assert reports == ["PyTorch", "ONNX Runtime"] and exports == [2]
-
-
-def test_a_difference_is_seen_that_the_largest_value_hides(monkeypatch):
-    """Errors of all small coordinates, each far below the largest one, turn a vector."""
-    wide = torch.full((1, 2048), 0.02)
-    wide[0, 0] = 1.0
-    turned = wide + 0.0009
-    monkeypatch.setattr(engine, "_onnx_runtime", lambda module, images: lambda batch: turned)
-    forward, name = fast_forward(nn.Identity(), wide)
-    assert "its values differ" in name and forward(wide) is wide

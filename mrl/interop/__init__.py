@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
+
+from huggingface_hub import snapshot_download
 
 from mrl import model
 from mrl.errors import UserError
@@ -23,17 +24,11 @@ def load(source: str | Path, format: str = "mrl", revision: str | None = None) -
     """
     if format not in ("mrl", "raivn"):
         raise UserError(f"format is {format!r}; allowed: mrl, raivn")
-    if revision is not None and Path(source).exists():
-        raise UserError(f"revision {revision!r} is for ids on the Hub, but {source} is on this machine")
     if format == "raivn":
         return load_checkpoint(source)
-    if Path(source).is_dir():
-        return model.load(source)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
-        raise UserError(f"{str(source)!r} is neither an existing folder nor a Hub id such as owner/name")
-    try:
-        return model.MatryoshkaClassifier.from_pretrained(str(source), revision=revision)
-    except UserError:
-        raise
-    except Exception as error:  # the Hub's client raises errors of many kinds
-        raise UserError(f"{source} is not a folder, and could not be downloaded from the Hub: {error}") from error
+    if not Path(source).is_dir():
+        try:
+            source = snapshot_download(str(source), revision=revision, allow_patterns=[*model.HUB_FILES])
+        except Exception as error:  # the Hub's client raises errors of many kinds
+            raise UserError(f"{source} is not a folder, and could not be downloaded from the Hub: {error}") from error
+    return model.load(source)

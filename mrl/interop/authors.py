@@ -62,11 +62,11 @@ def load_checkpoint(
     path, data = Path(path), data or DataConfig()
     try:
         state = _read(path)
-        dims, is_tied = _nesting_list(state, path.name, nesting_list, tied)
+        given = None if nesting_list is None else tuple(nesting_list)
+        dims, is_tied = _nesting_list(state, path.name, given, tied)
         blurpool = any(key.endswith(BLUR) for key in state)
         model = build_model(build_backbone("resnet50", blurpool=blurpool), len(class_names()), dims, is_tied)
-        modules = model.named_modules()
-        blurs = {f"{name}{BLUR}": module.blur for name, module in modules if isinstance(module, BlurConv2d)}
+        blurs = {f"{name}{BLUR}": conv.blur for name, conv in model.named_modules() if isinstance(conv, BlurConv2d)}
         state = {_our_name(key, blurpool): value for key, value in state.items()}
         check_fits(state, model.state_dict() | blurs, "it is not a ResNet-50 with a nested head")
         for name, blur in blurs.items():
@@ -75,25 +75,12 @@ def load_checkpoint(
     except UserError as error:
         raise UserError(f"{path} cannot be read as a checkpoint of the paper's authors: {error}") from error
     model.load_state_dict(state)
-    model.info = ModelInfo(
-        backbone="resnet50",
-        kwargs={},
-        stem_stride=4,
-        blurpool=blurpool,
-        nesting_list=dims,
-        tied=is_tied,
-        classes=class_names(),
-        resize_px=data.eval_resize_px,
-        crop_px=data.eval_px,
-        mean=data.mean,
-        std=data.std,
-    )
+    images = data.eval_resize_px, data.eval_px, data.mean, data.std
+    model.info = ModelInfo("resnet50", {}, 4, blurpool, dims, is_tied, class_names(), *images)
     return model.eval()
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise UserError("there is no such file")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of many kinds on bad data
@@ -110,25 +97,22 @@ def _our_name(key: str, blurpool: bool) -> str:
 
 
 def _nesting_list(
-    state: Mapping[str, Tensor], file_name: str, nesting_list: Sequence[int] | None, tied: bool | None
+    state: Mapping[str, Tensor], file_name: str, given: tuple[int, ...] | None, tied: bool | None
 ) -> tuple[tuple[int, ...], bool]:
     """Return the trained dims, and whether the model is MRL-E."""
-    given = None if nesting_list is None else tuple(nesting_list)
     dims = tuple(state[key].shape[-1] for key in state if re.fullmatch(r"fc\.(nesting_classifier_\d+\.)?weight", key))
     if not dims:
         raise UserError("it has no classifier: neither fc.weight nor fc.nesting_classifier_0.weight")
     is_tied = dims == (2048,)
     if is_tied and "fc.weight" in state:  # FF-2048 or MRL-E in the older naming
         published = re.search("_e([01])_", file_name)
-        if tied is not None or given is not None:
-            is_tied = len(given) > 1 if tied is None else tied  # type: ignore[arg-type]
-        elif published:
-            is_tied = published[1] == "1"
-        else:
+        if tied is None and given is None and not published:
             raise UserError(
                 "it is FF-2048 or MRL-E, and its name does not tell which (_e0_ or _e1_); give --head.nesting_list "
                 "'[2048]' or --head.tied true (in Python nesting_list=[2048] or tied=True to load_checkpoint)"
             )
+        guessed = len(given) > 1 if given else bool(published and published[1] == "1")
+        is_tied = guessed if tied is None else tied
     if is_tied:
         dims = given or default_nesting_list(2048)
     if tied not in (None, is_tied) or given not in (None, dims):
@@ -148,8 +132,6 @@ def import_checkpoint(argv: Sequence[str], write: bool = True) -> Path:
     Raises:
         UserError: The file is not a checkpoint, a setting is not allowed, or the directory holds something else.
     """
-    if not argv or argv[0].startswith("-"):
-        raise UserError("give the authors' file first, then settings such as --data.root DIR")
     path = Path(argv[0])
     for option in argv[1:]:
         if option.startswith("--") and not option.startswith(SETTINGS):

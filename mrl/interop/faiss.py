@@ -6,8 +6,10 @@ import re
 from typing import Any
 
 import numpy as np
+import torch
 
 from mrl.errors import UserError
+from mrl.retrieval.search import check_vectors, inverse_norms
 
 
 def prefix_index(
@@ -19,8 +21,8 @@ def prefix_index(
     these by cosine at full width. Vectors and queries may have any length; the scores are cosines if the queries have
     length 1. ``faiss.write_index`` saves the index, and FAISS alone reads it.
 
-    If a search finds fewer than ``k``, FAISS fills up with index -1 and score -3.4e38. That happens when the database
-    is smaller than ``k``, and with IVF, which looks into one of its lists only unless ``nprobe`` is raised.
+    Where a search finds fewer than ``k``, FAISS fills up with index -1 and score -3.4e38. That happens when the
+    database is smaller than ``k``, and with IVF, which looks into one of its lists only unless ``nprobe`` is raised.
 
     Args:
         vectors: Up to the largest trained dim, e.g. as ``python -m mrl.embed`` writes them.
@@ -29,25 +31,16 @@ def prefix_index(
         refine: FAISS's name of the index for the full vectors. Flat keeps 4 bytes per coordinate, SQfp16 2, SQ8 1.
 
     Raises:
-        UserError: FAISS is missing, has no such index for these vectors (e.g. IVF of more lists than vectors), there
-            are no vectors, or a vector holds NaN or infinity.
+        UserError: FAISS is missing or has no such index for these vectors, or a vector holds NaN or infinity.
     """
     try:
         import faiss
     except ImportError as error:
         raise UserError("this index needs FAISS: pip install faiss-cpu") from error
+    check_vectors(vectors, vectors, [shortlist_dim])
     width = vectors.shape[1]
-    if not 1 <= shortlist_dim <= width:
-        raise UserError(f"shortlist_dim is {shortlist_dim}; allowed: 1 to the vectors' width {width}")
-    if not len(vectors):
-        raise UserError("there are no vectors; an index needs one or more")
-    lists = re.search(r"IVF(\d+)", factory)
-    if lists and int(lists[1]) > len(vectors):
-        raise UserError(f"factory is {factory!r}, but there are only {len(vectors)} vectors for its {lists[1]} lists")
     unit = np.array(vectors, dtype=np.float32, order="C")
-    if not np.isfinite(unit).all():
-        wrong = int(np.flatnonzero(~np.isfinite(unit).all(axis=1))[0])
-        raise UserError(f"vector {wrong} holds NaN or infinity, or is too long for float32")
+    inverse_norms(torch.from_numpy(unit), [width], "database")  # raises if one is not finite
     faiss.normalize_L2(unit)
     uniform: Any = False  # True would take evenly spaced coordinates in place of the first ones
     try:
@@ -60,8 +53,6 @@ def prefix_index(
         index.add(unit)
     except RuntimeError as error:
         reason = re.sub(r"^.*\.cpp:\d+: (Error: )?('.*' failed: )?", "", str(error).strip())
-        raise UserError(
-            f"FAISS refuses factory {factory!r} at {shortlist_dim} dims or refine {refine!r} at {width} for "
-            f"{len(unit)} vectors ({reason})"
-        ) from error
+        what = f"factory {factory!r} at {shortlist_dim} dims or refine {refine!r} at {width}"
+        raise UserError(f"FAISS refuses {what} for {len(unit)} vectors ({reason})") from error
     return index

@@ -36,10 +36,16 @@ def export_folder(run: str | Path, out: str | Path, license: str, results: str |
     info = model.info
     assert info is not None
     name, dataset = config.run.name, dataset_name(config, len(info.classes))
-    method = method_name(info.nesting_list, info.tied)
-    accuracies = _evaluated(Path(results), name, method, dataset) if results else {"top-1": _last_validation(run)}
-    source = "eval.py" if results else "the last validation of the training"
-    top_1 = accuracies["top-1"]
+    method, fewer_bytes = method_name(info.nesting_list, info.tied, config.head.weights), ""
+    if results:
+        rows = pd.DataFrame(vars(row) for row in read_rows(results))
+        own = rows[(rows.run == name) & (rows.method == method) & (rows.dataset == dataset)]
+        accuracies, fewer_bytes, source = _evaluated(own), _fewer_bytes(own), "eval.py"
+        if accuracies.empty:
+            found = f"its runs are {sorted(rows.run.unique())}"
+            raise UserError(f"{results} holds no top-1 of the run {name!r} ({method}) on {dataset}; {found}")
+    else:
+        accuracies, source = _last_validation(run), "the last validation of the training"
     metadata = ModelCardData(
         license=license,
         tags=["matryoshka", "image-feature-extraction"],
@@ -47,19 +53,18 @@ def export_folder(run: str | Path, out: str | Path, license: str, results: str |
         model_name=name,
         eval_results=[
             EvalResult("image-classification", dataset, dataset, "accuracy", value, metric_name=f"top-1 at {dim} dims")
-            for dim, value in sorted(top_1.items())
+            for dim, value in accuracies["top-1"].items()
         ],
     )
     dims = ", ".join(map(str, info.nesting_list))
     largest = info.nesting_list[-1]
     untrained = f" The backbone's last {model.width - largest} numbers were not trained." * (largest < model.width)
     example_dim = info.nesting_list[(len(info.nesting_list) - 1) // 2]
-    trainable, optim, schedule = config.model.trainable, config.optim, config.optim.schedule
-    names = {"all": "all", "head": "the classifiers"}
-    layers = names.get(trainable, "") if isinstance(trainable, str) else f"{', '.join(trainable)}, classifiers"
-    init = config.model.init if config.model.init in ("scratch", "pretrained") else Path(config.model.init).name
+    trainable, optim = config.model.trainable, config.optim
+    layers = trainable if isinstance(trainable, str) else ", ".join([*trainable, "head"])
+    init = Path(config.model.init).name  # "scratch", "pretrained", or what it started from, without the folders
     network = f"timm {info.backbone}{', BlurPool' * info.blurpool}{', small stem' * (info.stem_stride != 4)}"
-    card = f"""---
+    model.card = f"""---
 {metadata.to_yaml()}
 ---
 
@@ -71,11 +76,11 @@ an embedding too, for d = {dims}: cut it to the size that you can afford, then n
 
 ## Size and accuracy
 
-{_table(accuracies)}
+{_accuracy_table(accuracies)}
 
-Percent of the validation images of {dataset}; "of full" is the share of the accuracy at {max(top_1)} dims.
+Percent of the validation images of {dataset}; "of full" is the share of the accuracy at {accuracies.index[-1]} dims.
 Bytes are those of a float32 vector. Source of the numbers: {source}.
-{_fewer_bytes(Path(results), name, method, dataset) if results else ""}
+{fewer_bytes}
 ## Use
 
 ```python
@@ -101,7 +106,7 @@ product. After every further cut, scale again.{untrained}
 - Network: {network}, initial weights: {init}
 - Trained dims: {dims}; {"one shared classifier" if info.tied else "a classifier each"}
 - Trained layers: {layers}
-- Optimizer: {optim.name}, learning rate {optim.lr} ({schedule} schedule), weight decay {optim.weight_decay}
+- Optimizer: {optim.name}, learning rate {optim.lr} ({optim.schedule} schedule), weight decay {optim.weight_decay}
 - Length: {config.train.epochs} epochs of batch {config.data.batch_size}, seed {config.run.seed}
 
 ## License of the weights
@@ -109,15 +114,12 @@ product. After every further cut, scale again.{untrained}
 `{license}`. The terms of the training images may apply to the weights too.
 """
     new_folder(out)
-    model.card = card
     model.save_pretrained(out)
     return out
 
 
 def new_folder(out: Path) -> None:
     """Create the folder ``out``; one that exists must be empty or hold an earlier export."""
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file; exports go into a folder")
     if out.is_dir() and any(out.iterdir()) and (not (out / "model.json").exists() or (out / "config.yaml").exists()):
         raise UserError(f"{out} holds files that are not of an earlier export; give a new or empty folder")
     out.mkdir(parents=True, exist_ok=True)
@@ -129,46 +131,46 @@ def push_to_hub(folder: Path, repo_id: str, private: bool = False) -> str:
         address = HfApi().create_repo(repo_id, private=private, exist_ok=True)
         HfApi().upload_folder(repo_id=repo_id, folder_path=folder, allow_patterns=list(UPLOADED))
     except Exception as error:  # the Hub's client raises errors of many kinds
-        raise UserError(
-            f"{folder} could not be pushed to {repo_id!r} ({error}); log in with 'hf auth login' and try again"
-        ) from error
+        raise UserError(f"{folder} could not be pushed to {repo_id!r} ({error}); first: hf auth login") from error
     return str(address)
 
 
-def _last_validation(run: Path) -> dict[int, float]:
-    path, marker = run / "metrics.jsonl", "top_1/"
+def _last_validation(run: Path) -> pd.DataFrame:
+    """Return the accuracies, as `_evaluated`, of the last validation during training."""
+    path = run / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.is_file() else []
-    validations = [row for row in map(json.loads, lines) if any(key.startswith(marker) for key in row)]
-    if not validations:
+    found = [row for row in map(json.loads, lines) if any(key.startswith("top_1/") for key in row)]
+    if not found:
         raise UserError(f"{path} holds no validation; give the rows of eval.py with --results")
-    return {int(key[len(marker) :]): value for key, value in validations[-1].items() if key.startswith(marker)}
+    top_1 = {int(key[6:]): value for key, value in found[-1].items() if key.startswith("top_1/")}
+    return pd.DataFrame({"top-1": top_1}).sort_index()
 
 
-def _evaluated(path: Path, run: str, method: str, dataset: str) -> dict[str, dict[int, float]]:
-    """Return ``{metric: {dim: value}}`` of one run, without its baselines and its results on other data."""
-    rows = read_rows(path)
-    found: dict[str, dict[int, float]] = {}
-    for row in rows:
-        metric = CARD_METRICS.get((row.study, row.metric))
-        if metric and row.dim is not None and (row.run, row.method, row.dataset) == (run, method, dataset):
-            found.setdefault(metric, {})[row.dim] = row.value
-    if "top-1" not in found:
-        runs = sorted({row.run for row in rows})
-        raise UserError(f"{path} holds no top-1 of the run {run!r} ({method}) on {dataset}; its runs are {runs}")
-    return found
+def _evaluated(own: pd.DataFrame) -> pd.DataFrame:
+    """Return the accuracies in rows of one run: a line per dim, and a column for each of `CARD_METRICS`."""
+    own = own.assign(column=[CARD_METRICS.get(pair) for pair in zip(own.study, own.metric, strict=True)])
+    own = own.dropna(subset=["column", "dim"]).astype({"dim": int})
+    table = own.pivot(index="dim", columns="column", values="value").reindex(columns=[*CARD_METRICS.values()])
+    return table.dropna(subset="top-1").dropna(axis="columns", how="all")
 
 
-def _fewer_bytes(path: Path, run: str, method: str, dataset: str) -> str:
+def _accuracy_table(accuracies: pd.DataFrame) -> str:
+    table = pd.DataFrame({"dims": accuracies.index, "bytes": 4 * accuracies.index}, index=accuracies.index)
+    top_1 = accuracies["top-1"]
+    percent = (100 * accuracies).map("{:.2f}".format, na_action="ignore").fillna("-")
+    table["top-1"] = percent.pop("top-1")
+    table["of full"] = (100 * top_1 / top_1.iloc[-1]).map("{:.1f}%".format)
+    return _markdown(table.join(percent))
+
+
+def _fewer_bytes(own: pd.DataFrame) -> str:
     """Return the part of the card about quantization: codes that no other code of as few bytes beats; or ""."""
-    wanted = (quantization.STUDY, run, method, dataset)
-    rows = [row for row in read_rows(path) if (row.study, row.run, row.method, row.dataset) == wanted]
-    points = pd.DataFrame([vars(row) for row in rows if row.metric == "top_1" and row.shortlist_size is None])
+    points = own[(own.study == quantization.STUDY) & (own.metric == "top_1") & own.shortlist_size.isna()]
     if points.empty:
         return ""
     front = quantization.pareto_front(points.assign(percent=100 * points.value))
-    cells = zip(front.bytes, front.dim, front.code, front.percent, strict=True)
-    lines = [f"| {size} | {dim} | {code} | {percent:.2f} |" for size, dim, code, percent in cells]
-    table = "\n".join(["| bytes | dims | code | 1-NN |", "| ---: | ---: | --- | ---: |", *lines])
+    columns = {"bytes": front.bytes.astype(int), "dims": front.dim.astype(int), "code": front.code}
+    table = _markdown(pd.DataFrame(columns | {"1-NN": front.percent.map("{:.2f}".format)}))
     return f"""
 ### In fewer bytes
 
@@ -179,12 +181,6 @@ queries are not rounded, except for sign bits.
 """
 
 
-def _table(accuracies: dict[str, dict[int, float]]) -> str:
-    top_1 = accuracies["top-1"]
-    others = [name for name in accuracies if name != "top-1"]
-    lines: list[list[object]] = [["dims", "bytes", "top-1", "of full", *others], ["---:"] * (4 + len(others))]
-    for dim, value in sorted(top_1.items()):
-        share = f"{100 * value / top_1[max(top_1)]:.1f}%" if top_1[max(top_1)] else "-"
-        more = [f"{100 * accuracies[name][dim]:.2f}" if dim in accuracies[name] else "-" for name in others]
-        lines.append([dim, 4 * dim, f"{100 * value:.2f}", share, *more])
+def _markdown(table: pd.DataFrame) -> str:
+    lines = [list(table.columns), ["---:"] * len(table.columns), *table.to_numpy().tolist()]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)

@@ -10,9 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from mrl.errors import UserError
 from mrl.retrieval.rerank import check_stages
-from mrl.retrieval.search import Neighbors
+from mrl.retrieval.search import Neighbors, check_vectors
 
 INSERT_ROWS = 1000  # a request to a server may hold 64 MB
 
@@ -30,8 +29,7 @@ def upload(
     """
     from pymilvus import DataType
 
-    if not dims or not 1 <= min(dims) <= max(dims) <= vectors.shape[1]:
-        raise UserError(f"dims are {list(dims)}; allowed: one or more of 1 to the vectors' width {vectors.shape[1]}")
+    check_vectors(vectors, vectors, dims)
     schema = client.create_schema(auto_id=False, enable_dynamic_field=False)
     schema.add_field("index", DataType.INT64, is_primary=True)
     schema.add_field("name", DataType.VARCHAR, max_length=4096)
@@ -40,25 +38,24 @@ def upload(
         schema.add_field(f"dim_{dim}", DataType.FLOAT_VECTOR, dim=dim)
         search_indexes.add_index(f"dim_{dim}", index_type="FLAT", metric_type="COSINE")
     client.create_collection(collection, schema=schema, index_params=search_indexes)
-    for start in range(0, len(vectors), INSERT_ROWS):
-        entries = [
-            {"index": start + i, "name": ids[start + i] if ids else ""} | {f"dim_{dim}": vector[:dim] for dim in dims}
-            for i, vector in enumerate(vectors[start : start + INSERT_ROWS])
-        ]
-        client.insert(collection, entries)
+    entries = [
+        {"index": i, "name": ids[i] if ids else ""} | {f"dim_{dim}": vector[:dim] for dim in dims}
+        for i, vector in enumerate(vectors)
+    ]
+    for start in range(0, len(entries), INSERT_ROWS):
+        client.insert(collection, entries[start : start + INSERT_ROWS])
 
 
 def funnel_search(
     client: Any, collection: str, queries: np.ndarray, shortlist_dim: int, stages: Sequence[tuple[int, int]]
 ) -> Neighbors:
     """Return what `mrl.funnel_search` returns, by one search of all queries, then one per query and stage."""
+    consistent = {"consistency_level": "Strong"}  # sees every vector that was inserted before
 
     def search(some: np.ndarray, dim: int, limit: int, filter: str = "") -> Any:
         prefixes = np.asarray(some[:, :dim], dtype=np.float32).tolist()
-        options = {"anns_field": f"dim_{dim}", "limit": limit, "filter": filter, **consistent}
-        return client.search(collection, data=prefixes, **options)
+        return client.search(collection, prefixes, filter, limit, anns_field=f"dim_{dim}", **consistent)
 
-    consistent = {"consistency_level": "Strong"}  # sees every vector that was inserted before
     count = client.query(collection, output_fields=["count(*)"], **consistent)[0]["count(*)"]
     check_stages(stages, count, "vectors of the collection")
     answers = []

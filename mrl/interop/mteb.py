@@ -16,7 +16,7 @@ try:
     from mteb.models.abs_encoder import AbsEncoder
     from mteb.models.model_meta import ModelMeta, ScoringFunction
 except ImportError as error:
-    raise UserError("this needs mteb 2.26 or newer: pip install 'mteb>=2.26'") from error
+    raise UserError("this needs pip install 'mteb>=2.26'") from error
 
 
 class MatryoshkaEncoder(AbsEncoder):
@@ -29,11 +29,7 @@ class MatryoshkaEncoder(AbsEncoder):
     def __init__(self, run: str | Path, dim: int | None = None, device: torch.device | str = "cpu") -> None:
         """Load a run directory or an exported folder.
 
-        Args:
-            dim: Prefix size; the largest trained one when None.
-
-        Raises:
-            UserError: The folder holds no model, or ``dim`` is not between 1 and its width.
+        ``dim`` is the largest trained one when None.
         """
         self.model = load(run).to(device)
         self.device = device

@@ -53,9 +53,9 @@ def export_onnx(run: str | Path, out: str | Path, dim: int | None = None) -> tup
         verbose=False,
     )
     assert program is not None  # it is None only with dynamo=False
-    numbers = {"dim": dim, "trained_dims": info.nesting_list, "resize_px": info.resize_px, "crop_px": info.crop_px}
-    numbers |= {"mean": info.mean, "std": info.std, "interpolation": info.interpolation}
+    about = {"dim": dim, "trained_dims": info.nesting_list, "resize_px": info.resize_px, "crop_px": info.crop_px}
+    about |= {"mean": info.mean, "std": info.std, "interpolation": info.interpolation}
+    program.model.metadata_props.update({key: json.dumps(value) for key, value in about.items()})
     program.model.metadata_props["backbone"] = info.backbone
-    program.model.metadata_props.update({key: json.dumps(value) for key, value in numbers.items()})
     atomic_write(Path(out), lambda file: program.save(file.name))
     return dim, info.crop_px

@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from mrl.errors import UserError
 from mrl.retrieval.rerank import check_stages
-from mrl.retrieval.search import Neighbors
+from mrl.retrieval.search import Neighbors, check_vectors
 
 
 def upload(
@@ -26,15 +25,11 @@ def upload(
     """
     from qdrant_client import models
 
-    if not dims or not 1 <= min(dims) <= max(dims) <= vectors.shape[1]:
-        raise UserError(f"dims are {list(dims)}; allowed: one or more of 1 to the vectors' width {vectors.shape[1]}")
-    cosine, no_index = models.Distance.COSINE, models.HnswConfigDiff(m=0)
-    params = {
-        str(dim): models.VectorParams(
-            size=dim, distance=cosine, on_disk=dim > min(dims), hnsw_config=no_index if dim > min(dims) else None
-        )
-        for dim in dims
-    }
+    check_vectors(vectors, vectors, dims)
+    cosine = models.Distance.COSINE
+    only_reranks: Any = {"on_disk": True, "hnsw_config": models.HnswConfigDiff(m=0)}
+    params = {str(dim): models.VectorParams(size=dim, distance=cosine, **only_reranks) for dim in dims}
+    params[str(min(dims))] = models.VectorParams(size=min(dims), distance=cosine)
     client.create_collection(collection, vectors_config=params)
     client.upload_collection(
         collection,
@@ -52,15 +47,14 @@ def funnel_search(
 
     check_stages(stages, client.count(collection).count, "points of the collection")
     # Each search passes on as many points as the next stage orders.
-    limits = [stages[0][1], *(length for _, length in stages[1:]), stages[-1][1]]
-    dims = [shortlist_dim, *(dim for dim, _ in stages)]
+    searches = [(shortlist_dim, stages[0][1])]
+    searches += [(dim, length) for (dim, _), (_, length) in zip(stages, [*stages[1:], stages[-1]], strict=True)]
     requests = []
     for query in queries:
-        prefetch = None
-        for dim, limit in zip(dims[:-1], limits[:-1], strict=True):
-            prefetch = models.Prefetch(prefetch=prefetch, query=query[:dim].tolist(), using=str(dim), limit=limit)
-        last = {"query": query[: dims[-1]].tolist(), "using": str(dims[-1]), "limit": limits[-1]}
-        requests.append(models.QueryRequest(prefetch=prefetch, **last))
+        search: Any = None
+        for dim, limit in searches:
+            search = models.Prefetch(prefetch=search, query=query[:dim].tolist(), using=str(dim), limit=limit)
+        requests.append(models.QueryRequest(**dict(search)))
     answers = [answer.points for answer in client.query_batch_points(collection, requests)]
     indices = np.array([[point.id for point in points] for points in answers], dtype=np.int64)
     return indices, np.array([[point.score for point in points] for points in answers], dtype=np.float32)

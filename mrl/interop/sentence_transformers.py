@@ -21,9 +21,7 @@ try:
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.base.modules import InputModule
 except ImportError as error:
-    raise UserError(
-        "this needs sentence-transformers 5.4 or newer: pip install 'sentence-transformers>=5.4'"
-    ) from error
+    raise UserError("this needs pip install 'sentence-transformers>=5.4'") from error
 
 
 class MatryoshkaImages(InputModule):
@@ -50,8 +48,7 @@ class MatryoshkaImages(InputModule):
     def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **kwargs: Any) -> dict[str, Any]:
         """Return one batch of PIL images, uint8 tensors, paths, or any of these as ``{"image": ...}``."""
         given = [item["image"] if isinstance(item, dict) else item for item in inputs]
-        assert self.model.info is not None
-        rule = self.model.info.exif_rotation
+        rule = self.model.info.exif_rotation  # type: ignore[union-attr]
         images = [decode(str(item), rule) if isinstance(item, str | Path) else item for item in given]
         return {"images": torch.stack([self.model.preprocess(image) for image in images])}
 
@@ -61,8 +58,7 @@ class MatryoshkaImages(InputModule):
         return features
 
     def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
-        assert self.model.info is not None
-        save_model(self.model, self.model.info, Path(output_path))
+        save_model(self.model, self.model.info, Path(output_path))  # type: ignore[arg-type]
         self.save_config(output_path)
 
     @classmethod

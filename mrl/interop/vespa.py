@@ -41,26 +41,22 @@ def write_application(
         code: "sign bits" stores of each coordinate of the unit prefix only whether it is above the mean of the vectors.
 
     Raises:
-        UserError: pyvespa is missing, an argument does not fit the vectors, or a vector holds NaN or infinity.
+        UserError: pyvespa is missing, ``prefix_dim`` does not fit, or a vector holds NaN or infinity.
     """
     try:
         from vespa.package import HNSW, ApplicationPackage, Document, Field, RankProfile, Schema, SecondPhaseRanking
     except ImportError as error:
         raise UserError("a Vespa application needs pyvespa: pip install pyvespa") from error
-    if not len(vectors):
-        raise UserError("there are no vectors; a Vespa application needs one or more")
-    width = vectors.shape[1]
-    if not 1 <= prefix_dim <= width:
-        raise UserError(f"prefix_dim is {prefix_dim}; allowed: 1 to the vectors' width {width}")
     if code not in ("float32", "sign bits") or (code == "sign bits" and prefix_dim % 8):
         raise UserError(f"code is {code!r}; allowed: 'float32', or 'sign bits' if prefix_dim is a multiple of 8")
+    width = vectors.shape[1]
     prefixes = unit_prefix(torch.tensor(vectors[:, :prefix_dim]), prefix_dim).numpy()
     mean = prefixes.mean(axis=0) if code == "sign bits" else None
 
     def feed(file: IO[bytes]) -> None:
         for i, vector in enumerate(vectors):
             if not np.isfinite(vector.astype(np.float32)).all():
-                raise UserError(f"vector {i} holds NaN or infinity, or is too long for float32")
+                raise UserError(f"vector {i} holds NaN or infinity")
             searched = {"prefix": _hex(prefixes[i])} if mean is None else {"bits": _pack(prefixes[i] - mean).hex()}
             tensors = {key: {"values": value} for key, value in (searched | {"embedding": _hex(vector)}).items()}
             document = {"put": f"id:image:image::{i}", "fields": {"name": ids[i] if ids else str(i)} | tensors}
@@ -108,26 +104,22 @@ def query_body(
         shortlist_size: Hits of the first phase on each node.
 
     Raises:
-        UserError: An argument does not fit the application, or the folder holds none.
+        UserError: The query has another width than the stored vectors, or Vespa would not return ``k`` hits.
     """
-    try:
-        settings = json.loads((Path(folder) / "query.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} holds no application that mrl.interop.vespa wrote: {error}") from error
-    if profile not in ("exact", "prefix", "rerank"):
-        raise UserError(f"profile is {profile!r}; allowed: exact, prefix, rerank")
-    if query.shape != (settings["width"],) or not np.isfinite(query).all():
-        raise UserError(f"the query is {query.shape}; allowed: ({settings['width']},), without NaN or infinity")
+    settings = json.loads((Path(folder) / "query.json").read_text())
+    if query.shape != (settings["width"],):
+        raise UserError(f"the query is {query.shape}; allowed: ({settings['width']},)")
     if not 1 <= k <= min(shortlist_size, MAX_HITS):
         raise UserError(f"k is {k}; allowed: 1 to the smaller of shortlist_size {shortlist_size} and {MAX_HITS}")
     searched = unit_prefix(torch.tensor(query), settings["prefix_dim"]).numpy()
-    field, name, more = "prefix", "q_prefix", {}
+    field, name, inputs = "prefix", "q_prefix", {"q": query.astype(np.float32).tolist()}
     if settings["mean"] is not None:
         searched -= np.array(settings["mean"], np.float32)
-        field, name, more = "bits", "q_bits", {"q_bits": np.frombuffer(_pack(searched), np.int8).tolist()}
+        field, name = "bits", "q_bits"
+        inputs["q_bits"] = np.frombuffer(_pack(searched), np.int8).tolist()
+    inputs["q_prefix"] = searched.tolist()
     if profile == "exact":
         field, name = "embedding", "q"
-    inputs = {"q": query.astype(np.float32).tolist(), "q_prefix": searched.tolist()} | more
     return {
         "yql": f"select name from image where {{targetHits:{shortlist_size}}}nearestNeighbor({field}, {name})",
         "hits": k,

@@ -67,13 +67,10 @@ def report_evaluation(
     - ``eval/<study>``: a table of the study's rows. ``eval/figures/<name>``: the figures, of all runs together.
     - ``eval/top_1``, ``eval/1nn_top_1``, ... (``eval/truncated_top_1``, ... of "FF truncated"): a point per dim,
       against ``eval/dim``, and in the summary as ``eval/top_1/8`` and so on.
-    - Config ``eval_method`` (MRL, MRL-E, FF) and ``eval_provenance``, beside the training's.
+    - Config ``eval_method`` (MRL, MRL-E, FF) and ``eval_provenance``, the ``record``, beside the training's.
 
-    Args:
-        runs: ``{name in rows: run directory}``.
-        record: The evaluation's provenance.
-        mode: "offline" (written below the run directory, to ``wandb sync`` later) or "online" (needs a login).
-        artifacts: Also upload the model and the embeddings.
+    ``runs`` is ``{name in rows: run directory}``, and ``mode`` "offline" (written below the run directory, to ``wandb
+    sync`` later) or "online" (needs a login). ``artifacts`` uploads the model and the embeddings too.
     """
     try:
         import wandb
@@ -81,27 +78,23 @@ def report_evaluation(
         raise UserError("--wandb needs W&B: pip install wandb, or leave it out") from error
     figures = {dataset: _draw(rows, dataset) for dataset in {row.dataset for row in rows}}
     for name, directory in runs.items():
+        config = read_config(directory / "config.yaml")
         of_run = [row for row in rows if row.run == name]
         methods = {row.method for row in of_run if row.study == "classification"}
-        about = {"eval_method": next(filter(methods.__contains__, METHODS), ""), "eval_provenance": dict(record)}
-        config = read_config(directory / "config.yaml")
-        run = _start(directory, name, config.wandb, mode)
-        try:
-            run.config.update(dataclasses.asdict(config) | about, allow_val_change=True)
-            tables = {f"eval/{study}": _table(of_run, study) for study in dict.fromkeys(row.study for row in of_run)}
-            images = {
-                f"eval/figures/{figure}{'' if dataset == of_run[0].dataset else f' {dataset}'}": wandb.Image(picture)
-                for dataset in dict.fromkeys(row.dataset for row in of_run)
-                for figure, picture in figures[dataset].items()
-            }
-            run.log(tables | images, step=_next_step(directory), commit=True)
-            _log_by_dim(run, [row for row in of_run if row.dataset == of_run[0].dataset])
+        method = next(filter(methods.__contains__, METHODS), "")
+        about = {"eval_method": method, "eval_provenance": dict(record)} | dataclasses.asdict(config)
+        own_dataset = of_run[0].dataset
+        with _start(directory, name, config.wandb, mode) as run:
+            run.config.update(about, allow_val_change=True)
+            content = {f"eval/{study}": _table(of_run, study) for study in dict.fromkeys(row.study for row in of_run)}
+            for dataset in dict.fromkeys(row.dataset for row in of_run):
+                for figure, picture in figures[dataset].items():
+                    suffix = "" if dataset == own_dataset else f" {dataset}"
+                    content[f"eval/figures/{figure}{suffix}"] = wandb.Image(picture)
+            run.log(content, step=_next_step(directory), commit=True)
+            _log_by_dim(run, [row for row in of_run if row.dataset == own_dataset])
             if artifacts:
                 _log_artifacts(run, directory, name.replace("/", "-"))
-        except BaseException:
-            run.finish(exit_code=1)
-            raise
-        run.finish()
 
 
 def _draw(rows: Sequence[Row], dataset: str) -> dict[str, Any]:
@@ -120,10 +113,9 @@ def _start(directory: Path, name: str, settings: WandbConfig, mode: str) -> Any:
     id_path = directory / "wandb_id"
     if not id_path.exists():
         atomic_write_text(id_path, secrets.token_hex(4))
-    about: dict[str, Any] = {"project": settings.project, "entity": settings.entity, "name": name, "job_type": "eval"}
-    about |= {"mode": mode, "id": id_path.read_text(), "resume": "allow", "dir": str(directory)}
+    about: Any = {"project": settings.project, "entity": settings.entity, "name": name, "mode": mode}
     try:
-        return wandb.init(**about)
+        return wandb.init(**about, job_type="eval", id=id_path.read_text(), resume="allow", dir=str(directory))
     except wandb.errors.Error as error:
         raise UserError(f"W&B could not start ({error}); --wandb offline needs no login") from error
 
@@ -149,7 +141,7 @@ def _log_by_dim(run: Any, rows: Sequence[Row]) -> None:
     for row in rows:
         metric = BY_DIM.get((row.study, row.metric))
         if metric and row.dim is not None and row.method in METHODS:
-            truncated = "truncated_" if row.method == "FF truncated" else ""
+            truncated = "truncated_" * (row.method == "FF truncated")
             by_dim.setdefault(row.dim, {})[f"eval/{truncated}{metric}"] = row.value
     run.define_metric("eval/dim", hidden=True)
     for metric in {metric for values in by_dim.values() for metric in values}:
@@ -205,13 +197,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dry_run", action="store_true", help="print the specification and save nothing")
     args = parser.parse_args(argv)
     try:
-        if args.dry_run:
-            spec = build_workspace(args.entity or "", args.project, args.name)._to_model().spec
-            print(json.dumps(json.loads(spec.model_dump_json(by_alias=True, exclude_none=True)), indent=2))
-        else:
-            import wandb
+        import wandb
 
-            workspace = build_workspace(args.entity or str(wandb.Api().default_entity), args.project, args.name)
+        entity = args.entity or ("" if args.dry_run else str(wandb.Api().default_entity))
+        workspace = build_workspace(entity, args.project, args.name)
+        if args.dry_run:
+            spec = workspace._to_model().spec.model_dump_json(by_alias=True, exclude_none=True)
+            print(json.dumps(json.loads(spec), indent=2))
+        else:
             print(f"workspace: {workspace.save().url}")
     except Exception as error:  # of the network or of W&B, in many classes
         cause = "pip install wandb-workspaces" if isinstance(error, ImportError) else "log in with 'wandb login' first"

@@ -8,17 +8,14 @@ from examples import contrastive
 
 
 def test_info_nce_is_the_written_out_definition_and_ignores_lengths():
-    first, second = torch.randn(4, 6), torch.randn(4, 6)
+    first, second, lengths = torch.randn(4, 6), torch.randn(4, 6), torch.rand(4, 1) + 0.5
     expected = 0.0
     for a, b in ((first, second), (second, first)):
         for i in range(4):
             scores = torch.stack([F.cosine_similarity(a[i], b[j], dim=0) / 0.5 for j in range(4)])
             expected += -(scores[i] - scores.exp().sum().log()).item() / 8
-    assert abs(contrastive.info_nce(first, second, 0.5).item() - expected) < 1e-5
-    lengths = torch.rand(4, 1) + 0.5
-    assert torch.allclose(
-        contrastive.info_nce(first * lengths, second, 0.5), contrastive.info_nce(first, second, 0.5), atol=1e-6
-    )
+    for scale in (1.0, lengths):
+        assert abs(contrastive.info_nce(first * scale, second, 0.5).item() - expected) < 1e-5
 
 
 def test_the_example_learns_to_pair_the_crops_of_an_image(monkeypatch, capsys):

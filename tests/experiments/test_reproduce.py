@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import os
 import signal
 import sys
@@ -113,11 +114,10 @@ def test_a_grid_file_becomes_runs_with_first_seeds_first(planned):
 
 def test_other_epochs_and_seeds(tmp_path):
     grid = grid_of(tmp_path)
-    short = plan(grid, tmp_path, None, seeds=[0], epochs=1)
-    assert [run.name for run in short] == ["mrl_seed0", "ff8_seed0", "ff512_seed0", "tuned_seed0"]
+    # Seed 7 has no run that starts from the weights of seed 0.
+    short = plan(grid, tmp_path, None, seeds=[7], epochs=1)
+    assert [run.name for run in short] == ["mrl_seed7", "ff8_seed7", "ff512_seed7"]
     assert {(run.config.train.epochs, run.config.optim.warmup_epochs) for run in short} == {(1, 0.5)}
-    # Without the run that starts from the weights of seed 0.
-    assert [run.name for run in plan(grid, tmp_path, None, seeds=[7])] == ["mrl_seed7", "ff8_seed7", "ff512_seed7"]
 
 
 @pytest.mark.parametrize("name", ["a", "b"])
@@ -139,13 +139,11 @@ def test_the_shipped_grids_have_what_the_effects_need(tmp_path, name):
     ("old", "new", "parts"),
     [
         ("title: Digits", "titel: Digits", ["grid.yaml", "titel"]),
-        ("seeds: [0, 1]}", "seed: [0, 1]}", ["'seed'"]),
         ("seeds: [0, 1]}", "seeds: 0}", ["seeds", "list"]),
         ("init_from: ff512_seed0", "init_from: ff512_seed1", ["tuned_seed0", "ff512_seed1", "not a run before it"]),
         ("name: tuned,", "name: mrl,", ["two runs of the grid are called mrl_seed0"]),
         ("train.epochs: 2", "train.epoch: 2", ["run mrl_seed0", "train.epoch", "did you mean train.epochs"]),
         ("{other: [mrl_seed0]}", "{other: [mrl]}", ["references", "mrl"]),
-        ("title: Digits", "title: {", ["grid.yaml", "parsing"]),
     ],
 )
 def test_an_invalid_grid_file_is_refused(tmp_path, old, new, parts):
@@ -156,11 +154,10 @@ def test_an_invalid_grid_file_is_refused(tmp_path, old, new, parts):
 
 
 def test_a_subset_links_some_classes_and_holds_out_training_images(tmp_path):
-    for split, number in itertools.product(("train", "val"), range(7)):
-        for name in "abcde":
-            folder = tmp_path / "data" / split / name
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / f"{split}{number}.JPEG").touch()
+    for split, name, number in itertools.product(("train", "val"), "abcde", range(7)):
+        folder = tmp_path / "data" / split / name
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{split}{number}.JPEG").touch()
     grid = grid_of(tmp_path)
     for _ in range(2):  # the second time it exists
         make_subset(tmp_path / "data", replace(grid, every_nth_class=2), tmp_path / "half")
@@ -171,8 +168,6 @@ def test_a_subset_links_some_classes_and_holds_out_training_images(tmp_path):
         split: sorted(path.name for path in (tmp_path / "slice" / split / "b").iterdir()) for split in ("train", "val")
     }
     assert found == {"train": [f"train{i}.JPEG" for i in (1, 2, 4, 5)], "val": [f"train{i}.JPEG" for i in (0, 3, 6)]}
-    with pytest.raises(UserError, match="has no folder train"):
-        make_subset(tmp_path / "elsewhere", grid, tmp_path / "other")
 
 
 def test_finished_runs_are_skipped_and_others_resumed(runs):
@@ -251,25 +246,36 @@ runs:
 """
 
 
-def test_a_sweep_writes_accuracy_by_learning_rate_and_the_best_rates(tmp_path):
-    runs = DIGITS.replace("seeds: [0]}", "seeds: [0], lrs: [0.1, 0.001]}") + (
-        "  - {name: ff, group: digits, recipe: digits_ff, seeds: [0], dims: [8, 32], lrs: [0.1, 0.001]}\n"
+def grid_argv(tmp_path, text):
+    (tmp_path / "grid.yaml").write_text(text)
+    return ["--grid", str(tmp_path / "grid.yaml"), "--runs", str(tmp_path / "runs"), "--epochs", "1"]
+
+
+def test_a_sweep_writes_accuracy_by_learning_rate_and_the_best_rates(tmp_path, monkeypatch):
+    """With made-up accuracies: the larger the dim, the smaller the best rate."""
+
+    def train_quickly(runs, jobs):
+        for run in runs:
+            run.directory.mkdir(parents=True)
+            dims, lr = run.config.head.nesting_list, run.config.optim.lr
+            top_1 = {f"top_1/{dim}": 0.9 - abs(math.log10(lr * dim)) / 9 for dim in dims}
+            (run.directory / "metrics.jsonl").write_text(json.dumps({"epoch": 1} | top_1) + "\n")
+            (run.directory / "model.safetensors").touch()
+        return {}, 0
+
+    monkeypatch.setattr(reproduce, "train_all", train_quickly)
+    sweep = DIGITS.replace("seeds: [0]}", "seeds: [0], lrs: [0.1, 0.03, 0.01]}") + (
+        "  - {name: ff, group: digits, recipe: digits_ff, seeds: [0], dims: [8, 32], lrs: [0.1, 0.03, 0.01]}\n"
     )
-    (tmp_path / "grid.yaml").write_text(runs)
-    argv = ["--grid", str(tmp_path / "grid.yaml"), "--runs", str(tmp_path / "runs"), "--epochs", "1"]
-    assert main([*argv, "--out", str(tmp_path / "out")]) == 0
+    assert main([*grid_argv(tmp_path, sweep), "--out", str(tmp_path / "out")]) == 0
     frame = pd.read_csv(tmp_path / "out" / "learning_rates.csv")
-    assert len(frame) == 2 * 3 + 2 * 2 and (tmp_path / "out" / "learning_rates.png").stat().st_size > 10_000
+    assert len(frame) == 3 * 3 + 2 * 3 and (tmp_path / "out" / "learning_rates.png").stat().st_size > 10_000
     found = best_rates(tmp_path / "out" / "learning_rates.csv")
-    assert found.keys() == {("MRL", 0), ("FF", 8), ("FF", 32)}
-    for method, dim in found:
-        of = frame[(frame["method"] == method) & (frame["dim"].isin([dim or 8, 16, 32] if not dim else [dim]))]
-        assert found[method, dim] == of.groupby("lr")["top_1"].mean().idxmax()
+    assert found == {("FF", 8): 0.1, ("FF", 32): 0.03, ("MRL", 0): 0.1}
 
 
 def test_one_command_trains_evaluates_and_reports(tmp_path, capfd):
-    (tmp_path / "grid.yaml").write_text(DIGITS)
-    argv = ["--grid", str(tmp_path / "grid.yaml"), "--runs", str(tmp_path / "runs"), "--epochs", "1"]
+    argv = grid_argv(tmp_path, f"evaluation: [--max_queries, '40']\n{DIGITS}")
     assert main(argv) == 0
     out = tmp_path / "runs" / "results" / "digits"
     rows = read_rows(out / "results.jsonl")
@@ -291,7 +297,6 @@ def test_one_command_trains_evaluates_and_reports(tmp_path, capfd):
     ("argv", "outcome", "status", "message"),
     [
         (["--jobs", "0"], None, 2, "--jobs is 0; allowed: 1 or more"),
-        (["--epochs", "0"], None, 2, "train.epochs"),
         (["--only", "tune*", "x*"], None, 2, "--only tune* x* matches no run; runs: mrl_seed0"),
         (["--grid", "d"], None, 2, "--grid is 'd', which is not a file; allowed: a, b"),
         ([], ({"mrl_seed0": "killed by SIGKILL"}, 0), 1, "failed: mrl_seed0: killed by SIGKILL"),
@@ -301,7 +306,6 @@ def test_one_command_trains_evaluates_and_reports(tmp_path, capfd):
 def test_the_exit_status_and_the_message_tell_what_went_wrong(
     tmp_path, capsys, monkeypatch, argv, outcome, status, message
 ):
-    (tmp_path / "grid.yaml").write_text(DIGITS)
     monkeypatch.setattr(reproduce, "train_all", lambda runs, jobs: outcome)
-    assert main(["--grid", str(tmp_path / "grid.yaml"), "--runs", str(tmp_path / "runs"), *argv]) == status
+    assert main([*grid_argv(tmp_path, DIGITS), *argv]) == status
     assert message in capsys.readouterr().err

@@ -2,6 +2,7 @@ import dataclasses
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 
@@ -23,3 +24,11 @@ def images(saved_run, pictures):
     """The pictures, ready for `encode`."""
     preprocess = load(saved_run).preprocess
     return torch.stack([preprocess(image) for image in pictures.images])
+
+
+@pytest.fixture(scope="session")
+def arrays():
+    """Six queries and 300 vectors of any length, never negative as pooled activations are, early coordinates larger."""
+    generator = np.random.default_rng(0)
+    both = np.abs(generator.normal(size=(306, 32)) / np.sqrt(1 + np.arange(32)) * generator.uniform(0.5, 2, (306, 1)))
+    return both[:6].astype(np.float32), both[6:].astype(np.float32)

@@ -8,17 +8,6 @@ from mrl.errors import UserError
 from mrl.interop import milvus, qdrant
 from mrl.interop.faiss import prefix_index
 
-DIMS = (8, 16, 32)
-
-
-@pytest.fixture(scope="module")
-def arrays():
-    """Queries and a database of random lengths, early coordinates larger, as in embeddings of a trained model."""
-    generator = np.random.default_rng(0)
-    scale = 1 / np.sqrt(1 + np.arange(32))
-    both = generator.normal(size=(306, 32)) * scale * generator.uniform(0.5, 2, (306, 1))
-    return both[:6].astype(np.float32), both[6:].astype(np.float32)
-
 
 @pytest.fixture(scope="module", params=["qdrant", "milvus"])
 def database(request, tmp_path_factory, arrays):
@@ -29,7 +18,7 @@ def database(request, tmp_path_factory, arrays):
         pytest.importorskip("milvus_lite")
         path = str(tmp_path_factory.mktemp("milvus") / "vectors.db")
         module, client = milvus, pytest.importorskip("pymilvus").MilvusClient(path)
-    module.upload(client, "images", arrays[1], DIMS, [f"{i}.jpg" for i in range(300)])
+    module.upload(client, "images", arrays[1], (8, 16, 32), [f"{i}.jpg" for i in range(300)])
     yield module, client
     client.close()
 
@@ -44,32 +33,24 @@ def test_the_funnel_in_a_database_is_ours(stages, database, arrays):
     assert np.allclose(scores, expected_scores, atol=1e-5)
 
 
-def test_impossible_stages_and_sizes_are_refused(database, arrays):
-    module, client = database
-    for stages in ([(32, 301)], [(16, 10), (32, 20)]):
-        with pytest.raises(UserError, match="300"):
-            module.funnel_search(client, "images", arrays[0], 8, stages)
-    with pytest.raises(UserError, match=r"dims are \[64\]; allowed: one or more of 1 to the vectors' width 32"):
-        module.upload(client, "others", arrays[1], [64])
-
-
-def test_names_are_stored_with_the_vectors(database):
+def test_names_are_stored_and_impossible_stages_and_sizes_are_refused(database, arrays):
     module, client = database
     if module is qdrant:
         assert client.retrieve("images", [7])[0].payload["id"] == "7.jpg"
     else:
         assert client.get("images", [7], output_fields=["name"])[0]["name"] == "7.jpg"
+    with pytest.raises(UserError, match="300"):
+        module.funnel_search(client, "images", arrays[0], 8, [(32, 301)])
+    with pytest.raises(UserError, match=r"\[64\]; allowed: one or more of 1 to 32"):
+        module.upload(client, "others", arrays[1], [64])
 
 
 def test_in_qdrant_only_the_smallest_dim_has_an_index_and_is_kept_in_memory(arrays):
     client = pytest.importorskip("qdrant_client").QdrantClient(":memory:")
     qdrant.upload(client, "images", arrays[1], (16, 8, 32))
     params = client.get_collection("images").config.params.vectors
-    assert {name: (bool(one.on_disk), one.hnsw_config and one.hnsw_config.m) for name, one in params.items()} == {
-        "8": (False, None),
-        "16": (True, 0),
-        "32": (True, 0),
-    }
+    found = {name: (bool(one.on_disk), one.hnsw_config and one.hnsw_config.m) for name, one in params.items()}
+    assert found == {"8": (False, None), "16": (True, 0), "32": (True, 0)}
 
 
 def test_a_faiss_index_refines_as_our_funnel_does_also_from_a_file(arrays, tmp_path):
@@ -88,34 +69,9 @@ def test_a_faiss_index_refines_as_our_funnel_does_also_from_a_file(arrays, tmp_p
     assert not np.array_equal(expected, mrl.exact_search(queries, database, 10, [32])[32][0])
     graph = prefix_index(database, 8, shortlist_factor=4, factory="HNSW32")
     assert np.mean(graph.search(queries, 10)[1] == expected) > 0.8
-
-
-def test_a_faiss_index_can_refine_in_half_the_bytes_and_finds_the_same(arrays, tmp_path):
-    faiss = pytest.importorskip("faiss")
-    queries, database = arrays
-    index = prefix_index(database, 8, shortlist_factor=4, factory="SQ8", refine="SQfp16")
-    assert index.sa_code_size() == 8 + 2 * 32
-    faiss.write_index(index, str(tmp_path / "prefix.faiss"))
-    found = faiss.read_index(str(tmp_path / "prefix.faiss")).search(queries, 10)[1]
-    assert np.mean(found == mrl.funnel_search(queries, database, 8, [(32, 40)])[0][:, :10]) > 0.9
-
-
-def test_what_faiss_refuses_is_one_sentence(arrays):
-    pytest.importorskip("faiss")
-    database = arrays[1]
-    broken = database.copy()
-    broken[7, 3] = np.nan
-    for vectors, factory, refine, message in (
-        (database, "PQ3", "Flat", r"'PQ3' at 8 dims .* 300 vectors \(.* multiple of the number of subquantizers"),
-        (database[:5], "PQ4", "Flat", r"for 5 vectors \(Number of training points \(5\) should be at least"),
-        (database, "Flat", "Half", r"refine 'Half' at 32 .*\(could not parse index string Half\)"),
-        (broken, "Flat", "Flat", r"vector 7 holds NaN or infinity"),
-        (database[:0], "Flat", "Flat", r"there are no vectors"),
-        (database, "IVF1024,Flat", "Flat", r"only 300 vectors for its 1024 lists"),
-    ):
-        with pytest.raises(UserError, match=message) as error:
-            prefix_index(vectors, 8, factory=factory, refine=refine)
-        assert "\n" not in str(error.value)
+    small = prefix_index(database, 8, shortlist_factor=4, factory="SQ8", refine="SQfp16")
+    assert small.sa_code_size() == 8 + 2 * 32
+    assert np.mean(small.search(queries, 10)[1] == expected) > 0.8
 
 
 def test_faiss_fills_up_with_minus_one_where_it_finds_too_few(arrays):
@@ -129,10 +85,27 @@ def test_faiss_fills_up_with_minus_one_where_it_finds_too_few(arrays):
     assert np.array_equal(index.search(queries, 30)[1], prefix_index(database, 8).search(queries, 30)[1])
 
 
-def test_a_wrong_size_or_a_missing_faiss_is_named(arrays, monkeypatch):
+def test_what_faiss_refuses_is_one_sentence(arrays, monkeypatch):
     pytest.importorskip("faiss")
-    with pytest.raises(UserError, match="shortlist_dim is 33; allowed: 1 to the vectors' width 32"):
-        prefix_index(arrays[1], 33)
+    database = arrays[1]
+    broken = database.copy()
+    broken[7, 3] = np.nan
+    for vectors, dim, factory, refine, message in (
+        (database, 8, "PQ3", "Flat", r"'PQ3' at 8 dims .* 300 vectors \(.* multiple of the number of subquantizers"),
+        (
+            database,
+            8,
+            "IVF1024,Flat",
+            "Flat",
+            r"for 300 vectors \(Number of training points \(300\) should",
+        ),
+        (database, 8, "Flat", "Half", r"refine 'Half' at 32 .*\(could not parse index string Half\)"),
+        (broken, 8, "Flat", "Flat", r"vector 7 holds NaN or infinity"),
+        (database, 33, "Flat", "Flat", r"\[33\]; allowed: one or more of 1 to 32"),
+    ):
+        with pytest.raises(UserError, match=message) as error:
+            prefix_index(vectors, dim, factory=factory, refine=refine)
+        assert "\n" not in str(error.value)
     monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(UserError, match="pip install faiss-cpu"):
-        prefix_index(arrays[1], 8)
+        prefix_index(database, 8)

@@ -19,25 +19,19 @@ TEXTS = {"type": "Retrieval", "category": "t2t", "modalities": ["text"]}
 
 def find_the_partner(queries, corpus, kind=IMAGES):
     """A task of mteb over things in memory: of query i, document i is relevant."""
-    about = {
-        "name": "FindThePartner",
-        "description": "local",
-        "eval_langs": ["eng-Latn"],
-        "main_score": "hit_rate_at_1",
+    about = {"name": "FindThePartner", "description": "local", "eval_langs": ["eng-Latn"]}
+    about |= {"main_score": "hit_rate_at_1", "dataset": {"path": "local", "revision": "1"}}
+    parts = {
+        part: Dataset.from_dict({"id": [f"{part}{i}" for i in range(len(items))], kind["modalities"][0]: items})
+        for part, items in (("queries", queries), ("corpus", corpus))
     }
-    [modality] = kind["modalities"]
+    relevant = {f"queries{i}": {f"corpus{i}": 1} for i in range(len(queries))}
 
     class FindThePartner(AbsTaskRetrieval):
-        metadata = TaskMetadata(**about, dataset={"path": "local", "revision": "1"}, **kind)
+        metadata = TaskMetadata(**about, **kind)
 
         def load_data(self, **_):
-            parts = {"queries": queries, "corpus": corpus}
-            split = {
-                part: Dataset.from_dict({"id": [f"{part}{i}" for i in range(len(items))], modality: items})
-                for part, items in parts.items()
-            }
-            relevant = {f"queries{i}": {f"corpus{i}": 1} for i in range(len(queries))}
-            self.dataset = {"default": {"test": split | {"relevant_docs": relevant, "top_ranked": None}}}
+            self.dataset = {"default": {"test": parts | {"relevant_docs": relevant, "top_ranked": None}}}
             self.data_loaded = True
 
     return FindThePartner()

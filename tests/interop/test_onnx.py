@@ -17,18 +17,14 @@ pytest.importorskip("onnxscript")
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 1, "num_heads": 2}
 
 
-@pytest.fixture(scope="module")
-def make_run(make_saved_run, ff_run):
-    return {
-        "blurred": lambda: make_saved_run("blurred", blurpool=True, stem_stride=2),
-        "vit": lambda: make_saved_run("vit", "vit_tiny_patch16_224", kwargs=VIT),
-        "ff": lambda: ff_run,
-    }
-
-
-@pytest.mark.parametrize(("name", "dim", "expected_dim"), [("blurred", 16, 16), ("vit", None, 64), ("ff", None, 32)])
-def test_onnxruntime_gives_what_encode_gives_for_any_batch(name, dim, expected_dim, make_run, tmp_path):
-    run = make_run[name]()
+@pytest.mark.parametrize("name", ["blurred", "vit", "ff"])
+def test_onnxruntime_gives_what_encode_gives_for_any_batch(name, make_saved_run, ff_run, tmp_path):
+    if name == "ff":
+        run, dim, expected_dim = ff_run, None, 32
+    elif name == "vit":
+        run, dim, expected_dim = make_saved_run("vit", "vit_tiny_patch16_224", kwargs=VIT), None, 64
+    else:
+        run, dim, expected_dim = make_saved_run("blurred", blurpool=True, stem_stride=2), 16, 16
     model = mrl.load(run)
     path = tmp_path / "model.onnx"
     assert export_onnx(run, path, dim) == (expected_dim, 32)
@@ -37,7 +33,6 @@ def test_onnxruntime_gives_what_encode_gives_for_any_batch(name, dim, expected_d
     for batch in (1, 3, 8):
         images = torch.randn(batch, 3, 32, 32)
         [vectors] = session.run(["embedding"], {"images": images.numpy()})
-        assert vectors.shape == (batch, expected_dim)
         assert np.allclose(vectors, model.encode(images, expected_dim).numpy(), atol=1e-5)
     metadata = session.get_modelmeta().custom_metadata_map
     assert json.loads(metadata["mean"]) == list(model.info.mean) and metadata["resize_px"] == "36"

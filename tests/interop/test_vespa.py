@@ -19,14 +19,6 @@ GOLDEN = Path(__file__).with_name("vespa")
 CODES = ("float32", "sign bits")
 
 
-@pytest.fixture(scope="module")
-def arrays():
-    """Queries and a database that are never negative, as pooled activations are."""
-    generator = np.random.default_rng(0)
-    both = np.abs(generator.normal(size=(306, 32)) / np.sqrt(1 + np.arange(32)) * generator.uniform(0.5, 2, (306, 1)))
-    return both[:6].astype(np.float32), both[6:].astype(np.float32)
-
-
 @pytest.fixture(scope="module", params=CODES)
 def application(request, arrays, tmp_path_factory):
     folder = tmp_path_factory.mktemp("vespa")
@@ -126,20 +118,13 @@ def test_the_files_are_the_golden_ones(code, tmp_path):
     assert body == json.loads((golden / "body.json").read_text())
 
 
-def test_services_xml_is_well_formed_and_names_the_schema(application):
-    tree = ElementTree.parse(application[1] / "application/services.xml")
-    assert [element.get("type") for element in tree.iter("document")] == ["image"]
-    assert {element.tag for element in tree.getroot()} == {"container", "content"}
-
-
-def test_services_xml_follows_the_grammar_of_pyvespa(arrays, tmp_path):
+def test_services_xml_follows_the_grammar_of_vespa(application):
     from vespa.configuration.relaxng import RELAXNG
     from vespa.configuration.services import validate_services
 
-    if not RELAXNG:
-        pytest.skip("this pyvespa was packed without its grammar of services.xml")
-    vespa.write_application(tmp_path, arrays[1], 8)
-    assert validate_services(tmp_path / "application/services.xml")
+    path = application[1] / "application/services.xml"
+    assert [element.get("type") for element in ElementTree.parse(path).iter("document")] == ["image"]
+    assert not RELAXNG or validate_services(path)  # some versions of pyvespa were packed without the grammar
 
 
 def test_wrong_arguments_are_one_sentence(application, arrays, tmp_path, monkeypatch):
@@ -147,27 +132,17 @@ def test_wrong_arguments_are_one_sentence(application, arrays, tmp_path, monkeyp
     broken = database.copy()
     broken[7, 30] = np.nan
     for vectors, dim, code, message in (
-        (database, 33, "float32", "prefix_dim is 33; allowed: 1 to the vectors' width 32"),
+        (database, 33, "float32", "33 dims of an embedding of width 32"),
         (database, 12, "sign bits", "if prefix_dim is a multiple of 8"),
-        (database[:0], 8, "float32", "there are no vectors"),
         (broken, 8, "float32", "vector 7 holds NaN or infinity"),
     ):
         with pytest.raises(UserError, match=message):
             vespa.write_application(tmp_path, vectors, dim, code=code)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
-    folder = application[1]
-    for call, message in (
-        (lambda: vespa.query_body(tmp_path, queries[0]), "holds no application that mrl.interop.vespa wrote"),
-        (lambda: vespa.query_body(folder, queries[0][:8]), r"the query is \(8,\); allowed: \(32,\)"),
-        (lambda: vespa.query_body(folder, queries[0] * np.nan), "without NaN"),
-        (
-            lambda: vespa.query_body(folder, queries[0], k=101),
-            "k is 101; allowed: 1 to the smaller",
-        ),
-        (lambda: vespa.query_body(folder, queries[0], profile="full"), "allowed: exact, prefix, rerank"),
-    ):
-        with pytest.raises(UserError, match=message):
-            call()
+    with pytest.raises(UserError, match=r"the query is \(8,\); allowed: \(32,\)"):
+        vespa.query_body(application[1], queries[0][:8])
+    with pytest.raises(UserError, match="k is 101; allowed: 1 to the smaller"):
+        vespa.query_body(application[1], queries[0], k=101)
     monkeypatch.setitem(sys.modules, "vespa.package", None)
     with pytest.raises(UserError, match="pip install pyvespa"):
         vespa.write_application(tmp_path, database, 8)
