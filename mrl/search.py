@@ -45,6 +45,7 @@ def search(args: argparse.Namespace) -> None:
             raise UserError(f"--dims asks for {dim}, but the vectors in {path} have {width} dims")
         if dim not in trained:
             warnings.warn(f"{dim} dims were not trained; trained are {list(trained)}", stacklevel=2)
+    picture = decode(args.image)
     query = encode_query(args.image, database, Path(args.run or database.metadata.run))
     query = query if mapping is None else mapping(query)
     folder = database.folder(args.images)
@@ -65,7 +66,7 @@ def search(args: argparse.Namespace) -> None:
         for rank, (name, score) in enumerate(zip(names, scores[0][kept], strict=False), 1):
             print(f"  {rank:>2}  {score:.4f}  {folder_of(name):<{longest}}  {name}")
             pictures[dim].append((decode(str(folder / name)), f"{folder_of(name)}\n{score:.3f}".strip()))
-    for drawn in save(neighbor_grid(decode(args.image), pictures), args.out or path.with_name("neighbors")):
+    for drawn in save(neighbor_grid(picture, pictures), args.out or path.with_name("neighbors")):
         print(f"figure: {drawn}")
 
 
