@@ -310,7 +310,7 @@ def test_a_class_only_in_train_is_left_out_of_the_metrics_if_allowed(image_folde
     if backend != "ffcv":  # an unknown class can never be right
         (root / "val" / "z").mkdir()
         shutil.copy(root / "val" / "a" / "0.png", root / "val" / "z" / "0.png")
-        with pytest.raises(UserError, match="only in val: z$"):
+        with pytest.raises(UserError, match="only in val: z; no model predicts classes that it was not trained on, so move"):
             build_data(dataclasses.replace(config, missing_classes="allow"), 0, CPU)
 
 
@@ -338,9 +338,12 @@ def test_a_bounded_share_of_unreadable_images_is_left_out_counted_and_named(two_
     assert len(stacked(images["train"].train_batches([np.arange(6)], 0, 32))[0]) == 6
     named = [reason.split(" cannot")[0] for reason in images["val"].unreadable]
     assert named == [f"{two_classes.root}/val/b/{i}.png" for i in (0, 2)] and len(images["train"].unreadable) == 1
-    message = r"2 of 5 val images cannot be read: .*/0.png .*/2.png .*mrl.data.check DIR .* here if it is 0.4 or more"
+    damage(two_classes, "val/b/1.png")
+    build_data(two_classes.config(backend=backend, max_unreadable=0.6), 0, CPU)
+    assert ", 1 classes without images (b)" in capsys.readouterr().out
+    message = r"3 of 5 val images cannot be read: .*/0.png .*/2.png .*mrl.data.check DIR .* here if it is 0.6 or more"
     with pytest.raises(UserError, match=message):
-        build_data(two_classes.config(backend=backend, max_unreadable=0.39), 0, CPU)
+        build_data(two_classes.config(backend=backend, max_unreadable=0.59), 0, CPU)
 
 
 def test_a_broken_validation_image_is_found_before_training(two_classes):
