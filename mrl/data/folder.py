@@ -116,8 +116,8 @@ def list_classes(top: Path, split: str, show_progress: bool = False, missing_cla
             left_out[EMPTY, name] += 1
         else:
             raise UserError(
-                f"class folder {top / folder} has no images; allowed: {' '.join(IMAGE_EXTENSIONS)}; remove it, or go on "
-                "without such classes: --data.missing_classes allow (mrl.data.write_ffcv: --missing_classes allow)"
+                f"class folder {top / folder} has no images; allowed: {' '.join(IMAGE_EXTENSIONS)}; remove it, or go "
+                "on without such classes: --data.missing_classes allow (mrl.data.write_ffcv: --missing_classes allow)"
             )
     if len(classes) < 2:
         _refuse_deeper_classes(top, folders)
@@ -128,8 +128,8 @@ def list_classes(top: Path, split: str, show_progress: bool = False, missing_cla
         )
     if len(inside) == 1 < len(classes) and len(same := sorted(*inside)) > 1 and "" not in same and show_progress:
         warn_once(
-            f"each class folder of {top} ({shown(classes)}) holds the same folders, {shown(same)}, and no images of its "
-            "own; if those are the classes, they must be the folders of the first level"
+            f"each class folder of {top} ({shown(classes)}) holds the same folders, {shown(same)}, and no images "
+            "of its own; if those are the classes, they must be the folders of the first level"
         )
     return ImageList(paths, torch.tensor(labels, dtype=torch.int64), classes, left_out)
 
