@@ -90,6 +90,7 @@ def test_a_model_too_deep_for_small_images_is_given_its_own_size(monkeypatch):
         ("{features_only: true}", ["{'features_only': True} does not fit resnet10t: it gives no pooled vector"]),
         ("{drop_path_rate: 0.1, block: 3}", ["model.kwargs {'block': 3} does not fit resnet10t"]),
         ("{drop_rate: 3}", ["take {drop_rate: 3} out of model.kwargs"]),
+        ("{output_stride: 3}", ["model.kwargs {'output_stride': 3} does not fit resnet10t: AssertionError"]),
         ("{unheard_of: 3}", ["model.kwargs {'unheard_of': 3} does not fit resnet10t", "unexpected keyword"]),
         ("{num_classes: 3}", ["model.kwargs num_classes is not allowed; it is set by the classes of the data"]),
         ("{pretrained: true}", ["model.kwargs pretrained is not allowed; it is set by model.init"]),
