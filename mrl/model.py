@@ -230,8 +230,9 @@ def _create_timm(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Modu
     except Exception as error:
         if kwargs and (not pretrained or not works(create, kwargs)):
             culprit = find_culprit(create, kwargs) or kwargs
+            reason = str(error) or type(error).__name__
             all_out = "; --model.kwargs '{}' leaves all of them out" * (len(culprit) > 1)
-            raise UserError(f"model.kwargs {culprit} does not fit {name}: {error}{all_out}") from error
+            raise UserError(f"model.kwargs {culprit} does not fit {name}: {reason}{all_out}") from error
         if not pretrained:
             raise
         reason = " ".join(str(error).split())

@@ -8,7 +8,8 @@ import numpy as np
 from PIL import Image, ImageOps
 
 BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF
-WHITE_IS_ZERO, UNSIGNED = 0, 1
+WHITE_IS_ZERO, UNSIGNED, SIGNED = 0, 1, 2
+NO_WHITE = "its pixels are signed integers, of which none is defined as white; save it with 8 or 16 bits, unsigned"
 
 
 def to_rgb(image: Image.Image, exif_rotation: str = "apply") -> Image.Image:
@@ -20,6 +21,8 @@ def to_rgb(image: Image.Image, exif_rotation: str = "apply") -> Image.Image:
     """
     tags: Any = getattr(image, "tag_v2", {})
     kind = image.format
+    if tags.get(SAMPLE_FORMAT, (UNSIGNED,))[0] == SIGNED:
+        raise ValueError(NO_WHITE)
     if exif_rotation == "apply":
         image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "F") or image.mode.startswith("I;"):
@@ -42,9 +45,9 @@ def _eight_bits(image: Image.Image, kind: str | None, tags: Any) -> np.ndarray:
         white = 2.0 ** tags.get(BITS_PER_SAMPLE, (16,))[0] - 1
     elif kind in ("PPM", "PNG"):  # Pillow scales theirs to 16 bits
         white = 65535.0
-    elif kind == "TIFF" and tags.get(SAMPLE_FORMAT, (UNSIGNED,))[0] == UNSIGNED:
+    elif kind == "TIFF":
         pixels, white = pixels.view(np.uint32), 2.0**32 - 1
     else:
-        raise ValueError("its pixels are signed integers, of which none is defined as white; save it with 8 or 16 bits")
+        raise ValueError(NO_WHITE)
     scaled = np.rint(pixels * (255 / white)).astype(np.uint8)
     return 255 - scaled if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO else scaled

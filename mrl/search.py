@@ -37,6 +37,7 @@ def search(args: argparse.Namespace) -> None:
     path = Path(args.vectors)
     database = open_vectors(path)
     vectors, trained = database.vectors, database.metadata.trained_dims
+    picture = decode(args.image)
     query = encode_query(args.image, database, Path(args.run or database.metadata.run))
     if args.map:
         mapping = adapt.load(args.map)
@@ -67,7 +68,7 @@ def search(args: argparse.Namespace) -> None:
         for rank, (name, score) in enumerate(zip(names, scores[0][kept], strict=False), 1):
             print(f"  {rank:>2}  {score:.4f}  {folder_of(name):<{longest}}  {name}")
             pictures[dim].append((decode(str(folder / name)), f"{folder_of(name)}\n{score:.3f}".strip()))
-    for drawn in save(neighbor_grid(decode(args.image), pictures), args.out or path.with_name("neighbors")):
+    for drawn in save(neighbor_grid(picture, pictures), args.out or path.with_name("neighbors")):
         print(f"figure: {drawn}")
 
 

@@ -80,6 +80,8 @@ def test_every_resolution_of_the_run_is_tried_and_no_other():
         ('{global_pool: ""}', ["not one pooled vector of 512 numbers", "take {global_pool: ''} out of model.kwargs"]),
         ("{features_only: true}", ["{'features_only': True} does not fit resnet10t: it gives no pooled vector"]),
         ("{drop_path_rate: 0.1, block: 3}", ["model.kwargs {'block': 3} does not fit resnet10t"]),
+        ("{drop_rate: 3}", ["take {drop_rate: 3} out of model.kwargs"]),
+        ("{output_stride: 3}", ["model.kwargs {'output_stride': 3} does not fit resnet10t: AssertionError"]),
         ("{unheard_of: 3}", ["model.kwargs {'unheard_of': 3} does not fit resnet10t", "unexpected keyword"]),
         ("{num_classes: 3}", ["model.kwargs num_classes is not allowed; it is set by the classes of the data"]),
     ],

@@ -207,7 +207,9 @@ def align_classes(
     for split, images in found.items():
         absent, extra = (sorted(set(a) - set(b)) for a, b in ((expected, images.classes), (images.classes, expected)))
         if extra or (absent and data.missing_classes == "refuse"):
-            hint = "" if extra else "; to go on and leave those out of the metrics, give --data.missing_classes allow"
+            hint = "; to go on and leave those out of the metrics, give --data.missing_classes allow"
+            if extra:
+                hint = f"; no model predicts classes that it was not trained on, so move those out of {split}"
             raise UserError(
                 f"the classes of {of_expected} and {split} differ: only in {of_expected}: {shown(absent)}; "
                 f"only in {split}: {shown(extra)}{hint}"

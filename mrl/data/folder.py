@@ -51,6 +51,7 @@ TOOL_FOLDERS = re.compile(
     r"\..*|@eadir|@tmp|@recycle|@recently-snapshot|@sharebin|@__thumb|#recycle|#snapshot|~snapshot|__macosx|lost\+found"
     r"|lost\.dir|found\.\d{3}|\$recycle\.bin|recycler|recycled|system volume information|temporary items"
     r"|network trash folder|_?thumbs|_?thumbnails|__thumbs__|__pycache__|cvs|_svn|_vti_cnf|.*\.lrdata"
+    r"|paxheaders?(\.\d+)?|captureone|_gsdata_|resource\.frk"
 )
 OTHER_SPLITS = ("training", "valid", "validation")  # names that a user may have given train/ and val/
 # What a listing leaves out, by kind and name.
@@ -99,18 +100,20 @@ def list_classes(top: Path, split: str, show_progress: bool, missing_classes: st
         if (other := folder_of.setdefault(unicode_name(folder), folder)) != folder:
             both = f"{other!a} and {folder!a}"
             raise UserError(f"{top} has two folders for one class, written in two ways: {both}; join them")
+    inside: set[frozenset[str]] = set()
     for name, folder in progress(sorted(folder_of.items()), show=show_progress, desc=f"list {split}", unit="class"):
         images = find_images(top / folder, left_out)
         if images:
             found.paths += [f"{top}/{folder}/{image}" for image in images]
             labels += [len(found.classes)] * len(images)
             found.classes.append(name)
+            inside.add(frozenset(image.rpartition("/")[0] for image in images))
         elif missing_classes == "allow":
             left_out[EMPTY, name] += 1
         else:
             raise UserError(
-                f"class folder {top / folder} has no images; allowed: {' '.join(IMAGE_EXTENSIONS)}; to go on without "
-                "such classes, give --data.missing_classes allow"
+                f"class folder {top / folder} has no images; allowed: {' '.join(IMAGE_EXTENSIONS)}; remove it, or go "
+                "on without such classes: --data.missing_classes allow (mrl.data.write_ffcv: --missing_classes allow)"
             )
     if len(found.classes) < 2:
         _refuse_deeper_classes(top, folders)
@@ -118,6 +121,11 @@ def list_classes(top: Path, split: str, show_progress: bool, missing_classes: st
         raise UserError(
             f"{top} has {beside:,} images beside its class folders and only {len(labels):,} in them; only those in "
             f"{top}/<class>/ are used, so move the others there"
+        )
+    if len(inside) == 1 < len(found.classes) and len(same := sorted(*inside)) > 1 and "" not in same and show_progress:
+        warn_once(
+            f"each class folder of {top} ({shown(found.classes)}) holds the same folders, {shown(same)}, and no images "
+            "of its own; if those are the classes, they must be the folders of the first level"
         )
     found.labels = torch.tensor(labels, dtype=torch.int64)
     return found
@@ -192,7 +200,8 @@ def split_folder(root: str | Path, split: str) -> Path:
     if not Path(root).is_dir():
         raise UserError(f"data.root is {str(root)!r}, which is not a folder; allowed: a folder that holds {split}/")
     if not folder.is_dir():
-        deeper = sorted(path.parent for depth in ("*", "*/*") for path in Path(root).glob(f"{depth}/{split}"))
+        found = [path.parent for depth in ("*", "*/*") for path in sorted(Path(root).glob(f"{depth}/{split}"))]
+        deeper = [path for path in found if not any(map(is_of_a_tool, path.relative_to(root).parts))]
         hint = "without val/, --data.name folder --data.val_share 0.1 holds out a share of the images for validation"
         if deeper:
             hint = f"if you mean the one in {deeper[0]}, give --data.root {deeper[0]}"
@@ -225,11 +234,16 @@ def walk(top: str | Path, left_out: LeftOut | None = None) -> Iterator[tuple[str
         raise UserError(f"{error.filename} cannot be listed: {error.strerror}") from error
 
     for folder, below, files in os.walk(str(top), onerror=fail, followlinks=True):
-        tools = [name for name in below if TOOL_FOLDERS.fullmatch(name.lower())]
+        tools = [name for name in below if is_of_a_tool(name)]
         if left_out is not None:
             left_out.update((TOOLS, name) for name in tools)
         below[:] = sorted(set(below) - set(tools))
         yield folder, below, sorted(name for name in files if name[0] != ".")
+
+
+def is_of_a_tool(folder: str) -> bool:
+    """Whether a folder is one that a tool left, or hidden, by its name."""
+    return TOOL_FOLDERS.fullmatch(folder.lower()) is not None
 
 
 def is_image(name: str) -> bool:
@@ -285,7 +299,8 @@ def decode_and_mend(path: str, exif_rotation: str) -> tuple[Tensor, bool]:
             return _decode(mended, exif_rotation), True
     except Exception as error:  # decoders raise errors of many kinds on bad data
         reason = str(error).split("\n")[0] or type(error).__name__
-        reason = "it is not in a known image format" if isinstance(error, UnidentifiedImageError) else reason
+        unknown = "its format, or the kind of its pixels, is not known"
+        reason = unknown if isinstance(error, UnidentifiedImageError) else reason
         raise UserError(f"{path} cannot be read as an image: {reason}") from error
 
 
@@ -348,6 +363,8 @@ def leave_out_unreadable(
         )
     kept = (is_bad == 0).nonzero()[:, 0]
     left_out = images.left_out + LeftOut({(UNREADABLE, ""): len(reasons)})
+    emptied = set(images.labels.tolist()) - set(images.labels[kept].tolist())
+    left_out.update((EMPTY, images.classes[label]) for label in emptied)
     return ImageList([paths[i] for i in kept.tolist()], images.labels[kept], images.classes, left_out), reasons
 
 

@@ -270,6 +270,11 @@ def test_classes_that_lack_images_are_left_out_if_allowed(image_folder, backend,
     assert images["val"].classes == images["train"].classes == ["a", "b", "c"]
     _, labels = stacked(images["val"].eval_batches(eval_indices(3, 3)))
     assert labels.tolist() == [0, 2, 2] and images["train"].labels.tolist() == [0, 1, 2, 2]
+    if backend != "ffcv":  # an unknown class can never be right
+        (root / "val" / "z").mkdir()
+        shutil.copy(root / "val" / "a" / "0.png", root / "val" / "z" / "0.png")
+        with pytest.raises(UserError, match="only in val: z; no model predicts classes that it was not trained"):
+            build_data(dataclasses.replace(config, missing_classes="allow"), 0, CPU)
 
 
 def damage(two_classes, *names):
@@ -287,10 +292,13 @@ def test_a_bounded_share_of_unreadable_images_is_left_out_counted_and_named(two_
     assert len(stacked(images["train"].train_batches([np.arange(6)], 0, 32))[0]) == 6
     named = [reason.split(" cannot")[0] for reason in images["val"].unreadable]
     assert named == [f"{two_classes.root}/val/b/{i}.png" for i in (0, 2)] and len(images["train"].unreadable) == 1
-    message = r"2 of 5 val images cannot be read: .*/0.png .*/2.png .*mrl.data.check DIR .* here if it is 0.4 or more"
+    damage(two_classes, "val/b/1.png")
+    build_data(two_classes.config(backend=backend, max_unreadable=0.6), 0, CPU)
+    assert ", 1 classes without images (b)" in capsys.readouterr().out
+    message = r"3 of 5 val images cannot be read: .*/0.png .*/2.png .*mrl.data.check DIR .* here if it is 0.6 or more"
     with pytest.raises(UserError, match=message):
-        build_data(two_classes.config(backend=backend, max_unreadable=0.39), 0, CPU)
-    with pytest.raises(UserError, match="2 of 5 val images cannot" if backend == "folder" else "train/a/1.png cannot"):
+        build_data(two_classes.config(backend=backend, max_unreadable=0.59), 0, CPU)
+    with pytest.raises(UserError, match="3 of 5 val images cannot" if backend == "folder" else "train/a/1.png cannot"):
         build_data(two_classes.config(backend=backend), 0, CPU)  # val too is read before the training
 
 

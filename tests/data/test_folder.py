@@ -47,7 +47,7 @@ def test_images_are_listed_by_class_then_path_and_other_files_counted(tmp_path):
 TOOL_NAMES = """
 @eaDir .thumbnails __MACOSX lost+found $RECYCLE.BIN .ipynb_checkpoints Thumbs thumbnails _thumbs #recycle @Recycle
 #snapshot ~snapshot .snapshot .@__thumb .Trash-1000 .Trashes .AppleDouble .git .svn __pycache__ FOUND.000 LOST.DIR
-RECYCLER Previews.lrdata
+RECYCLER Previews.lrdata PaxHeader PaxHeaders.1234 CaptureOne _gsdata_
 """
 
 
@@ -71,8 +71,19 @@ def test_classes_one_or_more_folders_deeper_are_refused_with_the_tree_they_shoul
     touch(tmp_path / "c" / "photos" / "train", "a/1.png", "b/1.png")
     with pytest.raises(UserError, match=f"if you mean .* {tmp_path}/c/photos, give --data.root {tmp_path}/c/ph"):
         list_images(tmp_path / "c", "train")
+    touch(tmp_path / "c" / "__MACOSX" / "photos" / "train", "a/1.png")
+    with pytest.raises(UserError, match=f"if you mean the one in {tmp_path}/c/photos, give"):
+        list_images(tmp_path / "c", "train")
     touch(tmp_path / "d" / "train", "a/deep/1.png", "b/deep/1.png")  # classes may have folders of their own
     assert list_images(tmp_path / "d", "train").classes == ["a", "b"]
+
+
+def test_classes_below_several_folders_are_said_because_they_may_be_meant(tmp_path):
+    touch(tmp_path / "train", "2019/cat/1.png", "2019/dog/1.png", "2020/cat/1.png", "2020/dog/1.png")
+    with pytest.warns(UserWarning, match=r"of .*train \(2019, 2020\) holds the same folders, cat, dog, and no images"):
+        assert list_images(tmp_path, "train", show_progress=True).classes == ["2019", "2020"]
+    touch(tmp_path / "train", "2020/1.png")
+    list_images(tmp_path, "train", show_progress=True)  # without a warning, which would be an error
 
 
 def test_images_beside_class_folders_are_counted_and_refused_where_they_are_most(tmp_path):
@@ -175,10 +186,13 @@ def test_images_of_more_than_eight_bits_give_the_same_picture(tmp_path, name, pi
         (np.array([[0.0, 255]], dtype=np.float32), "its pixels are floats from 0 to 255; allowed: 0 .black. to 1"),
         (np.array([[0.0, np.nan]], dtype=np.float32), "floats from nan to nan"),
         (np.array([[-5, 900]], dtype=np.int32), "signed integers, of which none is defined as white"),
+        (np.array([[251, 90]], dtype=np.uint8), "signed integers, of which none is defined as white"),
+        (np.array([[65531, 90]], dtype=np.uint16), "signed integers, of which none is defined as white"),
     ],
 )
 def test_pixels_without_a_defined_range_are_refused_with_the_path(tmp_path, pixels, reason):
-    Image.fromarray(pixels).save(tmp_path / "x.tif")
+    tags = {339: 2} if pixels.dtype.kind == "u" else {}  # which makes -5 of 251
+    Image.fromarray(pixels).save(tmp_path / "x.tif", tiffinfo=tags)
     with pytest.raises(UserError, match=f"^{tmp_path}/x.tif cannot be read as an image: .*{reason}"):
         decode(str(tmp_path / "x.tif"))
 
