@@ -27,8 +27,8 @@ BUDGETS = {
     "mrl/training": 722,
     "mrl/retrieval": 920,
     "mrl/studies": 2580,
-    "mrl/figures": 1190,
-    "mrl/interop": 1230,
+    "mrl/figures": 1260,
+    "mrl/interop": 1290,
     "experiments": 820,
     "benchmarks": 1285,
 }

@@ -2,6 +2,7 @@
 
     python -m mrl.interop.wandb --project mrl --dry_run             # print the workspace; no login
     python -m mrl.interop.wandb --entity me --project mrl           # save it; needs a login
+    python -m mrl.interop.wandb --runs runs/a runs/b --picture x.png   # draw its charts from offline files; no login
 
 Accuracy by dim and MRL against FF need `python eval.py --runs ... --wandb online`; train.py logs the rest.
 """
@@ -13,16 +14,19 @@ import dataclasses
 import io
 import json
 import secrets
+import struct
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from PIL import Image
 
 from mrl.config import WandbConfig, read_config
 from mrl.errors import UserError
 from mrl.figures import figures_of
+from mrl.figures.dashboard import dashboard
 from mrl.results import METHODS, Row
 from mrl.rundir import atomic_write_text
 
@@ -57,6 +61,7 @@ CHARTS = {
         "learning rate": ["lr"],
     },
 }
+_BLOCK, _HEADER = 32768, 7  # bytes, of a LevelDB log
 
 
 def report_evaluation(
@@ -164,6 +169,54 @@ def _log_artifacts(run: Any, directory: Path, name: str) -> None:
     run.log_artifact(embeddings)
 
 
+def offline_records(path: Path) -> Iterator[Any]:
+    """Yield W&B's records in one offline file: a LevelDB log, after a header of 7 bytes."""
+    from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
+
+    content, place, parts = path.read_bytes(), _HEADER, b""
+    while place + _HEADER <= len(content):
+        if (left := _BLOCK - place % _BLOCK) < _HEADER:
+            place += left
+            continue
+        _, length, kind = struct.unpack("<IHB", content[place : place + _HEADER])
+        place += _HEADER + length
+        if place > len(content):  # of a killed run
+            return
+        parts += content[place - length : place]
+        if kind in (1, 4):  # whole, or the last of several
+            record = Record()
+            record.ParseFromString(parts)
+            yield record
+            parts = b""
+
+
+def logged_values(items: Any) -> dict[str, Any]:
+    """Return ``{key: value}`` of the history or the configuration in a record."""
+    return {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
+
+
+def offline_points(runs: Sequence[Path]) -> pd.DataFrame:
+    """Return what is logged in the offline files of run directories, as `mrl.figures.dashboard.dashboard` takes it.
+
+    Raises:
+        UserError: A run directory has no offline files.
+    """
+    points: list[dict[str, Any]] = []
+    for directory in runs:
+        paths = sorted(directory.glob("wandb/offline-run-*/run-*.wandb"))
+        if not paths:
+            raise UserError(f"{directory} has no offline W&B files; train with --wandb.mode offline")
+        records, method = [record for path in paths for record in offline_records(path)], directory.name
+        for record in records:
+            method = logged_values(record.config.update).get("eval_method", method)
+        for row in (logged_values(record.history.item) for record in records if record.HasField("history")):
+            x = row.get("eval/dim", row.get("step"))
+            numbers = {key: value for key, value in row.items() if isinstance(value, int | float)} if x else {}
+            about = {"run": directory.name, "method": method, "x": x}
+            points += [about | {"metric": key, "value": value} for key, value in numbers.items()]
+    return pd.DataFrame(points)
+
+
 def build_workspace(entity: str, project: str, name: str) -> Any:
     """Return the workspace, not saved yet."""
     import wandb_workspaces.reports.v2 as panels
@@ -195,7 +248,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--project", default="mrl", help="W&B project, as wandb.project in training; default: mrl")
     parser.add_argument("--name", default="Matryoshka representations", help="name of the workspace")
     parser.add_argument("--dry_run", action="store_true", help="print the specification and save nothing")
+    parser.add_argument("--runs", type=Path, nargs="+", help="run directories with offline files, for --picture")
+    parser.add_argument("--picture", type=Path, metavar="PNG", help="draw the charts of --runs into this file instead")
     args = parser.parse_args(argv)
+    if (args.runs is None) != (args.picture is None):
+        parser.error("--runs and --picture go together")
+    try:
+        if args.picture:
+            dashboard(offline_points(args.runs), CHARTS).savefig(file := io.BytesIO(), dpi=100)
+            Image.open(file).convert("RGB").quantize(128).save(args.picture, format="PNG", optimize=True)
+            return 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     try:
         import wandb
 

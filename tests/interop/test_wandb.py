@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import signal
-import struct
 import sys
 import time
 from pathlib import Path
@@ -15,37 +14,14 @@ import torch
 import train
 from mrl.config import Config, DataConfig, RunConfig, WandbConfig, to_yaml
 from mrl.errors import UserError
-from mrl.interop.wandb import BY_DIM, CHARTS, report_evaluation
+from mrl.figures.dashboard import dashboard
+from mrl.interop.wandb import BY_DIM, CHARTS, logged_values, offline_points, offline_records, report_evaluation
 from mrl.interop.wandb import main as workspace
 from mrl.results import Source
 from mrl.training.logging import Tracker
 from tests.test_train import TINY
 
 wandb = pytest.importorskip("wandb")
-LEVELDB_BLOCK = 32768
-
-
-def records(path):
-    """Yield W&B's records in one offline file: a LevelDB log of 32 KiB blocks, after a header of 7 bytes."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    content, place, part = path.read_bytes(), 7, b""
-    while place + 7 <= len(content):
-        if LEVELDB_BLOCK - place % LEVELDB_BLOCK < 7:
-            place += LEVELDB_BLOCK - place % LEVELDB_BLOCK
-            continue
-        _, length, kind = struct.unpack("<IHB", content[place : place + 7])
-        part += content[place + 7 : place + 7 + length]
-        place += 7 + length
-        if kind in (1, 4):  # whole, or the last of several
-            record = Record()
-            record.ParseFromString(part)
-            part = b""
-            yield record
-
-
-def by_key(items):
-    return {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
 
 
 def read_back(directory):
@@ -53,20 +29,20 @@ def read_back(directory):
     paths = sorted(directory.glob("wandb/offline-run-*/run-*.wandb"))
     deadline = time.monotonic() + 20
     # W&B's own process may be behind: a file is complete once it holds the exit.
-    while time.monotonic() < deadline and not all(any(r.HasField("exit") for r in records(p)) for p in paths):
+    while time.monotonic() < deadline and not all(any(r.HasField("exit") for r in offline_records(p)) for p in paths):
         time.sleep(0.1)
     found = {"summary": {}, "history": [], "config": {}, "ids": [], "artifacts": [], "exit": []}
-    for record in (record for path in paths for record in records(path)):
+    for record in (record for path in paths for record in offline_records(path)):
         match record.WhichOneof("record_type"):
             case "run":
                 found["ids"].append(record.run.run_id)
-                found["config"] |= by_key(record.run.config.update)
+                found["config"] |= logged_values(record.run.config.update)
             case "config":
-                found["config"] |= by_key(record.config.update)
+                found["config"] |= logged_values(record.config.update)
             case "history":
-                found["history"].append(by_key(record.history.item))
+                found["history"].append(logged_values(record.history.item))
             case "summary":
-                found["summary"] |= by_key(record.summary.update)
+                found["summary"] |= logged_values(record.summary.update)
             case "artifact":
                 found["artifacts"].append(record.artifact)
             case "exit":
@@ -155,6 +131,16 @@ def test_history_steps_go_on_over_sittings_of_training_and_evaluations(tmp_path,
     assert all(("top_1/8" in row) == (row["_step"] in (5, 10)) for row in history[:6])
     assert len(found["ids"]) == 3 and len(set(found["ids"])) == 1
     assert not [artifact for artifact in found["artifacts"] if artifact.type in ("model", "embeddings")]
+    points = offline_points([tmp_path / "a"])
+    steps = points[points.metric == "loss/8"]
+    assert list(steps.x) == [row["step"] for row in history[:6] if "loss/8" in row]
+    assert list(steps.value) == [row["loss/8"] for row in history[:6] if "loss/8" in row]
+    by_dim = points[points.metric == "eval/top_1"]
+    assert list(by_dim.x) == [8, 16] and set(by_dim.method) == {"MRL"}
+    [panels, *_] = [part.axes for part in dashboard(points, CHARTS).subfigs]
+    assert [axes.get_title() for axes in panels] == list(CHARTS["Accuracy by dim"])
+    [line] = panels[0].lines
+    assert list(line.get_xdata()) == [8, 16] and list(line.get_ydata()) == list(by_dim.value)
 
 
 def test_the_workspace_charts_what_training_and_evaluation_log_and_needs_no_login(capsys):
@@ -172,6 +158,20 @@ def test_the_workspace_charts_what_training_and_evaluation_log_and_needs_no_logi
     logged = "".join((Path(__file__).parents[2] / file).read_text() for file in ("train.py", "mrl/training/logging.py"))
     for metric in charted - {f"eval/{name}" for name in BY_DIM.values()} - {"eval/truncated_top_1"}:
         assert f'"{metric}"' in logged, metric
+
+
+def test_a_picture_of_runs_without_offline_files_is_refused_in_one_sentence(tmp_path, capsys):
+    assert workspace(["--runs", str(tmp_path), "--picture", str(tmp_path / "x.png")]) == 2
+    assert "--wandb.mode offline" in capsys.readouterr().err and not (tmp_path / "x.png").exists()
+
+
+def test_the_end_of_a_killed_run_is_left_out(runs):
+    report_evaluation({"mrl": runs["mrl"]}, rows_of("mrl", "MRL", (8,)), {}, "offline")
+    read_back(runs["mrl"])  # waits until the file is complete
+    [path, *_] = runs["mrl"].glob("wandb/offline-run-*/run-*.wandb")
+    whole = list(offline_records(path))
+    path.write_bytes(path.read_bytes()[:-3])
+    assert list(offline_records(path)) == whole[:-1]
 
 
 def test_saving_without_a_login_or_a_package_is_one_sentence(runs, tmp_path, monkeypatch, capsys):
