@@ -21,16 +21,16 @@ FLOORS = [
 ]
 # Lines of Python in each folder (not its subfolders). Raise a number only for a new idea.
 BUDGETS = {
-    ".": 540,
-    "mrl": 2880,
-    "mrl/data": 1785,
-    "mrl/training": 722,
-    "mrl/retrieval": 920,
-    "mrl/studies": 2580,
-    "mrl/figures": 1260,
-    "mrl/interop": 1290,
-    "experiments": 820,
-    "benchmarks": 1285,
+    ".": 520,
+    "mrl": 2830,
+    "mrl/data": 1810,
+    "mrl/training": 725,
+    "mrl/retrieval": 865,
+    "mrl/studies": 2505,
+    "mrl/figures": 1265,
+    "mrl/interop": 1230,
+    "experiments": 830,
+    "benchmarks": 1025,
 }
 FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names}
 AT_USE_ONLY = {
