@@ -102,9 +102,8 @@ def with_sections(document: Path, results: Path) -> str:
 
 
 def summary(rows: Sequence[Row], provenance: dict[str, Any], folder: str) -> str:
-    """Return the part for a README: a figure, top-1 by size, and one line on the runs and the effects."""
+    """Return the part for a README: top-1 by size, and one line on the runs and the effects."""
     dataset = trained_dataset(rows)
-    figure = f"![Accuracy by embedding size: {provenance['title']}]({folder}/accuracy_by_dim_{dataset}.png)"
     names: dict[str, list[str]] = {}
     for effect in measured_effects(rows, dataset):
         readings = sorted({comparison.reading for comparison in effect.comparisons if comparison.reading})
@@ -112,7 +111,7 @@ def summary(rows: Sequence[Row], provenance: dict[str, Any], folder: str) -> str
     verdicts = "; ".join(f"{', '.join(listed)}: {reading}" for reading, listed in names.items())
     line = what_ran(rows, provenance) + (f" Effects, by size: {verdicts}." if verdicts else "")
     table = table_by_size(rows, dataset, "classification", "top_1")
-    return f"{figure}\n\n{table}\n\n{line} [All tables]({folder}/{TABLES})"
+    return f"{table}\n\n{line} [All tables]({folder}/{TABLES})"
 
 
 def all_tables(rows: Sequence[Row], provenance: dict[str, Any]) -> str:
