@@ -238,7 +238,7 @@ def test_more_images_than_memory_holds_are_refused_before_reading(two_classes, m
 @pytest.mark.parametrize(
     ("train", "val", "message"),
     [
-        ("abcdefgh", "hz", "differ: only in train: a, b, c, d, e and 2 more; only in val: z$"),
+        ("abcdefgh", "hz", "differ: only in train: a, b, c, d, e and 2 more; only in val: z; no model"),
         ("a", "a", r"the train split has 1 classes \(a\), but a classifier needs 2 or more"),
     ],
 )

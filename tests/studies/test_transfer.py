@@ -49,6 +49,7 @@ def run_with(dims=(4, 8), tied=False, **images):
     return SimpleNamespace(
         source=SOURCE,
         head=NestedLinear(dims, 5, tied),
+        trained_method="FF" if len(dims) == 1 else "MRL-E" if tied else "MRL",
         dims=dims,
         classes=CLASSES,
         train=embeddings(np.arange(60) % 4, 1),
