@@ -17,7 +17,7 @@ from mrl import embed, engine
 from mrl.config import parse_command_line
 from mrl.data import build_data
 from mrl.data.folder import list_and_hold_out
-from mrl.data.images import default_workers, threads_beside
+from mrl.data.images import default_workers
 from mrl.data.transforms import cut_batch
 from mrl.distributed import Process
 from mrl.errors import UserError
@@ -130,16 +130,10 @@ def test_a_batch_is_cut_to_what_splits_evenly_and_never_below_one_image_each():
     assert [cut_batch(64, n, 1, 1, 1) for n in (64, 20)] == [64, 20]
 
 
-@pytest.mark.parametrize(("cores", "workers"), [(1, 0), (2, 0), (8, 2), (64, 16)])
-def test_decoding_processes_and_threads_together_are_as_many_as_the_cores_of_a_cpu(monkeypatch, cores, workers):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
-    assert default_workers(CPU) == workers and default_workers(torch.device("cuda")) == cores
-    threads = []
-    monkeypatch.setattr(torch, "set_num_threads", threads.append)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: cores)
-    with threads_beside(workers):
-        assert threads[-1] + workers == cores
-    assert threads[-1] == cores
+def test_as_many_processes_decode_as_a_device_leaves_cores_for(monkeypatch):
+    for cores, workers in ((1, 0), (2, 0), (8, 2), (64, 16)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid, cores=cores: set(range(cores)), raising=False)
+        assert default_workers(CPU) == workers and default_workers(torch.device("cuda")) == cores
 
 
 def test_threads_are_fewer_only_while_worker_processes_read(tmp_path, monkeypatch):

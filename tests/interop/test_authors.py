@@ -53,16 +53,12 @@ def networks():
     return made
 
 
-def linear(stem, dim):
-    return {f"fc.{stem}weight": torch.randn(1000, dim) / dim**0.5, f"fc.{stem}bias": torch.randn(1000)}
-
-
 def published(networks, kind, blurpool=True, prefix="module."):
     """A state dict as the authors save it."""
-    if kind == "mrl":
-        head = {k: v for i, dim in enumerate(DIMS) for k, v in linear(f"nesting_classifier_{i}.", dim).items()}
-    else:
-        head = linear("nesting_classifier_0." if kind == "mrl_e" else "", 64 if kind == "ff64" else 2048)
+    dims = {f"nesting_classifier_{i}.": dim for i, dim in enumerate(DIMS)}
+    dims = {"mrl": dims, "mrl_e": {"nesting_classifier_0.": 2048}, "ff64": {"": 64}}.get(kind, {"": 2048})
+    head = {f"fc.{stem}weight": torch.randn(1000, dim) / dim**0.5 for stem, dim in dims.items()}
+    head |= {f"fc.{stem}bias": torch.randn(1000) for stem in dims}
     return {prefix + key: value for key, value in (networks[blurpool].state_dict() | head).items()}
 
 
@@ -135,19 +131,17 @@ def test_a_file_that_may_be_ff_or_mrl_e_needs_a_word_and_wrong_words_are_refused
             load_checkpoint(path, **given)
 
 
-def drop(name):
-    return lambda state: {key: value for key, value in state.items() if key != f"module.{name}"}
-
-
 def change(name, value):
-    return lambda state: state | {f"module.{name}": value}
+    """Return a function that changes an entry of a state dict, or drops it if ``value`` is None."""
+    name = f"module.{name}"
+    return lambda state: {key: each for key, each in (state | {name: value}).items() if each is not None}
 
 
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
-        (drop("layer4.0.conv2.blur_filter"), r"lacks 1 entries.*layer4\.0\.conv2\.blur_filter"),
-        (drop("fc.nesting_classifier_3.bias"), r"lacks 1 entries.*head\.classifiers\.3\.bias"),
+        (change("layer4.0.conv2.blur_filter", None), r"lacks 1 entries.*layer4\.0\.conv2\.blur_filter"),
+        (change("fc.nesting_classifier_3.bias", None), r"lacks 1 entries.*head\.classifiers\.3\.bias"),
         (change("layer1.0.conv2.blur_filter", torch.ones(64, 1, 3, 3)), r"unknown 1 .*layer1\.0\.conv2\.blur_filter"),
         (change("layer2.0.conv2.blur_filter", torch.full((128, 1, 3, 3), 1 / 9)), r"is not \[1,2,1\]x\[1,2,1\]/16"),
         (change("fc.nesting_classifier_0.weight", torch.zeros(10, 8)), r"other shapes for 1 .*classifiers\.0\.weight"),

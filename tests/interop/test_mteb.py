@@ -63,13 +63,6 @@ def test_the_vectors_are_those_of_encode_at_dim_or_the_largest_trained_size(save
         MatryoshkaEncoder(saved_run, 97)
 
 
-@pytest.mark.filterwarnings("ignore")  # of mteb about sentence-transformers
-def test_mteb_takes_our_model_for_one_of_images_and_a_sentence_transformer_for_one_of_text(saved_run, pictures):
-    library = pytest.importorskip("sentence_transformers")
-    from mrl.interop.sentence_transformers import MatryoshkaImages
-
-    trap = library.SentenceTransformer(modules=[MatryoshkaImages(mrl.load(saved_run))], device="cpu")
-    with pytest.raises(ValueError, match=r"supports \['text'\], but none overlap"):
-        mteb.evaluate(trap, find_the_partner(pictures.images, pictures.images), cache=None)
+def test_mteb_refuses_tasks_of_text(saved_run):
     with pytest.raises(ValueError, match=r"local/small supports \['image'\], but none overlap"):
         mteb.evaluate(MatryoshkaEncoder(saved_run), find_the_partner(["a cat"], ["a dog"], TEXTS), cache=None)

@@ -42,7 +42,10 @@ def test_truncated_and_normalized_by_the_library_the_vectors_are_those_of_encode
         assert np.allclose(model.similarity(raw, raw), expected[dim] @ expected[dim].T, atol=1e-5)
 
 
-def test_a_folder_of_fixed_size_gives_unit_vectors(saved_run, expected, pictures, tmp_path):
+def test_a_folder_of_fixed_size_gives_unit_vectors(saved_run, ff_run, expected, pictures, tmp_path):
+    export_sentence_transformer(ff_run, tmp_path / "ff32")  # whose trained size is below the backbone's
+    vectors = load(tmp_path / "ff32").encode(pictures.images, normalize_embeddings=True)
+    assert np.allclose(vectors, expected[32], atol=1e-5)
     export_sentence_transformer(saved_run, tmp_path / "st32", dim=32)
     for settings in ({}, {"truncate_dim": 32}):
         model = load(tmp_path / "st32", **settings)
@@ -50,20 +53,6 @@ def test_a_folder_of_fixed_size_gives_unit_vectors(saved_run, expected, pictures
         assert np.allclose(model.encode(pictures.images), expected[32], atol=1e-5)
     with pytest.raises(UserError, match="97 dims"):
         export_sentence_transformer(saved_run, tmp_path / "st97", dim=97)
-
-
-def test_a_model_that_ends_below_the_width_gives_its_trained_size(ff_run, expected, pictures, tmp_path):
-    export_sentence_transformer(ff_run, tmp_path / "st")
-    vectors = load(tmp_path / "st").encode(pictures.images, normalize_embeddings=True)
-    assert np.allclose(vectors, expected[32], atol=1e-5)
-
-
-def test_the_library_s_own_normalize_before_the_cut_would_be_wrong(folder, pictures):
-    """The reason why the folder holds no Normalize module: the library cuts after it."""
-    from sentence_transformers.sentence_transformer.modules import Normalize
-
-    wrong = library.SentenceTransformer(modules=[load(folder)[0], Normalize()], truncate_dim=8, device="cpu")
-    assert (np.linalg.norm(wrong.encode(pictures.images), axis=1) < 0.9).all()
 
 
 def test_paths_and_dicts_are_images_too_and_text_is_refused(folder, expected, pictures):
