@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -53,7 +54,9 @@ def atomic_write(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
         cause = error if isinstance(error, OSError) else error.__context__  # torch.save wraps it in a RuntimeError
         if not isinstance(cause, OSError):
             raise
-        raise UserError(f"{path} could not be written ({cause}); the file that was there before is kept") from error
+        kept = "the file that was there before is kept"
+        kept += "; free some disk space" * (cause.errno in (errno.ENOSPC, errno.EDQUOT))
+        raise UserError(f"{path} could not be written ({cause}); {kept}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
