@@ -18,6 +18,7 @@ Every fifth class is held out of the training. Its images are scored too, among 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 import sys
 import time
@@ -156,12 +157,12 @@ def compare(
         lr: train(new_towers(), pairs, loss_at(dims[-1:]), lr, **how) for lr in {rates["truncated"], rates["projected"]}
     }
     lr, towers = rates["projected"], plain[rates["projected"]]
-    z, t = towers.vectors(pairs.images, pairs.texts)
+    (z, t), (z_tested, _) = (towers.vectors(each, pairs.texts) for each in (pairs.images, images))
     projected = {}
     for dim in dims:
         maps = Towers(*(nn.Linear(dims[-1], dim, bias=False) for _ in range(2)))
         train(maps, pairs._replace(images=z, texts=t), loss_at((dim,)), lr, **how)
-        projected[dim] = maps.vectors(*towers.vectors(images, pairs.texts))
+        projected[dim] = maps.vectors(z_tested, t)
     nested = train(new_towers(), pairs, loss_at(dims, weights), rates["nested"], **how)
     return {"nested": prefixes(nested), "truncated": prefixes(plain[rates["truncated"]]), "projected": projected}
 
@@ -181,15 +182,15 @@ def score(images: Tensor, texts: Tensor, labels: Tensor, classes: Tensor) -> tup
 
 def load_features(args: argparse.Namespace) -> tuple[dict[str, Tensor], dict[str, Tensor], list[str]]:
     """Return the backbone's embeddings of the center crops ``(N, F)``, labels by split, and class names."""
-    found = images_of_weights(args.backbone, args.weights)
+    backbone = build_backbone(args.backbone, args.weights)
+    data = DataConfig(name="folder", root=args.data, val_share=0.2, **images_of_weights(args.backbone, args.weights))
     if args.px:
-        resize = round(args.px * found["eval_resize_px"] / found["eval_px"])
-        found |= {"train_px": args.px, "eval_px": args.px, "eval_resize_px": resize}
-    model = ModelConfig(backbone=args.backbone, init=args.weights, trainable="head")
-    config = Config(data=DataConfig(name="folder", root=args.data, val_share=0.2, **found), model=model)
+        resize_px = round(args.px * data.eval_resize_px / data.eval_px)
+        data = dataclasses.replace(data, train_px=args.px, eval_px=args.px, eval_resize_px=resize_px)
+    config = Config(data=data, model=ModelConfig(backbone=args.backbone, init=args.weights, trainable="head"))
     process = distributed.Process(0, 1, torch.device("cpu"))
-    images = build_data(config.data, seed=0, device=process.device)
-    network = build_model(build_backbone(args.backbone, args.weights), len(images["train"].classes))
+    images = build_data(data, seed=0, device=process.device)
+    network = build_model(backbone, len(images["train"].classes))
     freeze(network, "head")
     cache = TrunkCache(network, config, args.features, "fp32", process)
     features = {split: torch.tensor(cache.images(split, images[split]).center()) for split in ("train", "val")}
@@ -211,6 +212,8 @@ def run(args: argparse.Namespace) -> None:
     start = time.perf_counter()
     features, labels, classes = load_features(args)
     took = time.perf_counter() - start
+    if len(classes) < 10:
+        raise mrl.UserError(f"--data {args.data} has {len(classes)} classes; needed are 10, to hold out every fifth")
     names, groups = words_of(classes, args.words)
     texts, dims = tokenize(names, groups), tuple(args.dims)
     caption_weights = torch.ones(texts.shape[1])
@@ -256,7 +259,8 @@ def run(args: argparse.Namespace) -> None:
     if groups:
         number = [sum(groups[other] == groups[c] for other in unseen) for c in unseen]
         print(f"knowing the superclass alone: top-1 {100 * np.mean([1 / n for n in number]):.1f} of held-out classes")
-    print(f"{len(args.seeds)} seeds; {(time.perf_counter() - start) / 60:.0f} min in all")
+    minutes, busy = (time.perf_counter() - start) / 60, time.process_time() / 60
+    print(f"{len(args.seeds)} seeds; {minutes:.1f} min in all, {busy:.1f} min of processor time")
 
 
 def main(argv: list[str] | None = None) -> int:

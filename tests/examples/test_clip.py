@@ -1,5 +1,6 @@
 import math
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -118,7 +119,11 @@ def test_every_method_finds_colors_by_name_above_chance(colored, capsys):
                 assert float(small) > lowest
 
 
-def test_a_table_without_a_class_is_one_sentence(colored, tmp_path, capsys):
+def test_what_cannot_be_compared_is_one_sentence(colored, tmp_path, capsys):
     (tmp_path / "words.tsv").write_text("class\tname\tsuperclass\nblack\tblack\tdark\n")
     assert clip.main(argv_of(colored, "--words", str(tmp_path / "words.tsv"))) == 2
     assert "has no line for class 'blue'" in capsys.readouterr().err
+    for color in COLORS[:3]:
+        shutil.copytree(colored / "train" / color, tmp_path / "few" / color)
+    assert clip.main(argv_of(colored, "--data", str(tmp_path / "few"))) == 2
+    assert "has 3 classes; needed are 10" in capsys.readouterr().err
