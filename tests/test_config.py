@@ -215,6 +215,7 @@ def test_the_saved_config_reads_back_equal(tmp_path):
         (["--data.std", "[0.2, 0, 0.2]"], ["data.std is", "numbers above 0, up to 1"]),
         (["--data.root", ""], ["data.root is ''; allowed: the folder that holds train/ and val/"]),
         (["--optim.lr", ".nan"], ["optim.lr is nan; allowed: above 0"]),
+        (["--optim.lr", ".inf"], ["optim.lr is inf; allowed: finite numbers"]),
         (["--optim.weight_decay", ".inf"], ["optim.weight_decay is inf; allowed: finite numbers"]),
         (["--data.crop_ratio", "[0.5, .inf]"], ["data.crop_ratio is (0.5, inf); allowed: finite numbers"]),
         (["--run.name", "a/b"], ["run.name", "'a/b'"]),

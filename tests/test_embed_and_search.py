@@ -213,6 +213,7 @@ def test_search_refuses_vectors_that_do_not_fit(make_saved_run, pictures, vector
         (vectors, ["--run", other], "made by other weights"),
         (vectors, ["--run", tmp_path / "gone"], "does not exist; give its new place with --run"),
         (vectors, ["--image", vectors], "cannot be read as an image"),
+        (vectors, ["--images", tmp_path / "gone"], "give the folder that holds them now: --images DIR"),
         (vectors, ["--map", pictures.paths[0]], "cannot be read as a map"),
         (tmp_path / "v.npy", [], "do not belong together"),
         (tmp_path / "w.npy", [], "cannot be read as vectors"),
