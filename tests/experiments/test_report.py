@@ -107,7 +107,7 @@ def test_the_marked_parts_of_a_document_are_replaced(results, tmp_path):
     with pytest.raises(UserError, match="needs its <!-- end of results -->"):
         write_report(results, [document])
     (results / "main" / "provenance.json").unlink()
-    with pytest.raises(UserError, match="provenance.json"):
+    with pytest.raises(OSError, match=r"provenance\.json"):
         write_report(results, [])
 
 
