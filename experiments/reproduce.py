@@ -340,7 +340,7 @@ def publish(evaluated: Path, runs: Sequence[Run], title: str, out: Path) -> None
 def provenance_of(run: Run) -> dict[str, Any]:
     """Return recipe, settings, hardware, versions, speed and time of a finished run, without paths."""
     starts = json.loads((run.directory / PROVENANCE).read_text(encoding="utf-8"))
-    last = {key: value for key, value in starts[-1].items() if key not in ("command", "start_step")}
+    last = {key: value for key, value in starts[-1].items() if key not in ("command", "folder", "start_step")}
     pairs = zip(run.argv[::2], run.argv[1::2], strict=True)
     settings = [f"{key} {value}" for key, value in pairs if key not in PLACES]
     settings += [f"--model.init {run.entry.init_from}"] if run.entry.init_from else []
