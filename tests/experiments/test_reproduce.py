@@ -275,7 +275,7 @@ def test_a_sweep_writes_accuracy_by_learning_rate_and_the_best_rates(tmp_path, m
 
 
 def test_one_command_trains_evaluates_and_reports(tmp_path, capfd):
-    argv = grid_argv(tmp_path, f"evaluation: [--max_queries, '40']\n{DIGITS}")
+    argv = grid_argv(tmp_path, f"evaluation: [--max_queries, '40', --skip, quantization]\n{DIGITS}")
     assert main(argv) == 0
     out = tmp_path / "runs" / "results" / "digits"
     rows = read_rows(out / "results.jsonl")
