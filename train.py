@@ -245,11 +245,21 @@ def make_model(config: Config, num_classes: int) -> MatryoshkaClassifier:
 
 def describe(config: Config, model: MatryoshkaClassifier, classes: list[str]) -> ModelInfo:
     """Return the content of model.json."""
-    same = ("backbone", "kwargs", "stem_stride", "blurpool", "mean", "std", "exif_rotation", "interpolation")
-    fields: dict[str, Any] = vars(config.model) | vars(config.data)
-    about = {key: fields[key] for key in same} | {"resize_px": fields["eval_resize_px"], "crop_px": fields["eval_px"]}
-    about |= {"nesting_list": model.head.nesting_list, "tied": model.head.tied, "classes": tuple(classes)}
-    return ModelInfo(**about)
+    return ModelInfo(
+        backbone=config.model.backbone,
+        kwargs=config.model.kwargs,
+        stem_stride=config.model.stem_stride,
+        blurpool=config.model.blurpool,
+        nesting_list=model.head.nesting_list,
+        tied=model.head.tied,
+        classes=tuple(classes),
+        resize_px=config.data.eval_resize_px,
+        crop_px=config.data.eval_px,
+        mean=config.data.mean,
+        std=config.data.std,
+        exif_rotation=config.data.exif_rotation,
+        interpolation=config.data.interpolation,
+    )
 
 
 @torch.no_grad()
@@ -260,14 +270,10 @@ def validate(
     model.eval()
     indices = eval_indices(len(images), batch_size, process.rank, process.world_size)
     sums = MetricAccumulator(model.head.nesting_list, process.device)
-    bar: dict[str, Any] = {
-        "show": process.is_main,
-        "desc": "validate",
-        "total": len(indices),
-        "unit": "batch",
-        "leave": False,
-    }
-    for inputs, labels in progress(images.eval_batches(indices), **bar):
+    batches, total = images.eval_batches(indices), len(indices)
+    for inputs, labels in progress(
+        batches, show=process.is_main, desc="validate", total=total, unit="batch", leave=False
+    ):
         with autocast:
             z = model.embed(inputs)
         logits = model.head(z.float())  # in fp32, because many bfloat16 logits are equal

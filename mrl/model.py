@@ -365,15 +365,24 @@ def load(run: str | Path) -> MatryoshkaClassifier:
 class BlurConv2d(nn.Conv2d):
     """Blur the input with a fixed [1,2,1]x[1,2,1]/16, zero-padded, then convolve: FFCV's BlurPool.
 
-    It takes over the parameters of a plain convolution under their names, so plain weights load. timm's
-    ``resnetblur50`` blurs in other places and is another function.
+    Parameters keep the plain convolution's names, so plain weights load. timm's ``resnetblur50`` blurs in other
+    places and is another function.
     """
 
     blur: Tensor
 
     def __init__(self, conv: nn.Conv2d):
-        nn.Module.__init__(self)
-        self.__dict__.update(conv.__dict__)
+        super().__init__(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,  # type: ignore[arg-type]
+            conv.stride,  # type: ignore[arg-type]
+            conv.padding,  # type: ignore[arg-type]
+            conv.dilation,  # type: ignore[arg-type]
+            conv.groups,
+            conv.bias is not None,
+        )
+        self.weight, self.bias = conv.weight, conv.bias
         line = torch.tensor([1.0, 2.0, 1.0]) / 4
         kernel = torch.outer(line, line).expand(conv.in_channels, 1, 3, 3).clone()
         self.register_buffer("blur", kernel, persistent=False)

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import math
 import os
 import platform
 import re
@@ -20,6 +21,7 @@ from typing import IO, Any
 
 import torch
 import yaml
+from tqdm import tqdm
 
 from mrl.errors import UserError
 
@@ -127,8 +129,11 @@ def open_run(directory: Path, config_yaml: str) -> None:
 
 
 @contextlib.contextmanager
-def hold(path: Path, patient: bool = False) -> Iterator[None]:
-    """Keep other processes from working in the folder ``path``; the lock ends with this process."""
+def hold(path: Path, notice: str = "") -> Iterator[None]:
+    """Keep other processes from working in ``path``; the lock ends with this process.
+
+    With a ``notice``, print it if another process has the lock, and wait for as long as that takes.
+    """
     folder, deadline = os.open(path, os.O_RDONLY), time.monotonic() + SECONDS_OF_ORPHANS
     try:
         while True:
@@ -136,7 +141,10 @@ def hold(path: Path, patient: bool = False) -> Iterator[None]:
                 fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError as error:
-                if time.monotonic() > deadline and not patient:
+                if notice and deadline < math.inf:
+                    tqdm.write(notice)
+                    deadline = math.inf
+                if time.monotonic() > deadline:
                     way_out = "wait for its end, or choose another --run.name"
                     raise UserError(f"another process is training in {path}; {way_out}") from error
                 time.sleep(0.2)

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from types import SimpleNamespace
 
@@ -212,3 +213,16 @@ def test_provenance_names_the_commit_and_whether_files_differ_from_it(tmp_path, 
     # A copy that is installed below a checkout is not of that commit.
     monkeypatch.setattr(rundir, "__file__", str(tmp_path / ".venv" / "mrl" / "rundir.py"))
     assert found() == (None, None)
+
+
+def test_a_process_that_waits_for_another_says_so_once_and_goes_on(tmp_path, capsys):
+    def wait():
+        with hold(tmp_path, "waiting for another"):
+            return True
+
+    with ThreadPoolExecutor(1) as pool:
+        with hold(tmp_path):
+            waiting = pool.submit(wait)
+            time.sleep(0.7)
+            assert not waiting.done() and capsys.readouterr().out.count("waiting for another") == 1
+        assert waiting.result(timeout=10)

@@ -222,7 +222,8 @@ class CachedImages:
         lock = directory.with_suffix(".lock")  # runs that start together wait for the one that computes
         cache.directory.mkdir(parents=True, exist_ok=True)
         lock.touch()
-        with hold(lock, patient=True) if process.is_main else contextlib.nullcontext():
+        waits = f"waiting for another run that computes {directory}"
+        with hold(lock, waits) if process.is_main else contextlib.nullcontext():
             batch_size = good_batch_size(process.device)
             found = embed_split(directory, metadata, images, forward, width, process, batch_size, dtype)
         self._outputs[view] = found.vectors
