@@ -34,7 +34,7 @@ demo: $(VENV)/ready ## install, train 15 small models on handwritten digits, eva
 	$(BIN)/python -m experiments.reproduce --grid experiments/grids/digits.yaml --runs runs/digits --jobs 2
 	$(BIN)/python -m mrl.explore --run runs/digits/mrl_seed0
 
-notebooks: $(VENV)/ready ## train two models on handwritten digits, and execute the notebooks on them, in place
+notebooks: $(VENV)/ready ## train two models on handwritten digits, and execute the notebooks on them, into runs/notebooks
 	$(PIP) -r requirements-notebooks.txt
 	for name in digits_mrl digits_ff; do $(BIN)/python train.py --config $$name.yaml --run.resume auto || exit; done
 	$(BIN)/python eval.py --runs runs/digits_mrl runs/digits_ff --out runs/digits_eval

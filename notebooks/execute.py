@@ -1,9 +1,10 @@
 """Execute the notebooks on a run, and keep their outputs in them.
 
-    python notebooks/execute.py                                  # on the demo's runs, in place
-    python notebooks/execute.py --run runs/mine --out mine/      # another run; the notebooks here stay as they are
+    python notebooks/execute.py                         # on two runs on handwritten digits, see make notebooks
+    python notebooks/execute.py --run runs/mine --other_run runs/mine_ff --out mine
 
-Paths of this machine, times and widget states are not kept.
+The notebooks in this folder stay as they are, unless it is the --out. Paths of this machine, times of cells and widget
+states are not kept.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-MAX_PNG = 100_000  # bytes; what needs more is made of photographs
+MAX_COLORS = 16_384  # in a figure; what has more is made of photographs
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 
 
@@ -49,13 +50,12 @@ def shrink(png: str) -> dict[str, str]:
     """Return ``{type: base64}`` of a PNG: one of 256 colors, which looks the same, or of photographs a JPEG."""
     from PIL import Image
 
-    file, photo = io.BytesIO(), io.BytesIO()
-    image = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
+    file, image = io.BytesIO(), Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
+    if image.getcolors(MAX_COLORS) is None:
+        image.save(file, "JPEG", quality=70, optimize=True)
+        return {"image/jpeg": base64.b64encode(file.getvalue()).decode()}
     image.quantize(256, method=Image.Quantize.MAXCOVERAGE).save(file, "PNG", optimize=True)
-    if len(file.getvalue()) <= MAX_PNG:
-        return {"image/png": base64.b64encode(file.getvalue()).decode()}
-    image.save(photo, "JPEG", quality=70, optimize=True)
-    return {"image/jpeg": base64.b64encode(photo.getvalue()).decode()}
+    return {"image/png": base64.b64encode(file.getvalue()).decode()}
 
 
 def main() -> None:
@@ -69,13 +69,18 @@ def main() -> None:
     add("--superclasses", type=Path, help="a table with the columns class, superclass and maybe name")
     add("--pictures", type=Path, help="show images of this folder's train and val, not the run's own")
     add("--credit", help="the source of the pictures, written above them")
-    add("--out", type=Path, help="folder for the executed notebooks; default: in place")
+    add(
+        "--out",
+        type=Path,
+        default=Path("runs/notebooks"),
+        help="folder for the executed notebooks; default: %(default)s",
+    )
     args = vars(parser.parse_args())
     notebooks, out = args.pop("notebooks") or sorted(HERE.glob("*.ipynb")), args.pop("out")
     # The kernels run in the folder of the notebooks, so paths must be absolute.
     texts = {key: str(value.resolve() if isinstance(value, Path) else value) for key, value in args.items() if value}
     for notebook in notebooks:
-        target = out / notebook.name if out else notebook
+        target = out / notebook.name
         execute(notebook, target, {f"MRL_{key.upper()}": text for key, text in texts.items()})
         print(f"{target}: {target.stat().st_size / 1000:.0f} kB")
 

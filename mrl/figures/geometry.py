@@ -163,22 +163,22 @@ def confusions(
 
 @rc_context(style.RC)
 def sizes_each_class_needs(counts: np.ndarray, dims: Sequence[int], names: Sequence[str], title: str) -> Figure:
-    """Draw the size that each class needs, largest first; of more than 20 classes, those that need most.
+    """Draw the size that each class needs, largest first; of more than 20 classes, the 10 at each end.
 
     Of equal ones, those that gain most images from the smallest to the largest size come first. ``counts``
     ``(G, C, C)`` are numbers of images by class and predicted class.
     """
     needed, images = sizes_needed(counts, dims), counts[0].sum(axis=1)
     gains = np.diagonal(counts[-1]) - np.diagonal(counts[0])
-    order = np.lexsort((-gains, -needed))[:MAX_NAMED]
-    order = order[needed[order] > 0]
+    order = np.lexsort((-gains, -needed))[: (needed > 0).sum()]
+    if (number := len(order)) > MAX_NAMED:
+        order = np.concatenate([order[: MAX_NAMED // 2], order[-MAX_NAMED // 2 :]])
+        title += f"; of {number} classes the {MAX_NAMED // 2} that need most and the {MAX_NAMED // 2} that need least"
     figure, [axes] = style.panels(1, 1, (6.0, 0.24 * len(order) + 1.4))
     axes.barh([names[c] for c in order], np.searchsorted(dims, needed[order]) + 1, color=style.BLUE, height=0.7)
     axes.invert_yaxis()
     axes.set_xticks(range(1, len(dims) + 1), list(map(str, dims)))
     axes.set(xlabel="size from which on a class is as accurate as at full width (dims)", ylabel="class")
     axes.grid(False, axis="y")
-    number, few = int((needed > 0).sum()), int(images[images > 0].min())
-    if len(order) < number:
-        title += f"; the {len(order)} of {number} classes that need most"
+    few = int(images[images > 0].min())
     return style.finish(figure, f"{title}; an image is up to {100 / few:.1f} points of its class", [])

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 MAX_PX = 224  # of a photograph in a figure
 MAX_QUERIES = 500
 NUM_NEIGHBORS = 8
+MAX_INCHES, MAX_WIDTH = 1.7, 10.4  # of an image, of a figure
 
 
 def neighbor_grid(
@@ -108,7 +109,8 @@ def pictures_of(run: OpenedRun, device: torch.device) -> dict[str, Figure]:
 
 
 def _panels(lines: int, columns: int) -> tuple[Figure, np.ndarray]:
-    figure = Figure(figsize=(1.15 * columns + 0.4, 1.35 * lines), layout="constrained")
+    side = min(MAX_INCHES, MAX_WIDTH / columns)
+    figure = Figure(figsize=(side * columns + 0.4, 1.18 * side * lines), layout="constrained")
     grid = figure.subplots(lines, columns, squeeze=False)
     for axes in grid.flat:
         axes.set(xticks=[], yticks=[], facecolor="none")

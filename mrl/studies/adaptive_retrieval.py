@@ -121,6 +121,21 @@ def adaptive_retrieval(
     return rows
 
 
+def describe_retrieval(rows: Sequence[Row], metric: str = f"map@{K}", tolerance: float = 0.01) -> str:
+    """Return the smallest size whose shortlist, reranked at full width, is within a point of a search at full width."""
+    found = [row for row in rows if row.study == STUDY and row.metric == metric]
+    length = max(found, key=lambda row: row.shortlist_dim or 0).shortlist_size  # the ablation has others
+    of_search = {(row.shortlist_dim, row.rerank_dim): row.value for row in found if row.shortlist_size == length}
+    width = max(dim for dim, _ in of_search)
+    full, least = of_search[width, width], min(dim for dim, _ in of_search)
+    enough = min(dim for dim, last in of_search if last == width and of_search[dim, last] >= full - tolerance)
+    return (
+        f"{metric} of a search at full width, {width} dims: {full:.1%}; at {least} dims {of_search[least, least]:.1%}, "
+        f"and {of_search[least, width]:.1%} if its best {length} are reranked at full width. After such a reranking, "
+        f"{enough} dims are the smallest searched size within {100 * tolerance:g} point of full width."
+    )
+
+
 def _search(plan: tuple[str, int, Stages]) -> tuple[int, int]:
     """Return dim and length of the search that a plan starts with."""
     return plan[1], plan[2][0][1]

@@ -142,6 +142,30 @@ def maps(vectors: np.ndarray, dims: Sequence[int], seed: int = 0) -> dict[int, n
     return {dim: tsne.fit_transform(unit_prefix(z, dim).numpy()) for dim in dims}
 
 
+def describe_maps(maps: Mapping[int, np.ndarray], labels: np.ndarray, k: int = 5) -> str:
+    """Return how often the ``k`` nearest points on a map have a point's color, the labels ``(N,)``, as a sentence."""
+    from sklearn.neighbors import NearestNeighbors
+
+    found = {dim: NearestNeighbors(n_neighbors=k).fit(places).kneighbors() for dim, places in maps.items()}
+    right = {dim: (labels[indices] == labels[:, None]).mean() for dim, (_, indices) in found.items()}
+    shares = ", ".join(f"{share:.0%} at {dim}" for dim, share in right.items())
+    chance = (np.bincount(labels) * (np.bincount(labels) - 1)).sum() / (len(labels) * (len(labels) - 1))
+    return f"Of the {k} nearest points on the map, of a point's own color: {shares} dims; by chance {chance:.0%}."
+
+
+def describe_cosines(cosines: Mapping[int, tuple[np.ndarray, np.ndarray]]) -> str:
+    """Return how often a pair of one class has a higher cosine than a random pair, the area under the ROC curve."""
+    from sklearn.metrics import roc_auc_score
+
+    areas = {
+        dim: roc_auc_score(np.repeat([1, 0], [len(positive), len(random)]), np.concatenate([positive, random]))
+        for dim, (positive, random) in cosines.items()
+        if len(positive)
+    }
+    shares = ", ".join(f"{area:.1%} at {dim}" for dim, area in areas.items())
+    return f"A pair of one class has a higher cosine than a random pair in {shares} dims; by chance 50%."
+
+
 def shown_sizes(dims: Sequence[int]) -> list[int]:
     """Return up to four of ``dims`` for a figure: the smallest, every second one after it, and the largest.
 
@@ -159,6 +183,18 @@ def describe_neighbors(found: Mapping[int, Neighbors], query_labels: np.ndarray,
     return f"Of the {number} nearest neighbors of {len(query_labels):,} queries, of the query's class: {shares} dims."
 
 
+def typical_queries(
+    found: Mapping[int, Neighbors], query_labels: np.ndarray, database_labels: np.ndarray, num_queries: int
+) -> np.ndarray:
+    """Return the indices ``(num_queries,)`` of the queries closest to the average of all.
+
+    Those are the ones whose numbers of right neighbors at the sizes differ least, in squares, from the mean numbers.
+    Other arguments, and one query of each class, as in `telling_queries`.
+    """
+    right = np.stack([(database_labels[rows] == query_labels[:, None]).sum(axis=1) for rows, _ in found.values()])
+    return _one_of_each_class(((right - right.mean(axis=1, keepdims=True)) ** 2).sum(axis=0), query_labels, num_queries)
+
+
 def telling_queries(
     found: Mapping[int, Neighbors], query_labels: np.ndarray, database_labels: np.ndarray, num_queries: int
 ) -> np.ndarray:
@@ -168,19 +204,36 @@ def telling_queries(
     of `mrl.exact_search`. Made for display: the choice is not representative.
     """
     right = {dim: (database_labels[rows] == query_labels[:, None]).sum(axis=1) for dim, (rows, _) in found.items()}
-    order = np.argsort(right[min(right)] - right[max(right)], kind="stable")
+    return _one_of_each_class(right[min(right)] - right[max(right)], query_labels, num_queries)
+
+
+def _one_of_each_class(losses: np.ndarray, query_labels: np.ndarray, num_queries: int) -> np.ndarray:
+    order = np.argsort(losses, kind="stable")
     _, firsts = np.unique(query_labels[order], return_index=True)
     others = np.setdiff1d(np.arange(len(order)), firsts)
     return order[np.concatenate([np.sort(firsts), others])[:num_queries]]
 
 
-def undecided_images(predictions: np.ndarray, labels: np.ndarray, num_images: int) -> np.ndarray:
-    """Return the indices ``(num_images,)`` of the images whose predicted class changes most often and ends up right.
+def revised_images(classes: np.ndarray, confidence: np.ndarray, num_images: int) -> np.ndarray:
+    """Return the indices ``(num_images,)`` of images that the largest size takes for another class than the smallest.
 
-    ``predictions`` are classes ``(G, N)`` int64, smallest size first.
+    The images of which the largest size is most confident come first, one of each class that it predicts while there
+    are classes left. ``classes`` and ``confidence`` ``(G, N)`` are those of `predict`.
     """
-    changes = (np.diff(predictions, axis=0) != 0).sum(axis=0)
-    return np.lexsort((-changes, predictions[-1] != labels))[:num_images]
+    losses = np.where(classes[0] != classes[-1], -confidence[-1], 1)
+    return _one_of_each_class(losses, classes[-1], num_images)
+
+
+def describe_heat(heat: np.ndarray, dims: Sequence[int]) -> str:
+    """Return how the maps ``(G, B, H, W)`` of `grad_cams` at each size correlate with those at the largest.
+
+    A map without evidence, which is constant, counts as a correlation of 0.
+    """
+    z = heat - heat.mean(axis=(2, 3), keepdims=True)
+    z = z / np.linalg.norm(z, axis=(2, 3), keepdims=True).clip(min=1e-9)
+    means = (z * z[-1]).sum(axis=(2, 3)).mean(axis=1)
+    found = ", ".join(f"{mean:.2f} at {dim}" for mean, dim in zip(means[:-1], dims, strict=False))
+    return f"Mean correlation of these maps with those at {dims[-1]} dims: {found} dims."
 
 
 def grad_cams(

@@ -302,7 +302,9 @@ def describe_knowledge(rows: Sequence[Row]) -> str:
     """Return the rows of `knowledge` as a table, and a sentence on whether errors stay in their group.
 
     They do if, at the sizes with 30 errors or more, they stay more often than in random groups by two standard errors.
+    A second sentence then compares the smallest and the largest trained size, those of the rows of `classification`.
     """
+    trained = [row.dim for row in rows if row.study == "classification" and row.dim is not None]
     study = [row for row in rows if row.study == "prefix_knowledge"]
     found, n = pd.DataFrame(map(vars, study)).pivot_table("value", "dim", "metric"), study[0].n
     wrong = 1 - found["top_1"]
@@ -316,6 +318,15 @@ def describe_knowledge(rows: Sequence[Row]) -> str:
     elif above.any():
         dims = ", ".join(map(str, found.index[above]))
         verdict = f"Errors stay in their group more often than in random groups at {dims} dims."
+        first, last = min(trained, default=found.index[0]), max(trained, default=found.index[-1])
+        if first < last and enough[first] and enough[last]:
+            kept, change = found.loc[first] / found.loc[last], inside[first] - inside[last]
+            error = 2 * (inside * (1 - inside) / (n * wrong))[[first, last]].sum() ** 0.5
+            more = "no more often" if abs(change) <= error else "more often" if change > 0 else "less often"
+            verdict += (
+                f"\nWith {first} dims the class is right {kept['top_1']:.0%} as often as with {last}, the group "
+                f"{kept['superclass_top_1']:.0%} as often. Errors stay in their group {more} than at {last} dims."
+            )
     else:
         verdict = "Errors stay in their group no more often than in random groups: these groups are not learned first."
     shares = {"class right": found["top_1"], "group right": found["superclass_top_1"]}
@@ -330,14 +341,50 @@ def confusion_counts(predictions: np.ndarray, labels: np.ndarray, num_classes: i
     return np.stack(counts).reshape(-1, num_classes, num_classes)
 
 
-def sizes_needed(confusions: np.ndarray, dims: Sequence[int], tolerance: float = 0.01) -> np.ndarray:
+def describe_confusions(
+    confusions: np.ndarray, dims: Sequence[int], names: Sequence[str], groups: Hierarchy, num_shown: int = 10
+) -> str:
+    """Return the most frequent confusions at the smallest size, and how many there are at the largest, as a table.
+
+    ``confusions`` is ``(G, C, C)`` of `confusion_counts`; of equal numbers, the first pair comes first.
+    """
+    wrong = np.where(np.eye(len(names), dtype=bool), 0, confusions)
+    order = [divmod(int(i), len(names)) for i in np.argsort(-wrong[0], axis=None, kind="stable")[:num_shown]]
+    pairs = [pair for pair in order if wrong[0][pair]]
+    if not pairs:
+        return f"Nothing is confused at {dims[0]} dims."
+    of = groups.superclass_of
+    inside = [bool(of[a] == of[b] != OUTSIDE) for a, b in pairs]
+    columns = {"class": [names[a] for a, _ in pairs], "taken for": [names[b] for _, b in pairs]}
+    columns |= {f"at {dims[g]}": [int(wrong[g][pair]) for pair in pairs] for g in (0, -1)}
+    columns["group"] = ["the same" if same else "another" for same in inside]
+    share = (of[:, None] == of)[~np.eye(len(of), dtype=bool)].mean()
+    return (
+        f"{pd.DataFrame(columns).to_string(index=False)}\n\nOf the {len(pairs)} most frequent confusions at {dims[0]} "
+        f"dims, {sum(inside)} are between classes of one group; of all pairs of classes, {share:.0%} are."
+    )
+
+
+def describe_needs(confusions: np.ndarray, dims: Sequence[int], names: Sequence[str]) -> str:
+    """Return how many classes need each size by `sizes_needed`, and which classes the smallest size never predicts."""
+    needed = sizes_needed(confusions, dims)
+    counts = ", ".join(f"{(needed == dim).sum()} need {dim}" for dim in dims)
+    unseen = [name for name, number in zip(names, confusions[0].sum(axis=0), strict=True) if not number]
+    never = f"never predicts {len(unseen)} of them: {', '.join(unseen[:NUM_NAMES])}"
+    never += ", ..." if len(unseen) > NUM_NAMES else "."
+    some = never if unseen else "predicts each of them for some image."
+    return f"Of {(needed > 0).sum()} classes, {counts} dims.\nThe smallest size, {dims[0]} dims, {some}"
+
+
+def sizes_needed(confusions: np.ndarray, dims: Sequence[int]) -> np.ndarray:
     """Return the smallest size ``(C,)`` from which on a class is as accurate as at the largest; 0 without images.
 
-    ``confusions`` is ``(G, C, C)`` of `confusion_counts`. Accuracies within ``tolerance``, 0 to 1, or within one image
-    of the class count as equal.
+    ``confusions`` is ``(G, C, C)`` of `confusion_counts`. Accuracies within a standard error of the one at the largest
+    size, or within one image of the class, count as equal.
     """
     totals = confusions[0].sum(axis=1)
     correct = np.diagonal(confusions, axis1=1, axis2=2)
-    enough = correct >= correct[-1] - np.maximum(tolerance * totals, 1) - 1e-9
+    errors = (correct[-1] * (1 - correct[-1] / totals.clip(min=1))) ** 0.5  # binomial, in images
+    enough = correct >= correct[-1] - errors.clip(min=1) - 1e-9
     stays = np.logical_and.accumulate(enough[::-1], axis=0)[::-1]
     return np.where(totals > 0, np.asarray(dims)[stays.argmax(axis=0)], 0)

@@ -110,10 +110,16 @@ class OpenedRun:
         return (self.images(split, indices) * std + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy()
 
     def __str__(self) -> str:
+        train, val, number = len(self.train.labels), len(self.val.labels), len(self.image_classes or self.classes)
+        trained_on, images = self.source.dataset, f"{train:,} training and {val:,} validation images"
+        if self.image_classes:
+            trained_on = dataset_name(self.config, len(self.classes))
+            images = (
+                f"shown are {train:,} images of {self.source.dataset}/train and {val:,} of {self.source.dataset}/val,"
+            )
         return (
-            f"{self.source.run}: {self.method} of {self.config.model.backbone} on {self.source.dataset}, "
-            f"sizes {', '.join(map(str, self.dims))}; {len(self.train.labels):,} training and "
-            f"{len(self.val.labels):,} validation images of {len(self.image_classes or self.classes):,} classes"
+            f"{self.source.run}: {self.method} of {self.config.model.backbone} on {trained_on}, "
+            f"sizes {', '.join(map(str, self.dims))}; {images} of {number:,} classes"
         )
 
 

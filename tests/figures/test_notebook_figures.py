@@ -76,7 +76,8 @@ def test_the_class_that_needs_most_stands_first_and_one_without_images_nowhere()
     assert [bar.get_width() for bar in axes.patches] == [3, 1] and axes.yaxis_inverted()
     assert figure.get_suptitle() == "digits; an image is up to 25.0 points of its class"
     many = sizes_each_class_needs(np.eye(30, dtype=np.int64)[None], [8], [f"c{i}" for i in range(30)], "digits")
-    assert "the 20 of 30 classes that need most" in many.get_suptitle().replace("\n", " ")
+    assert "of 30 classes the 10 that need most and the 10 that need least" in many.get_suptitle().replace("\n", " ")
+    assert len(many.axes[0].patches) == 20
 
 
 def frame(axes):

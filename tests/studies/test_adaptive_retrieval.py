@@ -1,10 +1,12 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from mrl.results import Source
 from mrl.retrieval.metrics import hits, num_relevant, retrieval_metrics
 from mrl.retrieval.rerank import funnel_search
-from mrl.studies.adaptive_retrieval import ablation, adaptive_retrieval, funnels, pairs
+from mrl.studies.adaptive_retrieval import ablation, adaptive_retrieval, describe_retrieval, funnels, pairs
 
 SOURCE = Source("digits", "some_run", 3, 32, 28, False)
 PAPER = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)
@@ -89,3 +91,15 @@ def test_any_nesting_list_gives_funnels_that_widen_and_shorten(nesting_list, dat
 def test_a_database_of_fewer_than_ten_images_has_top_1_alone():
     rows = adaptive_retrieval(*make_sets(database_size=7), DIMS, SOURCE, "MRL")
     assert {(row.study, row.metric, row.shortlist_size) for row in rows} == {("adaptive_retrieval", "top_1", 7)}
+
+
+def test_the_sentence_is_of_single_searches_and_of_one_reranking(rows):
+    values = {(4, 4): 0.2, (4, 32): 0.5, (8, 32): 0.63, (16, 32): 0.7, (32, 32): 0.64}
+    told = [row for row in rows if row.metric == "map@10" and (row.shortlist_dim, row.rerank_dim) in values]
+    told = [
+        replace(row, value=values[row.shortlist_dim, row.rerank_dim] if row.shortlist_size == 200 else 0.01)
+        for row in told
+    ]
+    said = describe_retrieval(told)
+    assert "full width, 32 dims: 64.0%; at 4 dims 20.0%, and 50.0% if its best 200" in said
+    assert "8 dims are the smallest searched size within 1 point" in said

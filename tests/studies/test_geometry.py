@@ -12,15 +12,19 @@ from mrl.studies.geometry import (
     Blocks,
     blocks,
     describe_blocks,
+    describe_cosines,
+    describe_heat,
+    describe_maps,
     describe_neighbors,
     effective_rank,
     grad_cams,
     maps,
     positive_pairs,
+    revised_images,
     shown_sizes,
     similarity,
     telling_queries,
-    undecided_images,
+    typical_queries,
 )
 
 SOURCE = Source("digits", "some_run", 3, 32, 28, False)
@@ -128,10 +132,32 @@ def test_queries_that_gain_most_come_first_one_of_each_class():
     assert telling_queries(found, labels, database_labels, 4).tolist() == [0, 2, 3, 1]
 
 
-def test_undecided_images_change_most_and_end_up_right():
-    labels = np.array([0, 0, 0, 0])
-    predictions = np.array([[0, 1, 1, 2], [0, 0, 2, 1], [0, 0, 0, 2]])
-    assert undecided_images(predictions, labels, 4).tolist() == [2, 1, 0, 3]
+def test_typical_queries_are_close_to_the_mean_numbers_of_right_neighbors():
+    found = {
+        8: (np.array([[0, 0], [0, 1], [1, 1], [0, 0]]), None),
+        32: (np.array([[0, 0], [0, 0], [0, 1], [0, 0]]), None),
+    }
+    labels = np.array([0, 0, 0, 1])
+    # Right neighbors, small and full: 2 2, 1 2, 0 1, 0 0; the means are 0.75 and 1.25.
+    assert typical_queries(found, labels, np.array([0, 1]), 4).tolist() == [1, 3, 2, 0]
+
+
+def test_revised_images_change_and_are_those_of_most_confidence_one_of_each_class():
+    classes = np.array([[0, 1, 1, 2, 0], [0, 0, 0, 1, 1]])
+    confidence = np.array([[0.1] * 5, [0.99, 0.5, 0.9, 0.7, 0.6]])
+    assert revised_images(classes, confidence, 3).tolist() == [2, 3, 4]
+    assert revised_images(classes, confidence, 9).tolist() == [2, 3, 4, 1, 0]
+
+
+def test_sentences_on_maps_cosines_and_heat_have_their_numbers():
+    places = {8: np.array([[0.0, 0], [0, 1], [9, 0], [9, 1]]), 32: np.array([[0.0, 0], [9, 0], [0, 1], [9, 1]])}
+    said = describe_maps(places, np.array([0, 0, 1, 1]), k=1)
+    assert "1 nearest points" in said and "100% at 8, 0% at 32 dims; by chance 33%" in said
+    said = describe_cosines({8: (np.array([0.9, 0.3]), np.array([0.5, 0.1])), 32: (np.array([0.9]), np.array([0.1]))})
+    assert "75.0% at 8, 100.0% at 32 dims" in said
+    steps = np.arange(9.0).reshape(3, 3)
+    heat = np.stack([[np.zeros((3, 3)), 8 - steps], [steps, steps], [2 * steps, steps]])
+    assert "those at 32 dims: -0.50 at 8, 1.00 at 16 dims." in describe_heat(heat, [8, 16, 32])
 
 
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}

@@ -14,7 +14,9 @@ from mrl.studies.hierarchy import (
     colors_of_images,
     confusion_counts,
     default_superclasses,
+    describe_confusions,
     describe_knowledge,
+    describe_needs,
     group_classes,
     hierarchy,
     knowledge,
@@ -221,6 +223,20 @@ def test_what_groups_show_is_said_from_the_numbers(inside, n, verdict):
     assert text.splitlines()[2].split("%")[2].strip() == f"{100 * inside:.1f}"
 
 
+@pytest.mark.parametrize(("inside", "more"), [(0.8, "more often"), (0.5, "no more often"), (0.2, "less often")])
+def test_small_and_full_prefix_are_compared(inside, more):
+    shares = {2: (0.4, inside), 8: (0.8, 0.5)}  # {dim: (class right, errors in their group)}
+    rows = [SOURCE.row("classification", "MRL", "top_1", 0.9, 1000, dim=dim) for dim in shares]
+    for dim, (right, share) in shares.items():
+        of_groups = [right + (1 - right) * part for part in (share, 0.1)]
+        metrics = ("top_1", "superclass_top_1", "shuffled_superclass_top_1")
+        values = zip(metrics, (right, *of_groups), strict=True)
+        rows += [SOURCE.row("prefix_knowledge", "MRL", metric, value, 1000, dim=dim) for metric, value in values]
+    text = describe_knowledge(rows)
+    assert "With 2 dims the class is right 50% as often as with 8" in text
+    assert f"Errors stay in their group {more} than at 8 dims." in text
+
+
 def test_knowledge_of_classes_groups_and_random_groups():
     groups = Hierarchy(np.array([0, 0, 1, 1]), ("ab", "cd"))
     labels = np.array([0, 1, 2, 3])
@@ -242,6 +258,27 @@ def test_confusions_are_counted_and_needed_sizes_hand_worked():
     # Class 0 gets better up to 32, but 16 is within one of its two images; class 3 has no image.
     assert sizes_needed(counts, [8, 16, 32]).tolist() == [16, 8, 8, 0]
     assert sizes_needed(10 * counts, [8, 16, 32]).tolist() == [32, 8, 8, 0]
-    # A dip on the way does not count as reached; half a class is a tolerance of 0.5.
+    # A dip on the way does not count as reached.
     assert sizes_needed(10 * counts[[2, 0, 2]], [8, 16, 32])[0] == 32
-    assert sizes_needed(10 * counts, [8, 16, 32], tolerance=0.5)[0] == 16
+    # 80 of 100 right have a standard error of 4 images.
+    right = np.array([75, 76, 80])
+    of_100 = np.stack([np.stack([right, 100 - right], axis=1), np.zeros((3, 2), dtype=int)], axis=1)
+    assert sizes_needed(of_100, [8, 16, 32]).tolist() == [16, 0]
+    needs = describe_needs(counts, [8, 16, 32], list("abcd"))
+    assert "Of 3 classes, 2 need 8, 1 need 16, 0 need 32 dims." in needs and "never predicts 2 of them: a, d." in needs
+
+
+def test_frequent_confusions_are_listed_with_their_groups():
+    counts = np.zeros((2, 4, 4), dtype=np.int64)
+    counts[0] = [[9, 5, 0, 0], [0, 9, 3, 0], [0, 0, 9, 0], [0, 0, 4, 9]]
+    counts[1, 0, 1] = 2
+    groups = Hierarchy(np.array([0, 0, -1, -1]), ("ab",))
+    text = describe_confusions(counts, [8, 32], list("abcd"), groups)
+    rows = [line.split() for line in text.splitlines()[1:4]]
+    assert rows == [
+        ["a", "b", "5", "2", "the", "same"],
+        ["d", "c", "4", "0", "another"],
+        ["b", "c", "3", "0", "another"],
+    ]
+    assert "Of the 3 most frequent confusions at 8 dims, 1 are between classes of one group" in text
+    assert describe_confusions(counts[::-1] * 0, [8, 32], list("abcd"), groups) == "Nothing is confused at 8 dims."
