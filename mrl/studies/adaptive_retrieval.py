@@ -125,7 +125,11 @@ def describe_retrieval(rows: Sequence[Row], metric: str = f"map@{K}", tolerance:
     """Return the smallest size whose shortlist, reranked at full width, is within a point of a search at full width."""
     found = [row for row in rows if row.study == STUDY and row.metric == metric]
     length = max(found, key=lambda row: row.shortlist_dim or 0).shortlist_size  # the ablation has others
-    of_search = {(row.shortlist_dim, row.rerank_dim): row.value for row in found if row.shortlist_size == length}
+    of_search = {
+        (int(row.shortlist_dim or 0), int(row.rerank_dim or 0)): row.value
+        for row in found
+        if row.shortlist_size == length
+    }
     width = max(dim for dim, _ in of_search)
     full, least = of_search[width, width], min(dim for dim, _ in of_search)
     enough = min(dim for dim, last in of_search if last == width and of_search[dim, last] >= full - tolerance)

@@ -355,7 +355,10 @@ def describe_confusions(
         return f"Nothing is confused at {dims[0]} dims."
     of = groups.superclass_of
     inside = [bool(of[a] == of[b] != OUTSIDE) for a, b in pairs]
-    columns = {"class": [names[a] for a, _ in pairs], "taken for": [names[b] for _, b in pairs]}
+    columns: dict[str, Sequence[object]] = {
+        "class": [names[a] for a, _ in pairs],
+        "taken for": [names[b] for _, b in pairs],
+    }
     columns |= {f"at {dims[g]}": [int(wrong[g][pair]) for pair in pairs] for g in (0, -1)}
     columns["group"] = ["the same" if same else "another" for same in inside]
     share = (of[:, None] == of)[~np.eye(len(of), dtype=bool)].mean()
