@@ -26,7 +26,7 @@ BUDGETS = {
     "mrl/data": 1810,
     "mrl/training": 725,
     "mrl/retrieval": 865,
-    "mrl/studies": 2605,
+    "mrl/studies": 2610,
     "mrl/figures": 1265,
     "mrl/interop": 1230,
     "experiments": 830,
