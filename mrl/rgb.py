@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF
+BITS_PER_SAMPLE, PHOTOMETRIC, ORIENTATION, SAMPLE_FORMAT = 258, 262, 274, 339  # tags of TIFF
 WHITE_IS_ZERO, UNSIGNED, SIGNED = 0, 1, 2
 NO_WHITE = "its pixels are signed integers, of which none is defined as white; save it with 8 or 16 bits, unsigned"
 
@@ -24,6 +24,11 @@ def to_rgb(image: Image.Image, exif_rotation: str = "apply") -> Image.Image:
     if tags.get(SAMPLE_FORMAT, (UNSIGNED,))[0] == SIGNED:
         raise ValueError(NO_WHITE)
     if exif_rotation == "apply":
+        image = ImageOps.exif_transpose(image)
+    elif kind == "TIFF":  # Pillow turns those when it loads them: turn them back
+        orientation = image.getexif().get(ORIENTATION, 1)
+        image = image.copy()
+        image.getexif()[ORIENTATION] = {6: 8, 8: 6}.get(orientation, orientation)
         image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "F") or image.mode.startswith("I;"):
         return Image.fromarray(_eight_bits(image, kind, tags)).convert("RGB")

@@ -7,6 +7,7 @@ import contextlib
 import functools
 import hashlib
 import io
+import itertools
 import multiprocessing
 import os
 import re
@@ -46,6 +47,7 @@ except (ImportError, OSError, RuntimeError) as error:  # e.g. its CUDA build bes
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif", ".avif")
 JPEG_START = b"\xff\xd8\xff"
 MAX_SHOWN = 5
+MAX_LOOKED_INTO = 1000  # folders, for a hint
 # Folders that NAS boxes, desktops, archivers and editors leave among images, in lower case; so are all hidden ones.
 TOOL_FOLDERS = re.compile(
     r"\..*|@eadir|@tmp|@recycle|@recently-snapshot|@sharebin|@__thumb|#recycle|#snapshot|~snapshot|__macosx|lost\+found"
@@ -100,14 +102,14 @@ def list_classes(top: Path, split: str, show_progress: bool, missing_classes: st
         if (other := folder_of.setdefault(unicode_name(folder), folder)) != folder:
             both = f"{other!a} and {folder!a}"
             raise UserError(f"{top} has two folders for one class, written in two ways: {both}; join them")
-    inside: set[frozenset[str]] = set()
+    inside: list[set[str]] = []  # of each class, the folders that hold its images; "" is its own
     for name, folder in progress(sorted(folder_of.items()), show=show_progress, desc=f"list {split}", unit="class"):
         images = find_images(top / folder, left_out)
         if images:
             found.paths += [f"{top}/{folder}/{image}" for image in images]
             labels += [len(found.classes)] * len(images)
             found.classes.append(name)
-            inside.add(frozenset(image.rpartition("/")[0] for image in images))
+            inside.append({image.rpartition("/")[0].partition("/")[0] for image in images})
         elif missing_classes == "allow":
             left_out[EMPTY, name] += 1
         else:
@@ -122,10 +124,11 @@ def list_classes(top: Path, split: str, show_progress: bool, missing_classes: st
             f"{top} has {beside:,} images beside its class folders and only {len(labels):,} in them; only those in "
             f"{top}/<class>/ are used, so move the others there"
         )
-    if len(inside) == 1 < len(found.classes) and len(same := sorted(*inside)) > 1 and "" not in same and show_progress:
+    deeper = set().union(*inside)
+    if show_progress and "" not in deeper and sum(map(len, inside)) > len(inside):
         warn_once(
-            f"each class folder of {top} ({shown(found.classes)}) holds the same folders, {shown(same)}, and no images "
-            "of its own; if those are the classes, they must be the folders of the first level"
+            f"the class folders of {top}, {shown(found.classes)}, hold no images of their own, only folders, "
+            f"{shown(sorted(deeper))}; if those are the classes, they must be the folders of the first level"
         )
     found.labels = torch.tensor(labels, dtype=torch.int64)
     return found
@@ -200,13 +203,22 @@ def split_folder(root: str | Path, split: str) -> Path:
     if not Path(root).is_dir():
         raise UserError(f"data.root is {str(root)!r}, which is not a folder; allowed: a folder that holds {split}/")
     if not folder.is_dir():
-        found = [path.parent for depth in ("*", "*/*") for path in sorted(Path(root).glob(f"{depth}/{split}"))]
-        deeper = [path for path in found if not any(map(is_of_a_tool, path.relative_to(root).parts))]
         hint = "without val/, --data.name folder --data.val_share 0.1 holds out a share of the images for validation"
-        if deeper:
-            hint = f"if you mean the one in {deeper[0]}, give --data.root {deeper[0]}"
+        if deeper := _nearest_with(split, str(root)):
+            hint = f"if you mean the one in {deeper}, give --data.root {deeper}"
         raise UserError(f"{folder} is missing; {root} holds {shown(sorted(os.listdir(root)))}; {hint}")
     return folder
+
+
+def _nearest_with(name: str, top: str) -> str | None:
+    """Return the folder below ``top`` that holds a folder ``name``, nearest to it; not in a large tree."""
+    folders = [top]
+    for folder in itertools.islice(folders, MAX_LOOKED_INTO):  # which grows, level by level
+        _, below, _ = next(os.walk(folder), ("", [], []))  # nothing if it cannot be listed
+        if name in below and folder != top:
+            return folder
+        folders += [os.path.join(folder, each) for each in sorted(below) if not is_of_a_tool(each)]
+    return None
 
 
 def find_images(folder: str | Path, left_out: LeftOut, show_progress: bool = False) -> list[str]:
