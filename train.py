@@ -73,8 +73,11 @@ def train(config: Config, process: Process) -> int:
     torch.manual_seed(seed)
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
-    model = make_model(config, len(classes)).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    head_kept = Path(config.model.init).is_dir() and keep_head(model, Path(config.model.init), classes)
+    start = config
+    if resumed is not None and not config.train.cache_views:  # the checkpoint holds all weights, cached layers aside
+        start = dataclasses.replace(config, model=dataclasses.replace(config.model, init="scratch"))
+    model = make_model(start, len(classes)).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    head_kept = Path(start.model.init).is_dir() and keep_head(model, Path(start.model.init), classes)
     check_fit(model, config, micro_batch_size)
     if config.train.sync_batchnorm:
         model = distributed.sync_batchnorm(model, process)

@@ -90,7 +90,8 @@ def check_run(directory: Path, resume: str, config_yaml: str, default_yaml: str)
             "to train longer, start another run from its weights; the head is kept if classes and sizes are the same: "
             f"--model.init {directory} --run.name {directory.name}_longer"
         )
-        check_settings(directory, config_yaml, default_yaml, "give those, or another --run.name", longer * trained)
+        those = f"--config {directory / 'config.yaml'} gives those; or give another --run.name"
+        check_settings(directory, config_yaml, default_yaml, those, longer * trained)
     elif trained:
         raise UserError(f"{directory} holds a trained model but no checkpoint to resume; choose another --run.name")
 

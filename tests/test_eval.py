@@ -274,6 +274,16 @@ def test_other_images_give_rows_of_their_own_data_set(runs, scans, no_pictures, 
         assert f"figure: {runs / 'eval' / name}" in output
 
 
+def test_faults_of_other_images_are_answered_with_what_can_be_done_here(runs, scans, capsys):
+    """Not with settings of a training."""
+    (scans / "9").mkdir()
+    assert refused(capsys, "--runs", str(runs / "ff"), "--few_shot", str(scans)).endswith(".avif; remove it")
+    (scans / "9" / "1.png").write_bytes(b"no image")
+    (scans / "9" / "2.png").write_bytes(b"no image")
+    error = refused(capsys, "--runs", str(runs / "ff"), "--few_shot", str(scans))
+    assert error.endswith("; python -m mrl.data.check DIR lists all such images, to restore or remove")
+
+
 def test_fewer_queries_and_skipped_studies_change_no_other_row(runs, no_pictures):
     before, searches = untimed(runs / "eval" / "results.jsonl"), {"retrieval", "adaptive_retrieval", "funnel_retrieval"}
     options = ["--max_queries", "20", "--skip", "quantization", "baselines"]

@@ -4,6 +4,8 @@ import json
 import multiprocessing
 import os
 import resource
+import shlex
+import shutil
 import signal
 import time
 
@@ -23,7 +25,18 @@ from mrl.studies.transfer import TransferImages
 from mrl.training import logging
 from mrl.training.fit import check_fit, notes
 from mrl.training.logging import advice
-from tests.test_train import TINY, _on_the_cpu, fork, make_folder, rows, run, straight, weights  # noqa: F401
+from tests.test_train import (  # noqa: F401
+    TINY,
+    _on_the_cpu,
+    assert_same_runs,
+    fork,
+    make_folder,
+    rows,
+    run,
+    run_until,
+    straight,
+    weights,
+)
 
 SMALL_VIT = {"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2, "img_size": 32}
 
@@ -51,14 +64,19 @@ def check(*argv, micro_batch_size=2):
     [
         ("vit_tiny_patch16_224", {"depth": 1}, "img_size: 48"),
         ("swin_tiny_patch4_window7_224", {"depths": [1, 1, 1, 1], "embed_dim": 24}, "img_size: 48"),
+        (
+            "efficientformer_l1",
+            {"depths": [1, 1, 1, 1], "embed_dims": [8, 16, 24, 32]},
+            "own size: --data.train_px 224",
+        ),
     ],
 )
 def test_a_model_of_fixed_image_size_is_refused_with_arguments_that_work(backbone, kwargs, remedy, capsys, tmp_path):
     size = ["--data.train_px", "48", "--data.eval_px", "48", "--data.eval_resize_px", "48", "--train.epochs", "1"]
-    argv = [*TINY, *size, "--model.backbone", backbone]
-    error = error_of(tmp_path, capsys, *argv, "--model.kwargs", json.dumps(kwargs))
+    argv = [*TINY, *size, "--model.backbone", backbone, "--model.kwargs", json.dumps(kwargs)]
+    error = error_of(tmp_path, capsys, *argv)
     assert f"error: {backbone} does not work at data.train_px 48: " in error and remedy in error
-    check(*argv[2:], "--model.kwargs", error.partition("give --model.kwargs '")[2].rstrip("'"))
+    check(*argv[2:], *shlex.split(error[error.index("--") :]))
 
 
 def test_every_resolution_of_the_run_is_tried_and_no_other():
@@ -203,6 +221,26 @@ def test_training_on_keeps_the_head_if_classes_and_sizes_agree(straight, tmp_pat
     before, after = weights(straight), weights(tmp_path, "same")
     assert before.keys() == after.keys()
     assert all(torch.allclose(before[key], after[key], atol=1e-6) for key in before)
+
+
+@pytest.mark.parametrize("kind", ["run", "file"])
+def test_a_run_resumes_without_the_weights_that_it_began_with(straight, tmp_path, capsys, kind):  # noqa: F811
+    init = tmp_path / "init"
+    if kind == "run":
+        shutil.copytree(straight / "a", init)
+    else:
+        state = {key: value for key, value in weights(straight).items() if key.startswith("backbone.")}
+        torch.save({key.removeprefix("backbone."): value for key, value in state.items()}, init)
+    argv = [*TINY, "--model.init", str(init), "--run.resume", "auto"]
+    assert run(tmp_path, *argv) == 0
+    run_until(2, tmp_path, *argv, name="b")
+    init.rename(tmp_path / "elsewhere")
+    if kind == "run":  # which the defaults of mean, std etc. came from
+        assert run(tmp_path, *argv, name="b") == 2
+        assert f"now [0.5, 0.5, 0.5]); --config {tmp_path}/b/config.yaml gives those" in capsys.readouterr().err
+        argv = ["--config", f"{tmp_path}/b/config.yaml", "--run.resume", "auto"]
+    assert run(tmp_path, *argv, name="b") == 0
+    assert_same_runs(tmp_path, "a", "b")
 
 
 def folder_argv(root, *argv):

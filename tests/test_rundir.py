@@ -113,7 +113,7 @@ def test_training_longer_is_refused_with_the_command_that_does_it(tmp_path):
     open_run(tmp_path / "x", config)
     save_checkpoint(tmp_path / "x", {"step": 3})
     longer = config.replace("epochs: 2", "epochs: 3")
-    with pytest.raises(UserError, match=r"now 3\); give those, or another --run\.name"):
+    with pytest.raises(UserError, match=r"now 3\); --config .*config.yaml gives those; or give another --run\.name"):
         resume(tmp_path / "x", longer)  # there is no model yet
     (tmp_path / "x" / "model.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match=r"was 2, now 3\); to train longer.*--model\.init \S+/x --run\.name x_longer"):

@@ -15,6 +15,8 @@ from mrl import distributed
 from mrl.config import DataConfig
 from mrl.data.ffcv import FFCVFile, FFCVImages, import_ffcv
 from mrl.data.folder import (
+    CHECK,
+    LEAVE_OUT,
     FolderImages,
     ImageList,
     LeftOut,
@@ -66,6 +68,7 @@ def build_data(
     shared = {field.name for field in dataclasses.fields(Transform)} - {"seed"}
     transform = Transform(seed, **{name: getattr(data, name) for name in shared})
     num_workers = default_workers(device) if data.num_workers is None else data.num_workers
+    way_out = LEAVE_OUT if classes is None else CHECK  # an evaluation must not leave out others than the training
     images: dict[str, Images] = {}
     left_out = LeftOut()
     if data.name == "digits":
@@ -96,7 +99,7 @@ def build_data(
             if backend == "memory":
                 images[split] = read_into_memory(found, transform, device, split, is_main)
             else:
-                images[split] = FolderImages(found, transform, device, num_workers)
+                images[split] = FolderImages(found, transform, device, num_workers, way_out)
             images[split].unreadable = unreadable
             if split == "val" and holds_out(data):
                 images[split].held_out = [name[len(str(Path(str(data.root)))) + 1 :] for name in names]

@@ -41,7 +41,7 @@ def check(folder: Path, name: str, num_threads: int) -> int:
     if name == "imagenet" or all((folder / split).is_dir() for split in ("train", "val")):
         try:
             list_split = list_imagenet if name == "imagenet" else list_images
-            lists = {split: list_split(folder, split, True) for split in ("train", "val")}
+            lists = {split: list_split(folder, split, True, "refuse") for split in ("train", "val")}
             left_out[BESIDE, ""] = sum(found.left_out[BESIDE, ""] for found in lists.values())
             align_classes(lists, DataConfig(name="folder"), None)
         except UserError as error:

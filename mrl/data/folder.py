@@ -60,7 +60,8 @@ OTHER_SPLITS = ("training", "valid", "validation")  # names that a user may have
 LeftOut = Counter[tuple[str, str]]
 OTHER_FILES, TOOLS, BESIDE = "files of other types", "folders of tools", "images beside the class folders"
 EMPTY, UNREADABLE = "classes without images", "images that cannot be read"
-CHECK = "python -m mrl.data.check DIR lists all such images, and max_unreadable leaves them out"
+CHECK = "python -m mrl.data.check DIR lists all such images, to restore or remove"
+LEAVE_OUT = f"{CHECK}, and max_unreadable leaves them out"
 NO_END_MARKER = (
     "a JPEG file has no end marker, but all of its pixels, and was read; python -m mrl.data.check DIR lists such files"
 )
@@ -76,12 +77,11 @@ class ImageList:
     left_out: LeftOut
 
 
-def list_images(
-    root: str | Path, split: str, show_progress: bool = False, missing_classes: str = "refuse"
-) -> ImageList:
+def list_images(root: str | Path, split: str, show_progress: bool = False, missing_classes: str = "") -> ImageList:
     """List the images below ``root/split/<class>/`` at any depth, without hidden files and folders of tools.
 
-    Class folders without images are left out if ``missing_classes`` is "allow".
+    Class folders without images are left out if ``missing_classes`` is "allow". If it is "refuse", the error says so;
+    an empty string is for commands that have no such setting.
     """
     return list_classes(split_folder(root, split), split, show_progress, missing_classes)
 
@@ -113,9 +113,10 @@ def list_classes(top: Path, split: str, show_progress: bool, missing_classes: st
         elif missing_classes == "allow":
             left_out[EMPTY, name] += 1
         else:
+            go_on = "--data.missing_classes allow (mrl.data.write_ffcv: --missing_classes allow)"
             raise UserError(
-                f"class folder {top / folder} has no images; allowed: {' '.join(IMAGE_EXTENSIONS)}; remove it, or go "
-                "on without such classes: --data.missing_classes allow (mrl.data.write_ffcv: --missing_classes allow)"
+                f"class folder {top / folder} has no images; allowed: {' '.join(IMAGE_EXTENSIONS)}; remove it"
+                + f", or go on without such classes: {go_on}" * (missing_classes == "refuse")
             )
     if len(found.classes) < 2:
         _refuse_deeper_classes(top, folders)
@@ -139,7 +140,7 @@ def list_and_hold_out(
     share: float,
     held_out: Collection[str] | None = None,
     show_progress: bool = False,
-    missing_classes: str = "refuse",
+    missing_classes: str = "",
 ) -> dict[str, ImageList]:
     """List the images below ``root/train/<class>/``, or ``root/<class>/`` if there is no train/, as train and val.
 
@@ -370,7 +371,7 @@ def leave_out_unreadable(
     reasons = [check(paths[index]) or paths[index] for index in is_bad.nonzero()[:, 0].tolist()]
     if len(reasons) > max_share * len(paths):
         raise UserError(
-            f"{len(reasons):,} of {len(paths):,} {what} images cannot be read: {shown(reasons)}; {CHECK}, "
+            f"{len(reasons):,} of {len(paths):,} {what} images cannot be read: {shown(reasons)}; {LEAVE_OUT}, "
             f"here if it is {np.ceil(100 * len(reasons) / len(paths)) / 100:g} or more"
         )
     kept = (is_bad == 0).nonzero()[:, 0]
@@ -381,11 +382,21 @@ def leave_out_unreadable(
 
 
 class FolderImages(Images):
-    """A split whose images are read from their files as needed, by ``num_workers`` processes (0: by this one)."""
+    """A split whose images are read from their files as needed, by ``num_workers`` processes (0: by this one).
 
-    def __init__(self, images: ImageList, transform: Transform, device: torch.device, num_workers: int):
+    ``way_out`` is what to do about one that cannot be read.
+    """
+
+    def __init__(
+        self,
+        images: ImageList,
+        transform: Transform,
+        device: torch.device,
+        num_workers: int,
+        way_out: str = LEAVE_OUT,
+    ):
         super().__init__(images.labels, images.classes, transform, device)
-        self._num_workers = num_workers
+        self._num_workers, self._way_out = num_workers, way_out
         # One array of bytes: with a list, workers would copy a million strings by counting references to them.
         self._paths = np.array([os.fsencode(path) for path in images.paths])
 
@@ -415,7 +426,7 @@ class FolderImages(Images):
         loader: DataLoader = DataLoader(
             indices,  # type: ignore[arg-type]
             batch_size=None,
-            collate_fn=functools.partial(_load_or_explain, load),
+            collate_fn=functools.partial(_load_or_explain, load, self._way_out),
             num_workers=min(self._num_workers, len(indices)),
             pin_memory=self.device.type == "cuda",
             worker_init_fn=_start_worker,
@@ -437,14 +448,14 @@ class FolderImages(Images):
             raise
 
 
-def _load_or_explain(load: LoadBatch, indices: np.ndarray) -> tuple[Tensor | Exception, list[str]]:
+def _load_or_explain(load: LoadBatch, way_out: str, indices: np.ndarray) -> tuple[Tensor | Exception, list[str]]:
     """Return a batch, or an error, whose message would arrive in a traceback if raised; and a worker's warnings."""
     in_worker = get_worker_info() is not None
     with warnings.catch_warnings(record=in_worker) as caught:
         try:
             found: Tensor | Exception = load(indices)
         except UserError as error:
-            found = UserError(f"{error}; {CHECK}")
+            found = UserError(f"{error}; {way_out}")
     if in_worker and isinstance(found, Tensor):
         try:
             # Here, because where torch would do it, in the thread of a queue, an error is lost and the run waits.

@@ -21,9 +21,7 @@ GROUND_TRUTHS = ("LOC_val_solution.csv", "val_wnids.txt", DEVKIT_TRUTH)
 WNID = re.compile(r"n\d{8}")
 
 
-def list_imagenet(
-    root: str | Path, split: str, show_progress: bool = False, missing_classes: str = "refuse"
-) -> ImageList:
+def list_imagenet(root: str | Path, split: str, show_progress: bool = False, missing_classes: str = "") -> ImageList:
     """List the images of ``split`` below ``root``, or below ``root``'s ILSVRC/Data/CLS-LOC."""
     root = Path(root)
     root = root / KAGGLE_FOLDER if (root / KAGGLE_FOLDER).is_dir() else root

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
-from mrl.data.folder import CHECK, ImageList, decode
+from mrl.data.folder import LEAVE_OUT, ImageList, decode
 from mrl.data.images import Images, cores_per_process, map_ahead
 from mrl.data.transforms import Transform, crop_and_resize, resize_and_center_crop
 from mrl.errors import UserError
@@ -65,7 +65,7 @@ def read_into_memory(
             for done in map_ahead(decode_some, tasks, cores_per_process()):
                 bar.update(done)
     except UserError as error:
-        raise UserError(f"{error}; {CHECK}") from error
+        raise UserError(f"{error}; {LEAVE_OUT}") from error
     return MemoryImages(images, found.labels, found.classes, transform, device)
 
 

@@ -27,7 +27,7 @@ from mrl import distributed
 from mrl.config import expand_home
 from mrl.data import cores_per_process
 from mrl.data.ffcv import FFCVFile, import_ffcv
-from mrl.data.folder import CHECK, ImageList, decode, describe_left_out, leave_out_unreadable, list_images
+from mrl.data.folder import LEAVE_OUT, ImageList, decode, describe_left_out, leave_out_unreadable, list_images
 from mrl.data.imagenet import list_imagenet
 from mrl.data.images import map_ahead
 from mrl.errors import UserError
@@ -81,7 +81,7 @@ def encode(images: ImageList, settings: Settings, index: int) -> tuple[Any, np.n
     try:
         pixels = decode(path, settings.exif_rotation).permute(1, 2, 0).contiguous().numpy()
     except UserError as error:
-        raise UserError(f"{error}; {CHECK}") from error
+        raise UserError(f"{error}; {LEAVE_OUT}") from error
     entry, content = np.zeros(1, dtype=field.metadata_type), []
 
     def allocate(num_bytes: int) -> tuple[int, np.ndarray]:
