@@ -17,7 +17,7 @@ from mrl.rundir import atomic_write_text
 METHODS = ("MRL", "MRL weighted", "MRL-E", "FF", "FF truncated")
 CLASS_STUDY, CLASSES_FILE = "per_class", "classes.csv"
 DATA_TITLES = {
-    **{"digits": "handwritten digits", "imagenet": "ImageNet-1K", "tiny_imagenet": "Tiny-ImageNet"},
+    **{"digits": "Handwritten digits", "imagenet": "ImageNet-1K", "tiny_imagenet": "Tiny-ImageNet"},
     **{f"imagenet_{name}": f"ImageNet-{name.title()}" for name in ("v2", "a", "r", "sketch")},
 }
 _CLASS_COLUMNS = ["study", "dataset", "run", "method", "dim", "group", "metric", "value", "n", "seed"]
@@ -25,8 +25,9 @@ _CLASS_COLUMNS += ["resize_px", "crop_px", "flip"]
 
 
 def data_title(dataset: str) -> str:
-    """Return the name of the data in titles: that of a known data set, else ``dataset`` without underscores."""
-    return DATA_TITLES.get(dataset) or dataset.replace("tiny_imagenet", "Tiny-ImageNet").replace("_", " ")
+    """Return the name of the data in titles: that of a known data set, else ``dataset`` as words."""
+    title = dataset.replace("tiny_imagenet", "Tiny-ImageNet").replace("_", " ")
+    return DATA_TITLES.get(dataset) or title[:1].upper() + title[1:]
 
 
 def method_name(nesting_list: Sequence[int], tied: bool, weights: Sequence[float] | None = None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -39,7 +40,7 @@ def figures_of(rows: Sequence[Row]) -> dict[str, Figure]:
     searches = [row for row in rows if row.study in STUDIES]
     labels = line_labels(searches)
     for label in dict.fromkeys(labels.values()):
-        name = label.rpartition(": ")[2].lower().replace("-", "_").replace("/", "_")
+        name = re.sub(r"\W+", "_", label.rpartition(": ")[2].lower())
         of_label = [row for row in searches if labels[row.method, row.run] == label]
         figures[f"adaptive_retrieval_{name}"] = adaptive_retrieval(of_label)
     return figures

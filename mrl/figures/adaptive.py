@@ -29,27 +29,29 @@ SEARCH_STYLES: dict[str, style.Style] = {
 def cascade_by_expected_dim(rows: Sequence[Row]) -> Figure:
     """Draw accuracy of cascades against expected dim (figure 6), a point per cap, the largest size allowed.
 
-    Caps of the first cascade stand below its points. Bars are one standard deviation along both axes: over seeds if
-    there are several, else over the random splits into images to fit and to report on.
+    Caps stand above the best cascade's points. Bars are one standard deviation along both axes: over seeds if there are
+    several, else over the random splits into images to fit and to report on.
     """
     rows = [row for row in rows if row.study == "cascade" and row.metric in ("top_1", "top_1_std")]
     table = style.table_of(rows, "the cascade study")
     styles, published = style.styles_of(table), style.paper_beside(rows)
-    first = next(iter(table.label[table.method != "FF"]), None)
+    cascades = []
     figure, [axes] = style.panels(1, 1, (6.0, 4.2))
     for label, points in table.groupby("label", sort=False):
         means = style.draw_line(axes, points, label, styles[label], "expected_dim")
-        last = 0.0
-        for point in means.itertuples() if label == first else ():
-            if point.x > 1.15 * last:  # far enough from the last one to be read
-                last = point.x
-                style.annotate(axes, f"≤{point.dim}", (point.x, point.y), (3, -11), color=styles[label]["color"])
         method = points.method.iloc[0]
+        cascades += [means] * (method != "FF")
         of_paper = [(row.expected_dim or 0.0, row) for row in published if row.method == method]
         style.draw_paper(axes, of_paper, method, styles[label]["color"])
+    last = 0.0
+    best = pd.concat(cascades).sort_values("y").groupby("dim").last() if cascades else pd.DataFrame()
+    for point in best.itertuples():
+        if point.x > 1.15 * last:  # far enough from the last one to be read
+            last = point.x
+            style.annotate(axes, f"≤{point.Index}", (point.x, point.y), (-4, 6), ha="right", color="0.3")
     style.dim_axis(axes, table.dim)
     axes.set(xlabel="expected dim (mean size that decides an image; dims)", ylabel=style.metric_label("top_1"))
-    heading = style.heading(table, f"validation images{' held out from fitting' if first else ''}")
+    heading = style.heading(table, f"validation images{' held out from fitting' if cascades else ''}")
     return style.finish(figure, heading, [*styles, *map(style.PAPER.format, table.method.unique())])
 
 
@@ -141,8 +143,9 @@ def adaptive_retrieval(rows: Sequence[Row]) -> Figure:
     for column, cost in zip(grid.T, costs, strict=True):
         for axes in column:
             style.cost_axis(axes, COST_LABELS[cost] if axes is column[-1] else "")
-    name = rows[0].method if table.run.nunique() > 1 else f"{rows[0].method} ({rows[0].run})"
-    heading = style.heading(table, f"queries, {name}")
+    method = style.METHOD_LABELS.get(rows[0].method, rows[0].method)
+    name = method if table.run.nunique() > 1 else f"{method} ({rows[0].run})"
+    heading = style.heading(table, f"queries; {name}")
     return style.finish(figure, heading, [*labels.values(), *map(style.PAPER.format, short.values())])
 
 

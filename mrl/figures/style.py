@@ -25,7 +25,7 @@ Style = dict[str, Any]
 # Every function that draws is decorated with `matplotlib.rc_context(RC)`.
 RC: Any = {
     **{"axes.axisbelow": True, "axes.grid": True, "axes.spines.right": False, "axes.spines.top": False},
-    **{"axes.titlesize": 10, "figure.titlesize": 11, "grid.color": "0.9", "grid.linewidth": 0.7},
+    **{"axes.titlesize": 10, "figure.titlesize": 11, "figure.constrained_layout.w_pad": 0.1, "grid.color": "0.9", "grid.linewidth": 0.7},
     **{"legend.fontsize": 9, "legend.frameon": False, "legend.handlelength": 3.2, "errorbar.capsize": 3},
     **{"lines.linewidth": 1.6, "lines.markerfacecolor": "white", "lines.markersize": 5},
 }
@@ -34,11 +34,9 @@ BOXED = RC | {"axes.grid": False, "axes.spines.right": True, "axes.spines.top": 
 BLUE, RED, GREEN, ORANGE, SKY, PINK = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#56B4E9", "#CC79A7"
 WINE, INDIGO, OLIVE, BROWN, GRAY, BLACK = "#882255", "#332288", "#999933", "#8C510A", "#7F7F7F", "#000000"
 _LOOKS = {
-    "MRL": (BLUE, "o", "-"),
-    "MRL cascade": (BLUE, "o", "-"),
-    "MRL weighted": (SKY, "8", "-"),
-    "MRL-E": (RED, "s", "--"),
-    "MRL-E cascade": (RED, "s", "--"),
+    **dict.fromkeys(("MRL", "MRL cascade"), (BLUE, "o", "-")),
+    **dict.fromkeys(("MRL weighted", "MRL weighted cascade"), (SKY, "8", "-")),
+    **dict.fromkeys(("MRL-E", "MRL-E cascade"), (RED, "s", "--")),
     "FF": (BLACK, "D", ":"),
     "FF truncated": (GREEN, "v", "-."),
     "FF PCA": (PINK, "^", "-"),
@@ -57,6 +55,7 @@ METHOD_STYLES: dict[str, Style] = {
 METHOD_STYLES["FF"]["markersize"] = 7  # large: others may cover it
 METHOD_LABELS = {
     "MRL weighted": "MRL, weighted loss",
+    "MRL weighted cascade": "MRL cascade, weighted loss",
     "FF": "FF (one model per size)",
     "FF truncated": "FF, plain truncation",
 }

@@ -99,7 +99,7 @@ def test_lines_are_the_rows_and_fixed_feature_models_join_in_any_order_of_rows()
             assert (axes.get_xlabel(), axes.get_ylabel()) == ("embedding size (dims)", "top-1 accuracy (%)")
             assert [tick.get_text() for tick in axes.get_xticklabels()] == ["8", "16", "32"]
         assert legend(figure) == list(drawn(figure.axes[0]))
-        assert heading(figure) == "handwritten digits: 50 images"
+        assert heading(figure) == "Handwritten digits: 50 images"
 
 
 LISTS = [[2**i for i in range(3, 12)], [10 * 2**i for i in range(8)], [8, 32, 512]]
@@ -151,7 +151,7 @@ def test_all_methods_have_styles_of_their_own_beside_baselines_and_titles_name_t
     assert faults(figure, max_inches=20) == []
     assert [axes.get_title() for axes in figure.axes] == ["linear classification", "1-nearest neighbor"]
     assert len({container.lines[0].get_marker() for container in figure.axes[0].containers}) == len(methods)
-    assert len(legend(figure)) == len(methods) and heading(figure) == "my photos: 50 images"
+    assert len(legend(figure)) == len(methods) and heading(figure) == "My photos: 50 images"
     assert len(legend(FIGURES["accuracy_by_dim"](rows))) == len([*METHODS, "FF PCA"])
     assert data_title("tiny_imagenet") == "Tiny-ImageNet" and data_title("tiny_imagenet_100") == "Tiny-ImageNet 100"
 
@@ -257,7 +257,7 @@ def cascade_rows(method, points, run="mrl"):
     ]
 
 
-def test_cascades_are_drawn_by_expected_dim_with_bars_over_splits_and_caps_below():
+def test_cascades_are_drawn_by_expected_dim_with_bars_over_splits_and_caps_above():
     rows = cascade_rows("MRL cascade", {16: (0.7, 10), 32: (0.8, 16), 64: (0.82, 24)})
     ff = cascade_rows("FF", {8: (0.6, 8), 32: (0.75, 32)}, run="ff")
     figure = FIGURES["cascade"](rows + ff)
@@ -270,6 +270,12 @@ def test_cascades_are_drawn_by_expected_dim_with_bars_over_splits_and_caps_below
     np.testing.assert_allclose([across, along], [[[8, 70], [12, 70]], [[10, 69], [10, 71]]])
     assert [text.get_text() for text in axes.texts] == ["≤16", "≤32", "≤64"]
     assert heading(figure).endswith("held out from fitting; mean and standard deviation over random splits")
+    below, above = ({cap: (y + by, 9) for cap, y in ((16, 0.7), (32, 0.8))} for by in (-0.1, 0.1))
+    several = FIGURES["cascade"](cascade_rows("MRL cascade", below) + cascade_rows("MRL weighted cascade", above))
+    assert legend(several) == ["MRL cascade", "MRL cascade, weighted loss"]
+    assert [text.xy for text in several.axes[0].texts] == [pytest.approx((9, 80))]  # the next is too near
+    colors = {name: look["color"] for name, look in METHOD_STYLES.items()}
+    assert colors["MRL weighted cascade"] == colors["MRL weighted"] != colors["MRL"] == colors["MRL cascade"]
     alone = FIGURES["cascade"](ff)
     assert not alone.axes[0].texts and "fit" not in heading(alone)
 
@@ -341,6 +347,9 @@ def test_figure_8_shows_mean_and_deviation_of_seeds_and_other_sizes_in_a_figure_
     [(name, figure)] = figures.items()
     assert name == "adaptive_retrieval_mrl" and "3 seeds" in heading(figure)
     np.testing.assert_allclose(bars(figure.axes[0])["funnel"][1], 200 * statistics.stdev((0, 0.01, 0.04)))
+    weighted = [dataclasses.replace(row, method="MRL weighted") for row in search_rows()]
+    [(name, figure)] = figures_of(weighted).items()
+    assert name == "adaptive_retrieval_mrl_weighted_loss" and "queries; MRL, weighted loss (" in heading(figure)
     apart = figures_of(search_rows("a") + search_rows("b", 1, dims=(4, 32)))
     assert set(apart) == {"adaptive_retrieval_a", "adaptive_retrieval_b"}
     assert set(figures_of(search_rows("a") + search_rows("b"))) == set(apart)
