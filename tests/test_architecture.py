@@ -21,9 +21,9 @@ FLOORS = [
 ]
 # Lines of Python in each folder (not its subfolders). Raise a number only for a new idea.
 BUDGETS = {
-    ".": 520,
+    ".": 521,
     "mrl": 2830,
-    "mrl/data": 1810,
+    "mrl/data": 1805,
     "mrl/training": 725,
     "mrl/retrieval": 865,
     "mrl/studies": 2610,

@@ -118,8 +118,8 @@ def list_classes(top: Path, split: str, show_progress: bool, missing_classes: st
                 f"class folder {top / folder} has no images; allowed: {' '.join(IMAGE_EXTENSIONS)}; remove it"
                 + f", or go on without such classes: {go_on}" * (missing_classes == "refuse")
             )
-    if len(found.classes) < 2:
-        _refuse_deeper_classes(top, folders)
+    if len(found.classes) == 1:
+        _refuse_deeper_classes(top, found.paths)
     if beside > len(labels):
         raise UserError(
             f"{top} has {beside:,} images beside its class folders and only {len(labels):,} in them; only those in "
@@ -180,16 +180,15 @@ def list_and_hold_out(
     return lists
 
 
-def _refuse_deeper_classes(top: Path, folders: list[str]) -> None:
+def _refuse_deeper_classes(top: Path, paths: list[str]) -> None:
     """Raise a `UserError` if a single class folder has no images of its own, only folders: those are the classes."""
-    inside, files = top, list[str]()
-    while len(folders) == 1 and not any(map(is_image, files)):
-        inside = inside / folders[0]
-        _, folders, files = next(walk(inside))
-    if inside != top and folders and not any(map(is_image, files)):
+    folders = [os.path.dirname(path) for path in paths]
+    inside = os.path.commonpath(folders)
+    classes = sorted({folder[len(inside) + 1 :].partition("/")[0] for folder in folders})
+    if "" not in classes:
         raise UserError(
-            f"{top} must hold one folder per class, but it holds a single one, {inside.relative_to(top)}, with the "
-            f"folders {shown(folders)} in it; if those are the classes, move them up, to {top}/{folders[0]}/ etc."
+            f"{top} must hold one folder per class, but it holds a single one, {Path(inside).relative_to(top)}, with "
+            f"the folders {shown(classes)} in it; if those are the classes, move them up, to {top}/{classes[0]}/ etc."
         )
 
 
@@ -388,12 +387,7 @@ class FolderImages(Images):
     """
 
     def __init__(
-        self,
-        images: ImageList,
-        transform: Transform,
-        device: torch.device,
-        num_workers: int,
-        way_out: str = LEAVE_OUT,
+        self, images: ImageList, transform: Transform, device: torch.device, num_workers: int, way_out: str = LEAVE_OUT
     ):
         super().__init__(images.labels, images.classes, transform, device)
         self._num_workers, self._way_out = num_workers, way_out

@@ -25,7 +25,8 @@ Style = dict[str, Any]
 # Every function that draws is decorated with `matplotlib.rc_context(RC)`.
 RC: Any = {
     **{"axes.axisbelow": True, "axes.grid": True, "axes.spines.right": False, "axes.spines.top": False},
-    **{"axes.titlesize": 10, "figure.titlesize": 11, "figure.constrained_layout.w_pad": 0.1, "grid.color": "0.9", "grid.linewidth": 0.7},
+    **{"axes.titlesize": 10, "figure.titlesize": 11, "grid.color": "0.9", "grid.linewidth": 0.7},
+    **{"figure.constrained_layout.w_pad": 0.1},
     **{"legend.fontsize": 9, "legend.frameon": False, "legend.handlelength": 3.2, "errorbar.capsize": 3},
     **{"lines.linewidth": 1.6, "lines.markerfacecolor": "white", "lines.markersize": 5},
 }
