@@ -80,8 +80,7 @@ class ImageList:
 def list_images(root: str | Path, split: str, show_progress: bool = False, missing_classes: str = "") -> ImageList:
     """List the images below ``root/split/<class>/`` at any depth, without hidden files and folders of tools.
 
-    Class folders without images are left out if ``missing_classes`` is "allow". If it is "refuse", the error says so;
-    an empty string is for commands that have no such setting.
+    Class folders without images are left out if ``missing_classes`` is "allow"; errors name that way out if "refuse".
     """
     return list_classes(split_folder(root, split), split, show_progress, missing_classes)
 
@@ -381,10 +380,7 @@ def leave_out_unreadable(
 
 
 class FolderImages(Images):
-    """A split whose images are read from their files as needed, by ``num_workers`` processes (0: by this one).
-
-    ``way_out`` is what to do about one that cannot be read.
-    """
+    """A split whose images are read as needed, by ``num_workers`` processes (0: by this one); ``way_out`` is advice."""
 
     def __init__(
         self, images: ImageList, transform: Transform, device: torch.device, num_workers: int, way_out: str = LEAVE_OUT
