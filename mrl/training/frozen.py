@@ -46,7 +46,7 @@ class Trunk(nn.Module):
     def outputs(self, images: Tensor) -> Tensor:
         """Return what the tail reads."""
         features = self.backbone.forward_features(images)  # type: ignore[operator]
-        return self.backbone.forward_head(features, pre_logits=True) if self.whole else features  # type: ignore[operator]
+        return self.backbone.forward_head(features) if self.whole else features  # type: ignore[operator]
 
     def forward(self, images: Tensor) -> Tensor:
         out = self.outputs(images)
@@ -64,7 +64,7 @@ class _Pooled(nn.Module):
     def forward_features(self, z: Tensor) -> Tensor:
         return z
 
-    def forward_head(self, z: Tensor, pre_logits: bool = True) -> Tensor:
+    def forward_head(self, z: Tensor) -> Tensor:
         return z
 
 
