@@ -22,7 +22,7 @@ FLOORS = [
 # Lines of Python in each folder (not its subfolders). Raise a number only for a new idea.
 BUDGETS = {
     ".": 520,
-    "mrl": 2830,
+    "mrl": 2850,
     "mrl/data": 1810,
     "mrl/training": 725,
     "mrl/retrieval": 865,
