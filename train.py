@@ -239,7 +239,8 @@ def train(config: Config, process: Process) -> int:
 def make_model(config: Config, num_classes: int) -> MatryoshkaClassifier:
     """Return the untrained model, with the layers frozen that ``model.trainable`` does not name."""
     wanted = config.model
-    backbone = build_backbone(wanted.backbone, wanted.init, wanted.stem_stride, wanted.blurpool, wanted.kwargs)
+    about = (wanted.stem_stride, wanted.blurpool, wanted.kwargs, wanted.projection)
+    backbone = build_backbone(wanted.backbone, wanted.init, *about)
     dims = None if config.head.nesting_list == "auto" else config.head.nesting_list
     model = build_model(backbone, num_classes, dims, config.head.tied)
     freeze(model, wanted.trainable)
@@ -262,6 +263,7 @@ def describe(config: Config, model: MatryoshkaClassifier, classes: list[str]) ->
         std=config.data.std,
         exif_rotation=config.data.exif_rotation,
         interpolation=config.data.interpolation,
+        projection=config.model.projection,
     )
 
 

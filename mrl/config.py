@@ -209,6 +209,10 @@ class ModelConfig:
     trainable: Literal["all", "head"] | list[str] = "all"
     """all, head, or the backbone modules to train besides the head, e.g. [layer4.2]. The rest is frozen, with its
     BatchNorm in eval mode."""
+    projection: bool = False
+    """Put a new linear layer, D to D, behind the backbone's pooling; it is trained, and its output is the embedding.
+    Pooled activations are never negative; after this layer they can be, so a small prefix holds much more
+    (docs/RESULTS.md). It wants a lower learning rate, about a quarter."""
     kwargs: dict[str, Any] = field(default_factory=dict)
     """Further arguments of timm.create_model, e.g. {drop_path_rate: 0.1, img_size: 64, patch_size: 8}."""
 

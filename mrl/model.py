@@ -60,6 +60,7 @@ class ModelInfo:
     std: tuple[float, float, float]
     exif_rotation: str = "ignore"  # of models that were saved before this key
     interpolation: str = "bilinear"
+    projection: bool = False
     format_version: int = FORMAT_VERSION
 
 
@@ -89,7 +90,7 @@ class MatryoshkaClassifier(
     def embed(self, images: Tensor) -> Tensor:
         """Return embeddings ``(B, D)`` as the head reads them: raw, not normalized."""
         features = self.backbone.forward_features(images)  # type: ignore[operator]
-        return self.backbone.forward_head(features, pre_logits=True)  # type: ignore[operator]
+        return self.backbone.forward_head(features)  # type: ignore[operator]
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.embed(images))
@@ -188,8 +189,12 @@ def build_backbone(
     stem_stride: int = 4,
     blurpool: bool = False,
     kwargs: dict[str, Any] | None = None,
+    projection: bool = False,
 ) -> nn.Module:
-    """Return a timm backbone without classifier; for the arguments see `mrl.config.ModelConfig`."""
+    """Return a timm backbone that gives embeddings; for the arguments see `mrl.config.ModelConfig`.
+
+    Its classifier is the projection, or nothing.
+    """
     if init == "pretrained" and blurpool:
         raise UserError("model.init pretrained: timm's weights were trained without blur; give model.blurpool false")
     backbone = _create_timm(name, init == "pretrained", kwargs or {})
@@ -201,9 +206,26 @@ def build_backbone(
     set_stem_stride(backbone, stem_stride)
     if blurpool:
         add_blurpool(backbone)
+    if projection:
+        add_projection(backbone, kwargs or {})
     if source is not None and source.is_dir():
-        _load_run(backbone, source, {"stem_stride": stem_stride, "blurpool": blurpool})
+        _load_run(backbone, source, {"stem_stride": stem_stride, "blurpool": blurpool, "projection": projection})
     return backbone
+
+
+def add_projection(backbone: nn.Module, kwargs: Mapping[str, Any]) -> None:
+    """Give a backbone without classifier one that maps its pooled output to as many numbers, at first a rotation."""
+    pooling = [kwargs["global_pool"]] if "global_pool" in kwargs else []
+    backbone.reset_classifier(backbone.head_hidden_size, *pooling)  # type: ignore[operator]
+    for parameter in projection_of(backbone):
+        (nn.init.orthogonal_ if parameter.ndim > 1 else nn.init.zeros_)(parameter)
+
+
+def projection_of(backbone: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters of the projection; none without one."""
+    classifiers = backbone.get_classifier()  # type: ignore[operator]
+    parts = classifiers if isinstance(classifiers, tuple) else (classifiers,)
+    return [parameter for part in parts for parameter in part.parameters()]
 
 
 def _create_timm(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
@@ -306,10 +328,12 @@ def check_fits(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], fail
 
 
 def freeze(model: MatryoshkaClassifier, trainable: str | Sequence[str]) -> None:
-    """Keep gradients for the head and ``trainable`` only: "all", "head", or names of backbone modules."""
+    """Keep gradients for head, projection and ``trainable`` only: "all", "head", or names of backbone modules."""
     if trainable == "all":
         return
     model.backbone.requires_grad_(False)
+    for parameter in projection_of(model.backbone):
+        parameter.requires_grad_(True)
     for name in [] if trainable == "head" else trainable:
         try:
             model.backbone.get_submodule(name).requires_grad_(True)
@@ -352,7 +376,7 @@ def load(run: str | Path) -> MatryoshkaClassifier:
         UserError: As `read_saved`, or the two files do not fit each other.
     """
     info, state = read_saved(Path(run))
-    backbone = build_backbone(info.backbone, "scratch", info.stem_stride, info.blurpool, info.kwargs)
+    backbone = build_backbone(info.backbone, "scratch", info.stem_stride, info.blurpool, info.kwargs, info.projection)
     model = build_model(backbone, len(info.classes), info.nesting_list, info.tied)
     check_fits(state, model.state_dict(), f"{run}: model.safetensors does not fit model.json")
     model.load_state_dict(state)

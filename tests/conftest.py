@@ -53,11 +53,13 @@ TOP_1 = {8: 0.5, 16: 0.6, 32: 0.7, 96: 0.8}
 def make_saved_run(tmp_path_factory):
     """A run directory as train.py leaves it, of a small ResNet: random weights, BatchNorms that saw data."""
 
-    def make(name="small", backbone="test_resnet", stem_stride=4, blurpool=False, kwargs=None, dims=None):
+    def make(
+        name="small", backbone="test_resnet", stem_stride=4, blurpool=False, kwargs=None, dims=None, projection=False
+    ):
         torch.manual_seed(0)
         run = tmp_path_factory.mktemp("runs") / name
         run.mkdir()
-        network = build_backbone(backbone, "scratch", stem_stride, blurpool, kwargs)
+        network = build_backbone(backbone, "scratch", stem_stride, blurpool, kwargs, projection)
         dims = dims or (8, 16, 32, network.head_hidden_size)
         model = build_model(network, 3, dims)
         with torch.no_grad():
@@ -71,14 +73,14 @@ def make_saved_run(tmp_path_factory):
         config = Config(
             run=RunConfig(name=name),
             data=DataConfig(name="folder", root="pets", **settings),
-            model=ModelConfig(backbone=backbone, stem_stride=stem_stride, blurpool=blurpool, kwargs=kwargs or {}),
+            model=ModelConfig(backbone, "scratch", blurpool, stem_stride, projection=projection, kwargs=kwargs or {}),
             head=HeadConfig(nesting_list=list(dims)),
         )
         data = config.data
         names = ("cat", "dog", "eel")
         px = (data.eval_resize_px, data.eval_px)
         about = (backbone, kwargs or {}, stem_stride, blurpool, dims, False, names, *px, data.mean, data.std)
-        save_model(model, ModelInfo(*about), run)
+        save_model(model, ModelInfo(*about, projection=projection), run)
         atomic_write_text(run / "config.yaml", to_yaml(config))
         lines = [{"step": 5, "loss/8": 1.0}, {"step": 9, "epoch": 1, **{f"top_1/{dim}": 0.1 for dim in dims}}]
         lines += [{"step": 10, "epoch": 2, **{f"top_1/{dim}": value for dim, value in TOP_1.items()}}, {"step": 11}]

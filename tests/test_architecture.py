@@ -21,8 +21,8 @@ FLOORS = [
 ]
 # Lines of Python in each folder (not its subfolders). Raise a number only for a new idea.
 BUDGETS = {
-    ".": 521,
-    "mrl": 2830,
+    ".": 525,
+    "mrl": 2850,
     "mrl/data": 1805,
     "mrl/training": 725,
     "mrl/retrieval": 865,

@@ -141,6 +141,36 @@ def test_freezing_by_stage_keeps_the_frozen_batchnorms_in_eval_mode():
         freeze(model, ["layer9"])
 
 
+def test_a_projection_rotates_the_pooled_output_is_trained_and_is_saved(tmp_path):
+    backbone = build_backbone("resnet10t")
+    save_file(backbone.state_dict(), tmp_path / "weights.safetensors")
+    model = build_model(build_backbone("resnet10t", str(tmp_path / "weights.safetensors"), projection=True), 3).eval()
+    images = torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        pooled, z = backbone.eval()(images), model.embed(images)
+        assert pooled.min() == 0 > z.min()
+        torch.testing.assert_close(z @ z.T, pooled @ pooled.T, atol=1e-3, rtol=1e-4)
+        torch.testing.assert_close(z, pooled @ model.backbone.fc.weight.T)
+    freeze(model, "head")
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert [name for name in trained if name.startswith("backbone")] == ["backbone.fc.weight", "backbone.fc.bias"]
+    save_model(model, info_of(model, "resnet10t", projection=True), tmp_path)
+    loaded = mrl.load(tmp_path)
+    assert torch.equal(loaded.encode(images, 8), model.encode(images, 8))
+    again = build_backbone("resnet10t", str(tmp_path), projection=True)
+    assert torch.equal(again.fc.weight, model.backbone.fc.weight)
+    with pytest.raises(UserError, match=r"model\.projection True, not False"):
+        build_backbone("resnet10t", str(tmp_path))
+
+
+def test_a_projection_keeps_the_pooling_that_was_asked_for():
+    model = build_model(build_backbone("efficientnet_b0", kwargs={"global_pool": "max"}, projection=True), 3).eval()
+    with torch.no_grad():
+        features = model.backbone.forward_features(images := torch.randn(2, 3, 64, 64))
+        expected = model.backbone.classifier(features.amax(dim=(2, 3)))
+        torch.testing.assert_close(model.embed(images), expected)
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_saved_model_loads_and_encodes_alike(tmp_path, tied):
     backbone = build_backbone("resnet10t", stem_stride=1, blurpool=True)

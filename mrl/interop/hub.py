@@ -63,7 +63,8 @@ def export_folder(run: str | Path, out: str | Path, license: str, results: str |
     trainable, optim = config.model.trainable, config.optim
     layers = trainable if isinstance(trainable, str) else ", ".join([*trainable, "head"])
     init = Path(config.model.init).name  # "scratch", "pretrained", or what it started from, without the folders
-    network = f"timm {info.backbone}{', BlurPool' * info.blurpool}{', small stem' * (info.stem_stride != 4)}"
+    changes = {", BlurPool": info.blurpool, ", small stem": info.stem_stride != 4, ", projection": info.projection}
+    network = f"timm {info.backbone}{''.join(name for name, made in changes.items() if made)}"
     model.card = f"""---
 {metadata.to_yaml()}
 ---

@@ -32,5 +32,6 @@ def export_backbone(run: str | Path, out: str | Path) -> str:
     content = save({key: value.contiguous() for key, value in model.backbone.state_dict().items()})
     atomic_write(Path(out), lambda file: file.write(content))
     kwargs = "".join(f", {key}={value!r}" for key, value in info.kwargs.items())
-    line = f"timm.create_model({info.backbone!r}, num_classes=0, checkpoint_path={str(out)!r}{kwargs})"
+    num_classes = model.width if info.projection else 0
+    line = f"timm.create_model({info.backbone!r}, num_classes={num_classes}, checkpoint_path={str(out)!r}{kwargs})"
     return f"{line}  # then normalize the first {info.nesting_list[-1]} numbers, or fewer"

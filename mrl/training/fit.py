@@ -68,7 +68,8 @@ def _remedy(model: MatryoshkaClassifier, config: Config, micro_batch_size: int) 
 
     def attempt(kwargs: dict[str, Any], sizes: list[tuple[str, int]] = sizes) -> None:
         # With its weights, which do not fit all arguments.
-        backbone = build_backbone(wanted.backbone, wanted.init, wanted.stem_stride, wanted.blurpool, kwargs)
+        about = (wanted.stem_stride, wanted.blurpool, kwargs, wanted.projection)
+        backbone = build_backbone(wanted.backbone, wanted.init, *about)
         for key, px in sizes:
             _try(build_model(backbone, 2), 2, key, px)
 

@@ -15,7 +15,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ class Trunk(nn.Module):
     def outputs(self, images: Tensor) -> Tensor:
         """Return what the tail reads."""
         features = self.backbone.forward_features(images)  # type: ignore[operator]
-        return self.backbone.forward_head(features, pre_logits=True) if self.whole else features  # type: ignore[operator]
+        return self.backbone.forward_head(features) if self.whole else features  # type: ignore[operator]
 
     def forward(self, images: Tensor) -> Tensor:
         out = self.outputs(images)
@@ -55,17 +55,21 @@ class Trunk(nn.Module):
 
 
 class _Pooled(nn.Module):
-    """The tail of a backbone that is frozen whole: embeddings in, embeddings out."""
+    """The tail of a backbone of which at most the projection is trained: pooled vectors in, embeddings out."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, projection: Mapping[str, nn.Module]):
         super().__init__()
         self.head_hidden_size = width
+        for name, layer in projection.items():
+            self.add_module(name, layer)
 
-    def forward_features(self, z: Tensor) -> Tensor:
-        return z
+    def forward_features(self, pooled: Tensor) -> Tensor:
+        return pooled
 
-    def forward_head(self, z: Tensor, pre_logits: bool = True) -> Tensor:
-        return z
+    def forward_head(self, pooled: Tensor) -> Tensor:
+        for layer in self.children():
+            pooled = layer(pooled)
+        return pooled
 
 
 def split_frozen(model: MatryoshkaClassifier, px: int) -> tuple[Trunk, MatryoshkaClassifier]:
@@ -87,13 +91,16 @@ def split_frozen(model: MatryoshkaClassifier, px: int) -> tuple[Trunk, Matryoshk
             f"train.cache_views: {', '.join(behind)} of the backbone is frozen behind the trainable {trainable[0]}; "
             "add it to model.trainable"
         )
-    if trainable:
+    projection = {name: layer for name, layer in backbone.named_children() if layer is backbone.get_classifier()}  # type: ignore[operator]
+    if not set(trainable) <= set(projection):
         trunk = Trunk(_without(backbone, layers[cut:]), whole=False)
         tail = MatryoshkaClassifier(_without(backbone, layers[:cut]), model.head)
         for name, _ in list(tail.backbone.named_parameters(recurse=False)):
             setattr(tail.backbone, name, None)  # the class token and position embedding of a ViT
     else:
-        trunk, tail = Trunk(backbone, whole=True), MatryoshkaClassifier(_Pooled(model.width), model.head)
+        trunk = Trunk(_without(backbone, trainable), whole=True)
+        projection = {name: projection[name] for name in trainable}
+        tail = MatryoshkaClassifier(_Pooled(model.width, projection), model.head)
     device, training = next(model.parameters()).device, model.training
     images = torch.randn(2, 3, px, px, device=device, generator=torch.Generator(device).manual_seed(0))
     for part in (model, trunk, tail):

@@ -10,9 +10,10 @@ from mrl.interop.timm import export_backbone
 VIT = {"img_size": 32, "patch_size": 8}
 
 
+@pytest.mark.parametrize("projection", [False, True])
 @pytest.mark.parametrize(("backbone", "kwargs"), [("test_resnet", {}), ("test_vit", VIT), ("test_convnext", {})])
-def test_timm_loads_the_file_and_embeds_the_same(backbone, kwargs, make_saved_run, tmp_path):
-    run = make_saved_run(backbone, backbone, kwargs=kwargs)
+def test_timm_loads_the_file_and_embeds_the_same(backbone, kwargs, projection, make_saved_run, tmp_path):
+    run = make_saved_run(backbone, backbone, kwargs=kwargs, projection=projection)
     line = export_backbone(run, tmp_path / "backbone.safetensors")
     theirs = eval(line, {"timm": timm}).eval()
     images = torch.randn(3, 3, 32, 32)

@@ -103,19 +103,20 @@ def test_a_killed_run_resumes_bitwise(tmp_path, monkeypatch):
     assert all(torch.equal(whole[name], stopped[name]) for name in whole)
 
 
+@pytest.mark.parametrize("projection", [False, True])
 @pytest.mark.parametrize(
     ("backbone", "trainable"),
     [
         ("resnet10t", ["layer4"]),
         ("resnet10t", "head"),
         ("tf_efficientnet_lite0", ["blocks.6", "conv_head", "bn2"]),
-        ("convnext_atto", ["stages.3", "head.norm"]),
+        ("convnext_atto", ["stages.3", "head"]),
         ("vit_tiny_patch16_224", ["blocks.11", "norm"]),
         ("swin_tiny_patch4_window7_224", ["layers.3", "norm"]),
     ],
 )
-def test_trunk_and_tail_are_the_model(backbone, trainable):
-    model = build_model(build_backbone(backbone), 5)
+def test_trunk_and_tail_are_the_model(backbone, trainable, projection):
+    model = build_model(build_backbone(backbone, projection=projection), 5)
     freeze(model, trainable)
     trunk, tail = split_frozen(model.train(), 224)
     assert model.training and tail.training and not trunk.training
@@ -123,6 +124,8 @@ def test_trunk_and_tail_are_the_model(backbone, trainable):
     model.eval(), tail.eval()
     with torch.no_grad():
         torch.testing.assert_close(tail(trunk.outputs(images)), model(images), atol=1e-4, rtol=1e-4)
+    if trainable == "head":
+        assert trunk.outputs(images).shape == (2, model.width), "the store holds pooled vectors"
     wanted = {id(p) for p in model.parameters() if p.requires_grad}
     assert wanted == {id(p) for p in tail.parameters()}  # shared, and not one frozen parameter is left
 
