@@ -22,7 +22,7 @@ FLOORS = [
 # Lines of Python in each folder (not its subfolders). Raise a number only for a new idea.
 BUDGETS = {
     ".": 525,
-    "mrl": 2850,
+    "mrl": 2860,
     "mrl/data": 1805,
     "mrl/training": 725,
     "mrl/retrieval": 865,
