@@ -236,6 +236,8 @@ def _create_timm(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Modu
         if not pretrained:
             raise
         reason = " ".join(str(error).split())
+        if hub := timm.get_pretrained_cfg(name).hf_hub_id:
+            reason += f" Offline: --model.init FILE takes a copy of model.safetensors of https://huggingface.co/{hub}"
         raise UserError(f"model.init pretrained: timm's weights of {name} could not be loaded: {reason}") from error
 
 
