@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -90,6 +91,7 @@ def run(main: Callable[[], int | None], interrupted: str) -> int:
     """
     if isinstance(sys.stdout, io.TextIOWrapper):  # show names that are not UTF-8 as stderr does: "\\udce9" for byte e9
         sys.stdout.reconfigure(errors="backslashreplace")
+    warnings.formatwarning = lambda message, *where: f"warning: {message}\n"
     try:
         return main() or 0
     except KeyboardInterrupt as stopped:

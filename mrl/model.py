@@ -258,6 +258,9 @@ def _create_timm(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Modu
         if not pretrained:
             raise
         reason = " ".join(str(error).split())
+        if (published := timm.get_pretrained_cfg(name)) and published.hf_hub_id:
+            address = f"https://huggingface.co/{published.hf_hub_id}"
+            reason += f" Offline: --model.init FILE takes a copy of model.safetensors of {address}"
         raise UserError(f"model.init pretrained: timm's weights of {name} could not be loaded: {reason}") from error
 
 

@@ -71,6 +71,15 @@ def test_encode_defaults_to_the_largest_trained_dim_and_warns_of_untrained_ones(
         fixed.encode(images, dim=513)
 
 
+def test_weights_that_cannot_be_downloaded_are_named_with_what_to_give_instead(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError("no\nconnection")
+
+    monkeypatch.setattr(timm, "create_model", refuse)
+    with pytest.raises(UserError, match=r"no connection Offline: .*/timm/tf_efficientnet_lite0.in1k$"):
+        build_backbone("tf_efficientnet_lite0", init="pretrained")
+
+
 def ffcv_style_blur(conv, images):
     """What FFCV's BlurPool computes, spelled out: pad by zeros, blur each channel, then convolve with stride."""
     kernel = torch.tensor([[1.0, 2, 1], [2, 4, 2], [1, 2, 1]]) / 16

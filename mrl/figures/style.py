@@ -216,9 +216,7 @@ def dim_axis(axes: Axes, dims: Iterable[float]) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:.0f}"))
     axes.set_xlabel("embedding size (dims)")
-    low, high = axes.get_ylim()
-    margin = 0.02 * (high - low)  # room for the markers at 0 and 100
-    axes.set_ylim(max(low, -margin), min(high, 100 + margin))
+    _limit_percents(axes)
 
 
 def cost_axis(axes: Axes, label: str) -> None:
@@ -231,6 +229,14 @@ def cost_axis(axes: Axes, label: str) -> None:
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel(label)
     axes.margins(x=0.08, y=0.12)
+    _limit_percents(axes)
+
+
+def _limit_percents(axes: Axes) -> None:
+    """Cut the vertical axis at 0 and 100, with room for the markers there."""
+    low, high = axes.get_ylim()
+    margin = 0.02 * (high - low)
+    axes.set_ylim(max(low, -margin), min(high, 100 + margin))
 
 
 def annotate(axes: Axes, text: Any, place: tuple[float, float], offset: tuple[float, float], **look: Any) -> None:

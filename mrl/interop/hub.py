@@ -62,6 +62,8 @@ def export_folder(run: str | Path, out: str | Path, license: str, results: str |
     example_dim = info.nesting_list[(len(info.nesting_list) - 1) // 2]
     trainable, optim = config.model.trainable, config.optim
     layers = trainable if isinstance(trainable, str) else ", ".join([*trainable, "head"])
+    steps = config.data.min_steps_per_epoch
+    cut = f" (smaller where an epoch would have fewer than {steps} steps)" * (steps > 1)
     init = Path(config.model.init).name  # "scratch", "pretrained", or what it started from, without the folders
     changes = {", BlurPool": info.blurpool, ", small stem": info.stem_stride != 4, ", projection": info.projection}
     network = f"timm {info.backbone}{''.join(name for name, made in changes.items() if made)}"
@@ -107,8 +109,9 @@ product. After every further cut, scale again.{untrained}
 - Network: {network}, initial weights: {init}
 - Trained dims: {dims}; {"one shared classifier" if info.tied else "a classifier each"}
 - Trained layers: {layers}
-- Optimizer: {optim.name}, learning rate {optim.lr} ({optim.schedule} schedule), weight decay {optim.weight_decay}
-- Length: {config.train.epochs} epochs of batch {config.data.batch_size}, seed {config.run.seed}
+- Optimizer: {optim.name}, learning rate {optim.lr} ({optim.schedule} schedule), layer decay \
+{optim.layer_decay}, weight decay {optim.weight_decay}
+- Length: {config.train.epochs} epochs of batch {config.data.batch_size}{cut}, seed {config.run.seed}
 
 ## License of the weights
 

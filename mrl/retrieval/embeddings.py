@@ -232,7 +232,7 @@ def _embed_share(
     batches = [(int(run[0]), run[i : i + batch_size]) for run in runs for i in range(0, len(run), batch_size)]
     read = images.eval_batches([indices for _, indices in batches], metadata.flip)
     autocast = torch.autocast(process.device.type, torch.bfloat16, enabled=metadata.precision == "bf16")
-    name = f"{parts.directory.parent.parent.name}: embedding {parts.directory.name}"
+    name = f"embedding {'/'.join(parts.directory.parts[-3:])}"
     with progress(show=process.is_main, total=len(share), desc=name, unit="image") as bar:
         for (first, indices), (batch, _) in zip(batches, read, strict=True):
             with autocast:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import math
 
 import torch
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 
 from mrl.model import MatryoshkaClassifier
+
+# A backbone with one trainable layer makes timm warn that the decay has no effect; the head is one more layer.
+logging.getLogger("timm.optim._param_groups").setLevel(logging.ERROR)
 
 
 def build_optimizer(

@@ -315,6 +315,12 @@ def search_rows(run="mrl", seed=0, timed=True, dims=(8, 16, 32, 64)):
     return rows
 
 
+def test_no_axis_of_percents_goes_above_100_where_all_values_are_nearly_that():
+    for draw, rows in ((FIGURES["accuracy_by_dim"], rows_for("accuracy_by_dim")), (adaptive_retrieval, search_rows())):
+        figure = draw([dataclasses.replace(row, value=0.99) for row in rows])
+        assert all(100 < axes.get_ylim()[1] < 101 for axes in figure.axes)
+
+
 def test_figure_8_has_every_row_against_multiply_adds_and_against_time():
     rows = search_rows()
     figure = adaptive_retrieval(rows)

@@ -72,15 +72,18 @@ def test_the_card_tells_how_the_model_was_trained_without_paths_of_this_machine(
     init = str(tmp_path / "first" / "weights.pt")
     config = dataclasses.replace(
         config,
-        data=dataclasses.replace(config.data, root=str(tmp_path / "pets")),
+        data=dataclasses.replace(config.data, root=str(tmp_path / "pets"), min_steps_per_epoch=4),
         model=dataclasses.replace(config.model, trainable=["layer3", "layer4"], init=init),
-        optim=dataclasses.replace(config.optim, name="adamw", lr=0.001, weight_decay=0.05, schedule="cosine"),
+        optim=dataclasses.replace(
+            config.optim, name="adamw", lr=0.001, weight_decay=0.05, schedule="cosine", layer_decay=0.5
+        ),
     )
     (run / "config.yaml").write_text(to_yaml(config))
     text = (hub.export_folder(run, tmp_path / "out", "mit") / "README.md").read_text()
     assert "timm test_resnet, initial weights: weights.pt\n" in text and "Data: pets" in text
     assert "Trained layers: layer3, layer4, head\n" in text and str(tmp_path) not in text
-    assert "Optimizer: adamw, learning rate 0.001 (cosine schedule), weight decay 0.05\n" in text
+    assert "Optimizer: adamw, learning rate 0.001 (cosine schedule), layer decay 0.5, weight decay 0.05\n" in text
+    assert "(smaller where an epoch would have fewer than 4 steps), seed" in text
 
 
 def test_the_hub_s_own_methods_save_and_load_the_model_and_keep_its_card(saved_run, folder, images, tmp_path):

@@ -41,9 +41,9 @@ def _extensions(monkeypatch):
 
 @pytest.fixture
 def vectors(tmp_path, monkeypatch):
-    """vectors.npy as mrl.embed writes it: 2,000 unit vectors of 64 dims that are never negative."""
+    """vectors.npy as mrl.embed writes it: 2,000 unit vectors of 80 dims that are never negative."""
     monkeypatch.chdir(tmp_path)
-    vectors = np.abs(np.random.default_rng(0).normal(size=(2000, 64)))
+    vectors = np.abs(np.random.default_rng(0).normal(size=(2000, 80)))
     vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
     np.save("finished.npy", vectors)
     ids = [f"{i}.jpg" for i in range(2000)]
@@ -57,10 +57,10 @@ def test_the_funnel_in_sql_is_ours_and_sign_bits_give_a_shortlist_by_hamming_dis
     blocks = re.findall(r"```python\n(.*?)```", section, re.S)
     names = {}
     exec(blocks[0], names)
-    indices, scores = mrl.funnel_search(vectors[:1], vectors, 8, [(64, 200)])
+    indices, scores = mrl.funnel_search(vectors[:1], vectors, 10, [(80, 200)])
     assert [name for name, _ in names["found"]] == [f"{i}.jpg" for i in indices[0, :10]]
     assert np.allclose([cosine for _, cosine in names["found"]], scores[0, :10], atol=1e-5)
-    exact = mrl.exact_search(vectors[:1], vectors, 10, [64])[64][0]
+    exact = mrl.exact_search(vectors[:1], vectors, 10, [80])[80][0]
     assert not np.array_equal(exact, indices[:, :10])  # the shortlist matters
 
     exec(blocks[1], names)
