@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from mrl.errors import UserError
-from mrl.matryoshka import NestedLinear, check_nesting_list, default_nesting_list, unit_prefix
+from mrl.matryoshka import NECKS, NestedLinear, check_nesting_list, default_nesting_list, divide_gradient, unit_prefix
 from mrl.rgb import to_rgb
 from mrl.rundir import atomic_write, atomic_write_text
 
@@ -60,6 +60,7 @@ class ModelInfo:
     std: tuple[float, float, float]
     exif_rotation: str = "ignore"  # of models that were saved before this key
     interpolation: str = "bilinear"
+    variant: str = "none"
     format_version: int = FORMAT_VERSION
 
 
@@ -80,19 +81,21 @@ class MatryoshkaClassifier(
     info: ModelInfo | None = None
     card: str | None = None
 
-    def __init__(self, backbone: nn.Module, head: NestedLinear):
+    def __init__(self, backbone: nn.Module, head: NestedLinear, neck: nn.Module | None = None):
         super().__init__()
         self.backbone = backbone
+        self.neck = nn.Identity() if neck is None else neck
         self.head = head
         self.width: int = backbone.head_hidden_size  # type: ignore[assignment]
 
     def embed(self, images: Tensor) -> Tensor:
         """Return embeddings ``(B, D)`` as the head reads them: raw, not normalized."""
         features = self.backbone.forward_features(images)  # type: ignore[operator]
-        return self.backbone.forward_head(features, pre_logits=True)  # type: ignore[operator]
+        return self.neck(self.backbone.forward_head(features, pre_logits=True))  # type: ignore[operator]
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.embed(images))
+    def forward(self, images: Tensor, with_embedding: bool = False) -> Any:
+        z = self.embed(images)
+        return (self.head(z), z) if with_embedding else self.head(z)
 
     @torch.no_grad()
     def encode(self, images: Tensor, dim: int | None = None) -> Tensor:
@@ -174,12 +177,21 @@ def _upright_rgb(image: Any, exif_rotation: str) -> Any:
 
 
 def build_model(
-    backbone: nn.Module, num_classes: int, nesting_list: Sequence[int] | None = None, tied: bool = False
+    backbone: nn.Module,
+    num_classes: int,
+    nesting_list: Sequence[int] | None = None,
+    tied: bool = False,
+    variant: str = "none",
 ) -> MatryoshkaClassifier:
     """Put a new nested head on ``backbone``; without a ``nesting_list`` the dims are halvings of its width."""
     width: int = backbone.head_hidden_size  # type: ignore[assignment]
     dims = default_nesting_list(width) if nesting_list is None else check_nesting_list(nesting_list, width)
-    return MatryoshkaClassifier(backbone, NestedLinear(dims, num_classes, tied))
+    head, neck = NestedLinear(dims, num_classes, tied), NECKS[variant](width) if variant in NECKS else None
+    if variant == "scales":
+        head.scales = nn.Parameter(torch.zeros(len(dims)))
+    if variant == "divided":
+        divide_gradient(head)
+    return MatryoshkaClassifier(backbone, head, neck)
 
 
 def build_backbone(
@@ -353,7 +365,7 @@ def load(run: str | Path) -> MatryoshkaClassifier:
     """
     info, state = read_saved(Path(run))
     backbone = build_backbone(info.backbone, "scratch", info.stem_stride, info.blurpool, info.kwargs)
-    model = build_model(backbone, len(info.classes), info.nesting_list, info.tied)
+    model = build_model(backbone, len(info.classes), info.nesting_list, info.tied, info.variant)
     check_fits(state, model.state_dict(), f"{run}: model.safetensors does not fit model.json")
     model.load_state_dict(state)
     model.info = model._hub_mixin_config = info  # pushed as config.json, which the Hub's client looks for first

@@ -89,11 +89,11 @@ def split_frozen(model: MatryoshkaClassifier, px: int) -> tuple[Trunk, Matryoshk
         )
     if trainable:
         trunk = Trunk(_without(backbone, layers[cut:]), whole=False)
-        tail = MatryoshkaClassifier(_without(backbone, layers[:cut]), model.head)
+        tail = MatryoshkaClassifier(_without(backbone, layers[:cut]), model.head, model.neck)
         for name, _ in list(tail.backbone.named_parameters(recurse=False)):
             setattr(tail.backbone, name, None)  # the class token and position embedding of a ViT
     else:
-        trunk, tail = Trunk(backbone, whole=True), MatryoshkaClassifier(_Pooled(model.width), model.head)
+        trunk, tail = Trunk(backbone, whole=True), MatryoshkaClassifier(_Pooled(model.width), model.head, model.neck)
     device, training = next(model.parameters()).device, model.training
     images = torch.randn(2, 3, px, px, device=device, generator=torch.Generator(device).manual_seed(0))
     for part in (model, trunk, tail):
