@@ -1,13 +1,16 @@
-"""The grid on a pretrained network takes the learning rates that its sweep found."""
+"""The grids on a pretrained network take the learning rates that their sweeps found."""
+
+import pytest
 
 from experiments.learning_rates import best_rates
 from experiments.reproduce import REPOSITORY, plan, read_grid
 from mrl.results import method_name
 
 
-def test_every_run_of_grid_c_has_the_best_rate_of_the_committed_sweep(tmp_path):
-    best = best_rates(REPOSITORY / "results/tiny_imagenet/lite0_last_layer/learning_rates.csv")
-    for run in plan(read_grid("c"), tmp_path, None):
+@pytest.mark.parametrize(("grid", "group"), [("c", "lite0_last_layer"), ("c_projection", "lite0_projection")])
+def test_every_run_of_grid_c_has_the_best_rate_of_the_committed_sweep(grid, group, tmp_path):
+    best = best_rates(REPOSITORY / "results/tiny_imagenet" / group / "learning_rates.csv")
+    for run in plan(read_grid(grid), tmp_path, None):
         head, lr = run.config.head, run.config.optim.lr
         if head.weights:  # a rate of its own for each prefix
             rates = {dim: lr * weight for dim, weight in zip(head.nesting_list, head.weights, strict=True)}
