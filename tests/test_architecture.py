@@ -24,7 +24,7 @@ BUDGETS = {
     ".": 525,
     "mrl": 2860,
     "mrl/data": 1805,
-    "mrl/training": 725,
+    "mrl/training": 726,
     "mrl/retrieval": 865,
     "mrl/studies": 2610,
     "mrl/figures": 1265,

@@ -10,8 +10,7 @@ from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 
 from mrl.model import MatryoshkaClassifier
 
-# A backbone with one trainable layer makes timm warn that the decay has no effect; the head is one more layer.
-logging.getLogger("timm.optim._param_groups").setLevel(logging.ERROR)
+logging.getLogger("timm.optim._param_groups").setLevel(logging.ERROR)  # it warns of one layer; the head is another
 
 
 def build_optimizer(
@@ -25,9 +24,8 @@ def build_optimizer(
     """
     exempt: set[str] = getattr(model.backbone, "no_weight_decay", set)()
     if layer_decay == 1 or not any(parameter.requires_grad for parameter in model.backbone.parameters()):
-        groups = param_groups_weight_decay(
-            model, weight_decay, no_weight_decay_list=[f"backbone.{name}" for name in exempt]
-        )
+        spared = [f"backbone.{name}" for name in exempt]
+        groups = param_groups_weight_decay(model, weight_decay, no_weight_decay_list=spared)
     else:
         groups = param_groups_layer_decay(model.backbone, weight_decay, exempt, layer_decay=layer_decay)
         for group in groups:  # timm counts from the backbone's last layer, which is one below the head
