@@ -18,6 +18,7 @@ METHODS = ("MRL", "MRL weighted", "MRL-E", "FF", "FF truncated")
 CLASS_STUDY, CLASSES_FILE = "per_class", "classes.csv"
 DATA_TITLES = {
     **{"digits": "Handwritten digits", "imagenet": "ImageNet-1K", "tiny_imagenet": "Tiny-ImageNet"},
+    **{"caltech_47": "Caltech-101, 47 classes", "imagenette": "Imagenette", "imagewoof": "Imagewoof"},
     **{f"imagenet_{name}": f"ImageNet-{name.title()}" for name in ("v2", "a", "r", "sketch")},
 }
 _CLASS_COLUMNS = ["study", "dataset", "run", "method", "dim", "group", "metric", "value", "n", "seed"]
@@ -26,8 +27,7 @@ _CLASS_COLUMNS += ["resize_px", "crop_px", "flip"]
 
 def data_title(dataset: str) -> str:
     """Return the name of the data in titles: that of a known data set, else ``dataset`` as words."""
-    title = dataset.replace("tiny_imagenet", "Tiny-ImageNet").replace("_", " ")
-    return DATA_TITLES.get(dataset) or title[:1].upper() + title[1:]
+    return DATA_TITLES.get(dataset) or dataset.replace("tiny_imagenet", "Tiny-ImageNet").replace("_", " ")
 
 
 def method_name(nesting_list: Sequence[int], tied: bool, weights: Sequence[float] | None = None) -> str:

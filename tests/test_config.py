@@ -26,7 +26,7 @@ run: name dir seed resume
 data: name root val_share backend num_classes missing_classes max_unreadable exif_rotation batch_size
       min_steps_per_epoch num_workers train_px crop_scale crop_ratio flip
       rand_augment random_erasing mixup cutmix eval_resize_px eval_px interpolation mean std
-model: backbone init blurpool stem_stride trainable kwargs
+model: backbone init blurpool stem_stride trainable projection kwargs
 head: nesting_list tied weights
 optim: name lr momentum weight_decay layer_decay warmup_epochs schedule clip_norm
 train: epochs label_smoothing accumulation_steps precision gradient_precision sync_batchnorm cache_views cache_seed

@@ -335,4 +335,4 @@ def folder_images(folder: LabeledFolder, config: Config, process: Process) -> An
     data = replace(config.data, name="folder", root=str(folder.path.parent), backend="folder", num_classes=None)
     data = replace(data, max_unreadable=0.0, val_share=0.0)  # the studies know these images from their own list
     split, classes = folder.path.name, folder.listed.classes
-    return build_data(data, config.run.seed, process.device, process.is_main, (split,), classes)[split]
+    return build_data(data, config.run.seed, process.device, process.is_main, splits=(split,), classes=classes)[split]

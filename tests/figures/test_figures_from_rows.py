@@ -151,7 +151,7 @@ def test_all_methods_have_styles_of_their_own_beside_baselines_and_titles_name_t
     assert faults(figure, max_inches=20) == []
     assert [axes.get_title() for axes in figure.axes] == ["linear classification", "1-nearest neighbor"]
     assert len({container.lines[0].get_marker() for container in figure.axes[0].containers}) == len(methods)
-    assert len(legend(figure)) == len(methods) and heading(figure) == "My photos: 50 images"
+    assert len(legend(figure)) == len(methods) and heading(figure) == "my photos: 50 images"
     assert len(legend(FIGURES["accuracy_by_dim"](rows))) == len([*METHODS, "FF PCA"])
     assert data_title("tiny_imagenet") == "Tiny-ImageNet" and data_title("tiny_imagenet_100") == "Tiny-ImageNet 100"
 

@@ -211,6 +211,6 @@ def test_images_of_another_folder_take_the_place_of_the_runs_own(run, scans, tmp
     with torch.no_grad():
         expected = opened.model.embed(shown.images("val", np.arange(7)))
     np.testing.assert_allclose(shown.val.vectors, expected, atol=1e-4)
-    assert "8 training and 7 validation images of 2 classes" in str(shown)
+    assert "8 images of cups/train and 7 of cups/val, of 2 classes" in str(shown)
     monkeypatch.setattr(opened.model.backbone, "forward_features", None)
     with_images(opened, str(tmp_path / "cups"))  # embedded once
