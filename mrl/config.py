@@ -211,8 +211,8 @@ class ModelConfig:
     BatchNorm in eval mode."""
     projection: bool = False
     """Put a new linear layer, D to D, behind the backbone's pooling; it is trained, and its output is the embedding.
-    Pooled activations are never negative; after this layer they can be, so a small prefix holds much more
-    (docs/RESULTS.md). It wants a lower learning rate, about a quarter."""
+    Pooled activations are never negative; after this layer they can be, so a small prefix can hold more. It
+    wants a lower learning rate, about a quarter. docs/RESULTS.md tells where it helped and what it cost."""
     kwargs: dict[str, Any] = field(default_factory=dict)
     """Further arguments of timm.create_model, e.g. {drop_path_rate: 0.1, img_size: 64, patch_size: 8}."""
 

@@ -48,12 +48,15 @@ STEPS = 10  # 2 epochs of 5 steps
 
 @pytest.fixture(autouse=True, scope="module")
 def _on_the_cpu():
-    """Bits are promised on the CPU only; the children of these tests see no GPU either."""
+    """Bits are promised on the CPU only, and for one number of threads: a forked process has one, so all have."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: False)
         patch.setenv("CUDA_VISIBLE_DEVICES", "")
         patch.setenv("OMP_NUM_THREADS", "1")  # of the children
         yield
+    torch.set_num_threads(threads)
 
 
 def run(directory, *argv, name="a"):
