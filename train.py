@@ -74,10 +74,12 @@ def train(config: Config, process: Process) -> int:
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
     start = config
-    if resumed is not None and not config.train.cache_views:  # the checkpoint holds all weights, cached layers aside
-        start = dataclasses.replace(config, model=dataclasses.replace(config.model, init="scratch"))
+    if resumed is not None:  # all weights are in the checkpoint; those of cached layers are in the saved model
+        saved = str(directory) if (directory / "model.safetensors").exists() else config.model.init
+        init = saved if config.train.cache_views else "scratch"
+        start = dataclasses.replace(config, model=dataclasses.replace(config.model, init=init))
     model = make_model(start, len(classes)).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    head_kept = Path(start.model.init).is_dir() and keep_head(model, Path(start.model.init), classes)
+    head_kept = resumed is None and Path(start.model.init).is_dir() and keep_head(model, Path(start.model.init), classes)
     check_fit(model, config, micro_batch_size)
     if config.train.sync_batchnorm:
         model = distributed.sync_batchnorm(model, process)

@@ -93,12 +93,17 @@ def test_a_store_of_other_weights_or_crops_is_not_used(tmp_path):
         before = set(stored(tmp_path))
 
 
-def test_a_killed_run_resumes_bitwise(tmp_path, monkeypatch):
-    assert run(tmp_path, "--train.cache_views", "2", name="whole") == 0
+def test_a_killed_run_resumes_bitwise_without_the_weights_that_it_began_with(tmp_path, monkeypatch):
+    init = tmp_path / "init.pt"
+    torch.save(build_backbone("vit_tiny_patch16_224", kwargs=VIT).state_dict(), init)
+    argv = ["--train.cache_views", "2", "--model.init", str(init)]
+    assert run(tmp_path, *argv, name="whole") == 0
     with monkeypatch.context() as patch:
         stop_at(patch, 7, signal.SIGTERM)
-        assert run(tmp_path, "--train.cache_views", "2", name="stopped") == 128 + signal.SIGTERM
-    assert run(tmp_path, "--train.cache_views", "2", "--run.resume", "auto", name="stopped") == 0
+        assert run(tmp_path, *argv, name="stopped") == 128 + signal.SIGTERM
+    init.unlink()
+    monkeypatch.setattr("mrl.engine.fast_forward", lambda *_: pytest.fail("computed again"))
+    assert run(tmp_path, *argv, "--run.resume", "auto", name="stopped") == 0
     whole, stopped = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "stopped"))
     assert all(torch.equal(whole[name], stopped[name]) for name in whole)
 
