@@ -73,13 +73,13 @@ def train(config: Config, process: Process) -> int:
     torch.manual_seed(seed)
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
-    start = config
+    start, init = config, Path(config.model.init)
     if resumed is not None:  # all weights are in the checkpoint; those of cached layers are in the saved model
         saved = str(directory) if (directory / "model.safetensors").exists() else config.model.init
-        init = saved if config.train.cache_views else "scratch"
-        start = dataclasses.replace(config, model=dataclasses.replace(config.model, init=init))
+        weights_from = saved if config.train.cache_views else "scratch"
+        start = dataclasses.replace(config, model=dataclasses.replace(config.model, init=weights_from))
     model = make_model(start, len(classes)).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    head_kept = resumed is None and Path(start.model.init).is_dir() and keep_head(model, Path(start.model.init), classes)
+    head_kept = resumed is None and init.is_dir() and keep_head(model, init, classes)
     check_fit(model, config, micro_batch_size)
     if config.train.sync_batchnorm:
         model = distributed.sync_batchnorm(model, process)
