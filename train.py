@@ -31,7 +31,7 @@ from mrl.data.images import EvalImages
 from mrl.data.transforms import cut_batch, eval_indices, train_indices
 from mrl.distributed import Process
 from mrl.errors import UserError
-from mrl.matryoshka import check_weights, nested_cross_entropy
+from mrl.matryoshka import check_weights, nested_cross_entropy, self_distillation
 from mrl.model import MatryoshkaClassifier, ModelInfo, build_backbone, build_model, freeze, keep_head, save_model
 from mrl.progress import progress
 from mrl.training.augmentation import make_augmentation, seed_step
@@ -172,6 +172,8 @@ def train(config: Config, process: Process) -> int:
                             losses = nested_cross_entropy(logits, targets, config.train.label_smoothing)  # (G,)
                         sums.add(logits, labels, losses)
                         with record_function("backward"):
+                            if config.head.self_distillation > 0:
+                                losses = losses + config.head.self_distillation * self_distillation(logits)
                             scaler.scale((weights * losses).sum() / accumulation_steps).backward()
                 with record_function("optimizer"):
                     if optim.clip_norm > 0:

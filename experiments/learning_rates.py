@@ -27,7 +27,8 @@ def write_sweep(runs: Sequence[Run], out: Path) -> list[Path]:
         head, dims = run.config.head, run.config.head.nesting_list
         [last] = [row for row in run.rows() if any(key.startswith("top_1/") for key in row)][-1:]
         scores = {int(key.removeprefix("top_1/")): value for key, value in last.items() if key.startswith("top_1/")}
-        method = method_name(list(scores) if dims == "auto" else dims, head.tied, head.weights)
+        trained = list(scores) if dims == "auto" else dims
+        method = method_name(trained, head.tied, head.weights, head.self_distillation)
         about = (run.entry.name, method, run.config.optim.lr, run.config.run.seed)
         lines += [(*about, dim, top_1) for dim, top_1 in scores.items()]
     frame = pd.DataFrame(lines, columns=["name", "method", "lr", "seed", "dim", "top_1"])

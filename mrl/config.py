@@ -231,11 +231,15 @@ class HeadConfig:
     """Share one classifier between all dims (MRL-E) instead of one each (MRL)."""
     weights: list[float] | None = None
     """Weight of each dim's loss in the sum, smallest dim first. Default: 1 each."""
+    self_distillation: float = 0.0
+    """Weight of self-distillation: this many times the KL divergence of a dim's prediction from that of the full width
+    is added to its loss. 0, as in the paper: off. docs/RESULTS.md tells what 1 gained."""
 
     def __post_init__(self) -> None:
         if self.nesting_list != "auto":
             dims = check_nesting_list(self.nesting_list)
             check_weights(self.weights, dims)
+        _require_at_least(0, "head", self, "self_distillation")
 
 
 @dataclass(frozen=True)

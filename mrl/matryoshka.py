@@ -123,6 +123,21 @@ def nested_cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float 
     return torch.stack([F.cross_entropy(each, labels, label_smoothing=label_smoothing) for each in logits])
 
 
+def self_distillation(logits: Tensor) -> Tensor:
+    """Return the mean KL divergence of each prefix's prediction from that of the largest prefix, ``(G,)``.
+
+    The largest prefix is the teacher: its own divergence is 0, and it gets no gradient, as the deepest classifier in
+    Zhang et al., "Be Your Own Teacher", ICCV 2019. Not in the paper.
+
+    Args:
+        logits: ``(G, B, C)`` from `NestedLinear`.
+    """
+    predictions = F.log_softmax(logits, dim=-1)
+    students, teacher = predictions[:-1], predictions[-1].detach()
+    divergence = F.kl_div(students, teacher.expand_as(students), reduction="none", log_target=True)
+    return F.pad(divergence.sum(-1).mean(-1), (0, 1))
+
+
 def check_weights(weights: Sequence[float] | None, nesting_list: Sequence[int]) -> tuple[float, ...]:
     """Return the relative importance c_m of each prefix as a tuple; 1 each when ``weights`` is None."""
     if weights is None:

@@ -14,7 +14,7 @@ import pandas as pd
 from mrl.errors import UserError
 from mrl.rundir import atomic_write_text
 
-METHODS = ("MRL", "MRL weighted", "MRL-E", "FF", "FF truncated")
+METHODS = ("MRL", "MRL weighted", "MRL distilled", "MRL-E", "MRL-E distilled", "FF", "FF truncated")
 CLASS_STUDY, CLASSES_FILE = "per_class", "classes.csv"
 DATA_TITLES = {
     **{"digits": "Handwritten digits", "imagenet": "ImageNet-1K", "tiny_imagenet": "Tiny-ImageNet"},
@@ -30,14 +30,16 @@ def data_title(dataset: str) -> str:
     return DATA_TITLES.get(dataset) or dataset.replace("tiny_imagenet", "Tiny-ImageNet").replace("_", " ")
 
 
-def method_name(nesting_list: Sequence[int], tied: bool, weights: Sequence[float] | None = None) -> str:
+def method_name(
+    nesting_list: Sequence[int], tied: bool, weights: Sequence[float] | None = None, self_distillation: float = 0.0
+) -> str:
     """Return the paper's name of a model: "FF" if it has one size, else "MRL-E" if tied, else "MRL".
 
-    "MRL weighted" and "MRL-E weighted" were trained with loss ``weights``.
+    " weighted" is added if it was trained with loss ``weights``, and " distilled" if with ``self_distillation``.
     """
     if len(nesting_list) == 1:
         return "FF"
-    return ("MRL-E" if tied else "MRL") + " weighted" * (weights is not None)
+    return ("MRL-E" if tied else "MRL") + " weighted" * (weights is not None) + " distilled" * (self_distillation > 0)
 
 
 def method_order(method: str) -> tuple[int, str]:

@@ -27,7 +27,7 @@ data: name root val_share backend num_classes missing_classes max_unreadable exi
       min_steps_per_epoch num_workers train_px crop_scale crop_ratio flip
       rand_augment random_erasing mixup cutmix eval_resize_px eval_px interpolation mean std
 model: backbone init blurpool stem_stride trainable projection kwargs
-head: nesting_list tied weights
+head: nesting_list tied weights self_distillation
 optim: name lr momentum weight_decay layer_decay warmup_epochs schedule clip_norm
 train: epochs label_smoothing accumulation_steps precision gradient_precision sync_batchnorm cache_views cache_seed
        compile ema_decay eval_every_epochs checkpoint_minutes log_every_steps profile_steps

@@ -104,7 +104,16 @@ def test_the_loop_stays_on_the_gpu(tmp_path, monkeypatch, answers, tied):
     monkeypatch.setattr(distributed, "all_reduce_any", lambda *flags: list(flags))
     argv = ["--config", "digits_mrl.yaml", "--run.dir", str(tmp_path), "--data.batch_size", "4", "--train.epochs", "1"]
     argv += ["--model.backbone", "test_resnet", "--model.kwargs", "{}", "--model.stem_stride", "2"]
-    argv += ["--head.nesting_list", "[8, 96]", "--head.weights", "[1, 2]", "--head.tied", tied]
+    argv += [
+        "--head.nesting_list",
+        "[8, 96]",
+        "--head.weights",
+        "[1, 2]",
+        "--head.tied",
+        tied,
+        "--head.self_distillation",
+        "1",
+    ]
     argv += ["--data.random_erasing", "0.5", "--data.mixup", "0.5", "--data.cutmix", "0.5"]
     argv += ["--train.precision", "bf16", "--optim.clip_norm", "1"]
     answers.truth = False  # is a loss infinite?

@@ -1,4 +1,5 @@
 import itertools
+import math
 
 import pytest
 import torch
@@ -6,7 +7,7 @@ import torch.nn.functional as F
 
 from mrl import MatryoshkaLoss, NestedLinear, nested_cross_entropy, prefix, unit_prefix
 from mrl.errors import UserError
-from mrl.matryoshka import check_nesting_list, check_weights, default_nesting_list
+from mrl.matryoshka import check_nesting_list, check_weights, default_nesting_list, self_distillation
 
 DIMS = [3, 5, 8]
 both_heads = pytest.mark.parametrize("tied", [False, True])
@@ -115,6 +116,17 @@ def test_nested_cross_entropy_equals_the_written_out_definition(label_smoothing)
         assert losses[g].item() == pytest.approx(float(expected), abs=1e-5)
     one_hot = F.one_hot(labels, 4).float()
     assert torch.allclose(nested_cross_entropy(logits, one_hot, label_smoothing), losses)
+
+
+def test_self_distillation_is_the_divergence_from_the_largest_prefix_which_it_does_not_move():
+    logits = torch.randn(3, 6, 4, requires_grad=True)
+    losses = self_distillation(logits)
+    for g in range(3):
+        pairs = zip(logits[2].softmax(-1).flatten().tolist(), logits[g].softmax(-1).flatten().tolist(), strict=True)
+        expected = sum(teacher * math.log(teacher / student) for teacher, student in pairs) / 6
+        assert losses[g].item() == pytest.approx(expected, abs=1e-5)
+    (gradient,) = torch.autograd.grad(losses.sum(), logits)
+    assert gradient[2].abs().max() == 0 < gradient[:2].abs().min()
 
 
 def triplet(a, p, n, margin):

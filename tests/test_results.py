@@ -17,17 +17,18 @@ ROWS = [
 
 
 @pytest.mark.parametrize(
-    ("nesting_list", "tied", "weights", "name"),
+    ("head", "name"),
     [
-        ([8, 16], False, None, "MRL"),
-        ([8, 16], True, None, "MRL-E"),
-        ([16], False, None, "FF"),
-        ([16], True, [2.0], "FF"),
-        ([8, 16], False, [2.0, 1.0], "MRL weighted"),
+        (([8, 16], False, None), "MRL"),
+        (([8, 16], True, None), "MRL-E"),
+        (([16], False, None), "FF"),
+        (([16], True, [2.0], 1.0), "FF"),
+        (([8, 16], False, [2.0, 1.0]), "MRL weighted"),
+        (([8, 16], True, None, 1.0), "MRL-E distilled"),
     ],
 )
-def test_the_method_follows_from_the_sizes_the_tie_and_the_weights(nesting_list, tied, weights, name):
-    assert method_name(nesting_list, tied, weights) == name
+def test_the_method_follows_from_the_sizes_the_tie_and_the_loss(head, name):
+    assert method_name(*head) == name
 
 
 CLASS_NAMES = ["1", "NA", "true", 'a, "b"\nc', "naïve"]

@@ -419,6 +419,15 @@ def test_loss_weights_reach_the_loop(tmp_path):
     assert torch.equal(begun["head.classifiers.1.weight"], trained["head.classifiers.1.weight"])
 
 
+def test_self_distillation_moves_the_smaller_prefixes_towards_the_largest(tmp_path):
+    """On frozen embeddings the largest prefix, the teacher, learns as without it."""
+    argv = [*TINY, "--model.trainable", "head", "--train.epochs", "1"]
+    assert run(tmp_path, *argv) == run(tmp_path, *argv, "--head.self_distillation", "3", name="b") == 0
+    without, distilled = weights(tmp_path), weights(tmp_path, "b")
+    last = [f"head.classifiers.{g}.weight" for g in range(3)]
+    assert [torch.equal(without[name], distilled[name]) for name in last] == [False, False, True]
+
+
 def test_fault_24_a_model_that_does_not_compile_ends_the_run_with_the_way_out(tmp_path, monkeypatch, capsys):
     def fail(*args, **kwargs):
         raise torch._dynamo.exc.TorchDynamoException("no compiler here\nlong story")

@@ -13,7 +13,6 @@ from mrl.figures import style
 from mrl.paper import paper_rows
 from mrl.results import METHODS, Row
 
-NESTED = ("MRL", "MRL weighted", "MRL-E", "MRL-E weighted")
 LINEAR, NEAREST, RETRIEVAL = ("classification", "top_1"), ("retrieval", "top_1"), ("retrieval", "map@10")
 CLASSES = ("hierarchy", "top_1")
 PANELS = {
@@ -35,7 +34,7 @@ def trained_dims(rows: Sequence[Row]) -> Trained:
     """Return ``{(method, run): sizes}`` that nested models were trained at: those with a classifier."""
     trained: Trained = {}
     for row in rows:
-        if row.study == "classification" and row.method in NESTED and row.dim is not None:
+        if row.study == "classification" and row.method.startswith("MRL") and row.dim is not None:
             trained.setdefault((row.method, row.run), set()).add(row.dim)
     return trained
 

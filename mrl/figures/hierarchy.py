@@ -11,7 +11,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from mrl.figures import style
-from mrl.figures.accuracy import NESTED
 from mrl.results import Row, data_title
 
 COLUMNS = 5
@@ -49,7 +48,7 @@ def class_accuracy_against_full_width(rows: Sequence[Row]) -> Figure:
     A dot per class, the mean over runs; the line is their median, the band their middle half. The cross marks the class
     that the largest size costs most.
     """
-    rows = [row for row in rows if (row.study, row.metric) == ("per_class", "top_1") and row.method in NESTED]
+    rows = [row for row in rows if (row.study, row.metric) == ("per_class", "top_1") and row.method.startswith("MRL")]
     table = style.table_of(rows, "single classes of nested models")
     styles = style.styles_of(table)
     lines = list(table.groupby("label", sort=False))

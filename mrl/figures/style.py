@@ -37,13 +37,15 @@ WINE, INDIGO, OLIVE, BROWN, GRAY, BLACK = "#882255", "#332288", "#999933", "#8C5
 _LOOKS = {
     **dict.fromkeys(("MRL", "MRL cascade"), (BLUE, "o", "-")),
     **dict.fromkeys(("MRL weighted", "MRL weighted cascade"), (SKY, "8", "-")),
+    **dict.fromkeys(("MRL distilled", "MRL distilled cascade"), (INDIGO, "H", "-")),
     **dict.fromkeys(("MRL-E", "MRL-E cascade"), (RED, "s", "--")),
+    **dict.fromkeys(("MRL-E distilled", "MRL-E distilled cascade"), ("#B2182B", "x", "--")),
     "FF": (BLACK, "D", ":"),
     "FF truncated": (GREEN, "v", "-."),
     "FF PCA": (PINK, "^", "-"),
     "FF SVD": ("#AA4499", "P", "--"),
     "FF LDA": (WINE, "d", (0, (3, 1, 1, 1))),
-    "FF supervised map": (INDIGO, "p", "-"),
+    "FF supervised map": ("#117733", "p", "-"),
     "FF unsupervised map": (ORANGE, ">", "-"),
     "FF low-rank classifier": (BROWN, "h", "-"),
     "FF random coordinates": (OLIVE, "X", ":"),
@@ -54,13 +56,18 @@ METHOD_STYLES: dict[str, Style] = {
     name: dict(zip(("color", "marker", "linestyle"), look, strict=True)) for name, look in _LOOKS.items()
 }
 METHOD_STYLES["FF"]["markersize"] = 7  # large: others may cover it
+_TRAINED_WITH = {"weighted": "weighted loss", "distilled": "self-distillation"}
 METHOD_LABELS = {
-    "MRL weighted": "MRL, weighted loss",
-    "MRL weighted cascade": "MRL cascade, weighted loss",
+    **{
+        f"{method} {word}{cascade}": f"{method}{cascade}, {label}"
+        for method in ("MRL", "MRL-E")
+        for word, label in _TRAINED_WITH.items()
+        for cascade in ("", " cascade")
+    },
     "FF": "FF (one model per size)",
     "FF truncated": "FF, plain truncation",
 }
-OTHER_COLORS = [PINK, SKY, ORANGE, GREEN, GRAY, WINE, INDIGO, OLIVE, BROWN, "#44AA99", "#B2182B", "#AA4499", "#DDCC77"]
+OTHER_COLORS = [PINK, SKY, ORANGE, GREEN, GRAY, WINE, INDIGO, OLIVE, BROWN, "#44AA99", "#117733", "#AA4499", "#DDCC77"]
 PAPER = "{} (paper)"
 INCHES_PER_DIGIT = 0.09  # of tick labels
 POINT = ["study", "metric", "group", "dim", "shortlist_dim", "shortlist_size", "rerank_dim"]

@@ -36,7 +36,10 @@ def export_folder(run: str | Path, out: str | Path, license: str, results: str |
     info = model.info
     assert info is not None
     name, dataset = config.run.name, dataset_name(config, len(info.classes))
-    method, fewer_bytes = method_name(info.nesting_list, info.tied, config.head.weights), ""
+    method, fewer_bytes = (
+        method_name(info.nesting_list, info.tied, config.head.weights, config.head.self_distillation),
+        "",
+    )
     if results:
         rows = pd.DataFrame(vars(row) for row in read_rows(results))
         own = rows[(rows.run == name) & (rows.method == method) & (rows.dataset == dataset)]

@@ -80,7 +80,8 @@ class OpenedRun:
     @property
     def trained_method(self) -> str:
         """Method of the rows of the trained sizes."""
-        return method_name(self.head.nesting_list, self.head.tied, self.config.head.weights)
+        wanted = self.config.head
+        return method_name(self.head.nesting_list, self.head.tied, wanted.weights, wanted.self_distillation)
 
     @property
     def method(self) -> str:
