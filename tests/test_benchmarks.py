@@ -70,24 +70,56 @@ def embedded_run(tmp_path):
     return tmp_path
 
 
-def test_a_run_is_searched_by_every_contender_with_mirrored_images_too(embedded_run, capsys):
+def test_a_run_is_searched_by_every_index_and_dim(embedded_run, capsys):
     pytest.importorskip("faiss")
     from benchmarks import adaptive_search
 
-    argv = ["--run", str(embedded_run), "--mirrored", "--shortlist_dims", "8", "--shortlist_sizes", "9", "60"]
-    adaptive_search.main([*argv, "--num_queries", "50", "--repeats", "1"])
+    argv = ["--run", str(embedded_run), "--indexes", "Flat", "HNSW32", "IVF4,SQ8", "LSHrt", "--shortlist_dims", "8"]
+    adaptive_search.main([*argv, "--shortlist_sizes", "9", "60", "--num_queries", "50", "--repeats", "1"])
     rows = [line for line in lines_of(capsys) if line["measurement"] == "adaptive retrieval"]
-    both = [f"{kind} at 8, funnel [(32, {n})]" for n in (9, 60) for kind in ("faiss exact", "HNSW32")]
-    assert [row["name"] for row in rows] == ["faiss full width", *both]
-    sets = [np.load(embeddings_path(embedded_run, *of) / "vectors.npy") for of in (["val"], ["train"], ["train", True])]
-    queries, database, mirrored = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True) for vectors in sets)
-    assert np.abs(database - mirrored).max() > 0
-    labels = {split: np.load(embeddings_path(embedded_run, split) / "labels.npy") for split in ("train", "val")}
+    each = [f"{name} at 8, best {n} at 32" for name in ("Flat", "HNSW32", "IVF4,SQ8", "LSHrt") for n in (9, 60)]
+    assert [row["name"] for row in rows] == ["faiss full width", *each]
+    of_split = {split: embeddings_path(embedded_run, split) for split in ("train", "val")}
+    database, queries = (np.load(of_split[split] / "vectors.npy") for split in ("train", "val"))
     some = np.linspace(0, len(queries) - 1, 50).round().astype(int)
-    nearest = (queries[some] @ np.concatenate([database, mirrored]).T).argmax(axis=1)
-    right = np.tile(labels["train"], 2)[nearest] == labels["val"][some]
+    near = database.astype(np.float16).astype(np.float32)
+    nearest = (queries[some] @ (near / np.linalg.norm(near, axis=1, keepdims=True)).T).argmax(axis=1)
+    right = np.load(of_split["train"] / "labels.npy")[nearest] == np.load(of_split["val"] / "labels.npy")[some]
     assert rows[0]["top_1"] == pytest.approx(100 * right.mean())
-    assert {(row["rows"], row["queries"], row["width"]) for row in rows} == {(2 * len(database), 50, 32)}
+    assert {(row["rows"], row["queries"], row["width"]) for row in rows} == {(len(database), 50, 32)}
+    by_name = {row["name"]: row["bytes"] for row in rows}
+    assert by_name["faiss full width"] == 128
+    assert by_name["LSHrt at 8, best 9 at 32"] < by_name["Flat at 8, best 9 at 32"] == pytest.approx(32, abs=1)
+
+
+def test_views_are_what_the_trained_layers_make_of_windows_of_the_frozen_layers_map(tmp_path):
+    pytest.importorskip("faiss")
+    import train
+    from benchmarks.adaptive_search import embedded, views
+    from mrl.studies.run import embed_runs, open_run
+    from mrl.studies.transfer import TransferImages
+
+    settings = "--config digits_mrl --model.backbone resnet10t --model.trainable [layer4] --train.cache_views 1"
+    where = f"--run.dir {tmp_path} --run.name run --train.epochs 1 --head.nesting_list auto"
+    assert train.main([*settings.split(), *where.split()]) == 0
+    embed_runs({"run": tmp_path / "run"}, TransferImages([], [], [], {}), None, False, distributed.start())
+    run = open_run(tmp_path / "run")
+    found = views(run, 3).reshape(3, -1, run.model.width)
+    np.testing.assert_allclose(found[0], run.train.vectors, rtol=2e-3, atol=2e-3)
+    digits = build_data(run.config.data, 0, torch.device("cpu"))["train"]
+    images = next(digits.eval_batches([np.arange(4)]))[0]
+    taps = {}
+    run.model.backbone.layer4.register_forward_pre_hook(lambda _, inputs: taps.update(map=inputs[0]))
+    run.model.eval()
+    with torch.no_grad():
+        run.model.embed(images)
+        side = taps["map"].shape[-1]
+        expected = run.model.backbone.layer4(taps["map"][:, :, : side - 1, 1:]).mean(dim=(2, 3))
+    np.testing.assert_allclose(found[2, :4], expected, rtol=2e-3, atol=2e-3)  # the second window that is smaller by one
+    _, labels, database, database_labels = embedded(run, 3, 7)
+    assert len(labels) == 7
+    assert database.dtype == np.float16
+    assert len(database) == len(database_labels) == 3 * len(run.train.labels)
 
 
 def test_the_fastest_is_chosen_by_some_queries_and_judged_by_the_others(monkeypatch, capsys):
@@ -102,9 +134,11 @@ def test_the_fastest_is_chosen_by_some_queries_and_judged_by_the_others(monkeypa
         "slow": ([2.0, 2.0], [0, 0, 0, 0, 0, 0, 0, 0]),
     }
     timed = {name: Timed(seconds, seconds, np.array(found)[:, None]) for name, (seconds, found) in timed.items()}
-    monkeypatch.setattr(adaptive_search, "contenders_of", lambda *given: None)
+    monkeypatch.setattr(adaptive_search, "contenders_of", lambda *given: (None, dict.fromkeys(timed, 1)))
     monkeypatch.setattr(adaptive_search, "take_turns", lambda contenders, repeats: timed)
-    adaptive_search.measure((np.zeros((8, 3)), np.full(8, 5), np.zeros((2, 3)), np.array([5, 9])), [2], [1], 2)
+    adaptive_search.measure(
+        (np.zeros((8, 3)), np.full(8, 5), np.zeros((2, 3)), np.array([5, 9])), ["Flat"], [2], [1], 2
+    )
     last = lines_of(capsys)[-1]
     assert (last["name"], last["speed_vs_full_width"], last["speed_vs_full_width_range"]) == (
         "as good",
