@@ -4,8 +4,8 @@
     python -m benchmarks.adaptive_search --run runs/mine --views 10 --num_queries 10000
 
 Prints one JSON line per contender: milliseconds per query, speed relative to the full width, 1-NN top-1 in percent, and
-bytes per vector of the index. The last line is the fastest contender that is at most 0.1 points behind the full width on
-every second query, with its top-1 on the other queries. Contenders take turns; ratios are medians of the ratios of each
+bytes per vector of the index. The last line is the fastest contender that is at most 0.1 points behind the full width
+on every second query, with its top-1 on the others. Contenders take turns; ratios are medians of the ratios of each
 repeat.
 
 A contender finds a shortlist on a prefix by a FAISS index, and reranks it at full width in float16, a further 2 bytes

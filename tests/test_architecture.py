@@ -21,8 +21,8 @@ FLOORS = [
 ]
 # Lines of Python in each folder (not its subfolders). Raise a number only for a new idea.
 BUDGETS = {
-    ".": 525,
-    "mrl": 2860,
+    ".": 528,
+    "mrl": 2882,
     "mrl/data": 1805,
     "mrl/training": 726,
     "mrl/retrieval": 865,
