@@ -50,7 +50,10 @@ def cascade_by_expected_dim(rows: Sequence[Row]) -> Figure:
             last = point.x
             style.annotate(axes, f"≤{point.Index}", (point.x, point.y), (-4, 6), ha="right", color="0.3")
     style.dim_axis(axes, table.dim)
-    axes.set(xlabel="expected dim (mean size that decides an image; dims)", ylabel=style.metric_label("top_1"))
+    label = "expected dim (mean size that decides an image; dims)"
+    axes.set(xlabel=label, ylabel=style.metric_label("top_1"))
+    if table.dim[table.dim.between(*axes.get_xlim())].nunique() < 2:  # all cascades decide at about the same size
+        style.cost_axis(axes, label)
     heading = style.heading(table, f"validation images{' held out from fitting' if cascades else ''}")
     return style.finish(figure, heading, [*styles, *map(style.PAPER.format, table.method.unique())])
 
@@ -73,7 +76,7 @@ def first_correct(rows: Sequence[Row]) -> Figure:
         of_paper = [(row.dim or none, row) for row in published if row.dim is None or row.dim in sizes]
         style.draw_paper(axes, of_paper, method, styles[label]["color"])
     style.dim_axis(axes, [*sizes, none])
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))  # below 0 is room for the markers there
     ticks = [int(tick) for tick in axes.get_xticks()]
     axes.set_xticks(ticks, [*ticks[:-1], "none"])
     axes.set(xlabel="smallest prefix that is right (dims)", ylabel="images (%)")

@@ -145,7 +145,7 @@ def confusions(
     norm = LogNorm(1, max(2, int(panels.max())))
     for axes, dim, panel in zip(all_axes, shown, panels, strict=True):
         part = panel[np.ix_(chosen, chosen)]
-        axes.imshow(np.where(part > 0, part, np.nan), cmap="Blues", norm=norm)
+        axes.imshow(np.where(part > 0, part, np.nan), cmap="Blues", norm=norm, aspect="auto")
         for row, column in np.argwhere(part) if len(chosen) <= 12 else ():
             color = "white" if norm(part[row, column]) > 0.6 else "black"
             axes.text(column, row, str(part[row, column]), ha="center", va="center", fontsize=7, color=color)

@@ -67,7 +67,7 @@ METHOD_LABELS = {
     "FF": "FF (one model per size)",
     "FF truncated": "FF, plain truncation",
 }
-OTHER_COLORS = [PINK, SKY, ORANGE, GREEN, GRAY, WINE, INDIGO, OLIVE, BROWN, "#44AA99", "#117733", "#AA4499", "#DDCC77"]
+OTHER_COLORS = [SKY, ORANGE, PINK, GREEN, GRAY, WINE, INDIGO, OLIVE, BROWN, "#44AA99", "#117733", "#AA4499", "#DDCC77"]
 PAPER = "{} (paper)"
 INCHES_PER_DIGIT = 0.09  # of tick labels
 POINT = ["study", "metric", "group", "dim", "shortlist_dim", "shortlist_size", "rerank_dim"]
@@ -242,7 +242,7 @@ def cost_axis(axes: Axes, label: str) -> None:
 def _limit_percents(axes: Axes) -> None:
     """Cut the vertical axis at 0 and 100, with room for the markers there."""
     low, high = axes.get_ylim()
-    margin = 0.02 * (high - low)
+    margin = (high - low) * axes.figure.dpi / 16 / axes.get_window_extent().height  # 1/16 inch
     axes.set_ylim(max(low, -margin), min(high, 100 + margin))
 
 

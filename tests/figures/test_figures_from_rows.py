@@ -10,6 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from mrl.errors import UserError
 from mrl.figures import FIGURES, adaptive_retrieval, figures_of, save
+from mrl.figures.geometry import confusions
 from mrl.figures.quantization import bytes_table
 from mrl.figures.style import METHOD_STYLES, NothingToDraw
 from mrl.paper import paper_rows
@@ -117,6 +118,9 @@ def faults(figure, max_inches=14.5):
         if box.x0 < 0 or box.x1 > figure.bbox.x1 or box.y0 < 0 or box.y1 > figure.bbox.y1:
             found.append(f"{shown} leaves the canvas")
     for axes in filter(lambda axes: axes.get_visible(), figure.axes):
+        box, title = axes.get_tightbbox(renderer), figure._suptitle
+        if box.y0 < 0 or box.y1 > title.get_window_extent(renderer).y0 or box.x0 < 0 or box.x1 > figure.bbox.x1:
+            found.append(f"{axes.get_title()} leaves the canvas or meets the title")
         low, high = axes.get_xlim()
         ticks = [text for at, text in zip(axes.get_xticks(), axes.get_xticklabels(), strict=True) if low <= at <= high]
         boxes = [text.get_window_extent(renderer) for text in ticks if text.get_visible() and text.get_text()]
@@ -134,6 +138,11 @@ def test_every_figure_of_runs_of_mixed_sizes_is_tidy(name):
     names = "a_run_of_mine_with_a_long_name_{}".format
     rows = [row for i, (dims, seed) in runs for row in rows_for(name, seed, names(i), dims=dims)]
     assert faults(FIGURES[name](rows)) == []
+
+
+@pytest.mark.parametrize("letters", [1, 30])
+def test_confusions_are_tidy_whatever_the_length_of_names(letters):
+    assert faults(confusions(np.ones((2, 10, 10), int), [2, 64], [2, 64], ["n" * letters] * 10, "digits")) == []
 
 
 def test_the_ends_of_an_axis_have_numbers_that_do_not_overlap():
@@ -276,6 +285,8 @@ def test_cascades_are_drawn_by_expected_dim_with_bars_over_splits_and_caps_above
     assert [text.xy for text in several.axes[0].texts] == [pytest.approx((9, 80))]  # the next is too near
     colors = {name: look["color"] for name, look in METHOD_STYLES.items()}
     assert colors["MRL weighted cascade"] == colors["MRL weighted"] != colors["MRL"] == colors["MRL cascade"]
+    easy = FIGURES["cascade"](cascade_rows("MRL cascade", {20: (0.98, 12.3), 40: (0.98, 12.4)})).axes[0]
+    assert np.sum((easy.get_xticks() > easy.get_xlim()[0]) & (easy.get_xticks() < easy.get_xlim()[1])) >= 2
     alone = FIGURES["cascade"](ff)
     assert not alone.axes[0].texts and "fit" not in heading(alone)
 
