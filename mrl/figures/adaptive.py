@@ -50,10 +50,9 @@ def cascade_by_expected_dim(rows: Sequence[Row]) -> Figure:
             last = point.x
             style.annotate(axes, f"≤{point.Index}", (point.x, point.y), (-4, 6), ha="right", color="0.3")
     style.dim_axis(axes, table.dim)
-    label = "expected dim (mean size that decides an image; dims)"
-    axes.set(xlabel=label, ylabel=style.metric_label("top_1"))
     if table.dim[table.dim.between(*axes.get_xlim())].nunique() < 2:  # all cascades decide at about the same size
-        style.cost_axis(axes, label)
+        style.cost_axis(axes, "")
+    axes.set(xlabel="expected dim (mean size that decides an image; dims)", ylabel=style.metric_label("top_1"))
     heading = style.heading(table, f"validation images{' held out from fitting' if cascades else ''}")
     return style.finish(figure, heading, [*styles, *map(style.PAPER.format, table.method.unique())])
 
@@ -67,11 +66,10 @@ def first_correct(rows: Sequence[Row]) -> Figure:
     none = 2 * sizes[-1]  # the place of "none"
     table = table.assign(dim=table.dim.fillna(none))
     figure, [axes] = style.panels(1, 1, (6.0, 3.8))
-    for label, points in table.groupby("label", sort=False):
+    for (method, label), points in table.groupby(["method", "label"], sort=False):
         style.draw_line(axes, points[points.dim < none], label, styles[label])
         if (never := points[points.dim == none]).size:
             style.draw_line(axes, never, "_none", styles[label] | {"linestyle": "none"})
-        method = points.method.iloc[0]
         published = [row for row in style.paper_beside(rows) if row.method == method]
         of_paper = [(row.dim or none, row) for row in published if row.dim is None or row.dim in sizes]
         style.draw_paper(axes, of_paper, method, styles[label]["color"])
