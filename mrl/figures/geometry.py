@@ -54,7 +54,7 @@ def block_statistics(by_run: Mapping[str, Blocks], title: str = "") -> Figure:
     highest = max(4.0, *(float(found.prefix_rank.max()) for found in by_run.values()))
     rank.set(ylim=(1, 1.15 * highest), ylabel="effective rank of the prefix (directions)")
     variance.set(ylim=(0, None), ylabel="variance of a coordinate / mean of all")
-    between.set(ylim=(0, None), ylabel="share between classes (%)")
+    between.set(ylim=(0, 1.05 * between.get_ylim()[1]), ylabel="share between classes (%)")
     for axes in (variance, between):
         axes.set_xlabel("block of coordinates, up to (dims)")
     return style.finish(figure, title, [*by_run, AS_MANY])
