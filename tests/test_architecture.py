@@ -27,7 +27,7 @@ BUDGETS = {
     "mrl/training": 726,
     "mrl/retrieval": 865,
     "mrl/studies": 2610,
-    "mrl/figures": 1272,
+    "mrl/figures": 1275,
     "mrl/interop": 1230,
     "experiments": 830,
     "benchmarks": 1060,

@@ -38,6 +38,7 @@ def accuracy_by_bytes(rows: Sequence[Row]) -> Figure:
     table = style.table_of([row for row in rows if row.study == STUDY], STUDY)
     points, styles = _mean_points(table), style.styles_of(table)
     passes = [False, True] if points.second_pass.any() else [False]
+    drawn: set[str] = set()
     metrics = [metric for metric in METRICS if metric in set(points.metric)]
     figure, all_axes = style.panels(len(passes) * len(metrics), len(metrics), (4.6, 3.4), sharey="col")
     panels = np.reshape(all_axes, (len(passes), len(metrics)))
@@ -50,14 +51,16 @@ def accuracy_by_bytes(rows: Sequence[Row]) -> Figure:
                 axes.plot(curve.bytes, curve.percent, **line | {"alpha": 0.5, "linewidth": 1})
                 bars = front["std"].fillna(0) if (front.runs > 1).any() else None
                 axes.errorbar(front.bytes, front.percent, bars, label=label, elinewidth=1, **line)
+                drawn |= set(front.code)
                 for code, of_code in front.groupby("code"):
                     axes.plot(of_code.bytes, of_code.percent, MARKERS[code], color=look["color"])
             style.dim_axis(axes, points.bytes[points.code.isin(["float32", "sign bits"])])
             axes.set(title=PASSES[second_pass], ylabel=style.metric_label(metric), xlabel=BYTES)
-    for code, marker in MARKERS.items():
-        panels[0][0].plot([], [], marker, color="0.3", label=code)
+    codes = [code for code in MARKERS if code in drawn]
+    for code in codes:
+        panels[0][0].plot([], [], MARKERS[code], color="0.3", label=code)
     panels[0][0].plot([], [], color="0.3", alpha=0.5, linewidth=1, label=CURVE)
-    return style.finish(figure, style.heading(table, "queries, best codes and dims"), [*styles, CURVE, *MARKERS])
+    return style.finish(figure, style.heading(table, "queries, best codes and dims"), [*styles, CURVE, *codes])
 
 
 def bytes_table(rows: Sequence[Row], metric: str = "top_1") -> list[list[str]]:
