@@ -31,7 +31,7 @@ from mrl.data.images import EvalImages
 from mrl.data.transforms import cut_batch, eval_indices, train_indices
 from mrl.distributed import Process
 from mrl.errors import UserError
-from mrl.matryoshka import check_weights, nested_cross_entropy
+from mrl.matryoshka import PENALTIES, check_weights, nested_cross_entropy
 from mrl.model import MatryoshkaClassifier, ModelInfo, build_backbone, build_model, freeze, keep_head, save_model
 from mrl.progress import progress
 from mrl.training.augmentation import make_augmentation, seed_step
@@ -100,6 +100,7 @@ def train(config: Config, process: Process) -> int:
     ema = ModelEmaV3(model, config.train.ema_decay, use_warmup=True) if config.train.ema_decay > 0 else None
     augment = make_augmentation(config.data, micro_batch_size, len(classes), device)
     sums = MetricAccumulator(dims, device)
+    penalty = PENALTIES.get(config.head.variant)
     parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "scaler": scaler}
     parts |= {} if ema is None else {"ema": ema.module}
 
@@ -166,11 +167,15 @@ def train(config: Config, process: Process) -> int:
                     inputs, targets = augment(inputs, labels)
                     with distributed.no_sync(parallel, micro_step < accumulation_steps - 1):
                         with record_function("forward"), autocast:
-                            logits = parallel(inputs)  # (G, B, C)
+                            logits, z = parallel(inputs, True)  # (G, B, C)
                             losses = nested_cross_entropy(logits, targets, config.train.label_smoothing)  # (G,)
+                            extra = penalty(logits, z, dims) if penalty else None
                         sums.add(logits, labels, losses)
                         with record_function("backward"):
-                            scaler.scale((weights * losses).sum() / accumulation_steps).backward()
+                            total = (weights * losses).sum()
+                            if extra is not None:
+                                total = total + config.head.penalty * extra.sum()
+                            scaler.scale(total / accumulation_steps).backward()
                 with record_function("optimizer"):
                     if optim.clip_norm > 0:
                         scaler.unscale_(optimizer)

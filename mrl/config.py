@@ -231,6 +231,10 @@ class HeadConfig:
     """Share one classifier between all dims (MRL-E) instead of one each (MRL)."""
     weights: list[float] | None = None
     """Weight of each dim's loss in the sum, smallest dim first. Default: 1 each."""
+    variant: Literal["none", "self_distillation", "orthogonality", "redundancy", "scales", "divided"] = "none"
+    """An experiment."""
+    penalty: float = 1.0
+    """Weight of the penalty of self_distillation, orthogonality or redundancy."""
 
     def __post_init__(self) -> None:
         if self.nesting_list != "auto":

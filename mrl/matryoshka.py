@@ -94,6 +94,7 @@ class NestedLinear(nn.Module):
         self.nesting_list = check_nesting_list(nesting_list)
         self.num_classes = num_classes
         self.tied = tied
+        self.register_parameter("scales", None)
         dims = self.nesting_list[-1:] if tied else self.nesting_list
         self.classifiers = nn.ModuleList(nn.Linear(dim, num_classes) for dim in dims)
 
@@ -104,9 +105,10 @@ class NestedLinear(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """Return logits ``(G, B, C)``; coordinates of ``z`` ``(B, D)`` beyond the largest dim are not read."""
-        return torch.stack(
+        logits = torch.stack(
             [F.linear(prefix(z, dim), *self.weight_and_bias(g)) for g, dim in enumerate(self.nesting_list)]
         )
+        return logits if self.scales is None else logits * self.scales.exp()[:, None, None]
 
     def extra_repr(self) -> str:
         return f"nesting_list={list(self.nesting_list)}, num_classes={self.num_classes}, tied={self.tied}"
@@ -121,6 +123,45 @@ def nested_cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float 
         label_smoothing: Share of the target spread over all classes, inside each cross-entropy.
     """
     return torch.stack([F.cross_entropy(each, labels, label_smoothing=label_smoothing) for each in logits])
+
+
+def self_distillation(logits: Tensor, z: Tensor, dims: Sequence[int]) -> Tensor:
+    """Return the mean KL divergence of each prefix's prediction from that of the largest, detached (as in
+    self-distillation by Zhang et al., ICCV 2019): ``(G,)``."""
+    teacher = F.log_softmax(logits[-1].detach(), dim=-1)
+    return torch.stack(
+        [F.kl_div(F.log_softmax(each, dim=-1), teacher, log_target=True, reduction="batchmean") for each in logits]
+    )
+
+
+def orthogonality(logits: Tensor, z: Tensor, dims: Sequence[int]) -> Tensor:
+    """Return the global orthogonal regularization of each prefix (Zhang et al., "Learning spread-out local feature
+    descriptors", ICCV 2017), over all pairs of two images of the batch: ``(G,)``."""
+    off = ~torch.eye(len(z), dtype=torch.bool, device=z.device)
+    products = [(unit := unit_prefix(z, dim)).mm(unit.T)[off] for dim in dims]
+    return torch.stack(
+        [each.mean() ** 2 + F.relu((each**2).mean() - 1 / dim) for each, dim in zip(products, dims, strict=True)]
+    )
+
+
+def redundancy(logits: Tensor, z: Tensor, dims: Sequence[int]) -> Tensor:
+    """Return the mean squared correlation, over the batch, of each prefix's coordinates with all others: ``(G,)``."""
+    centered = z.float() - z.float().mean(0)
+    standard = centered / centered.norm(dim=0).clamp_min(1e-6)
+    squares = (standard.T @ standard) ** 2
+    return torch.stack([squares[:dim, dim:].mean() if dim < z.shape[1] else squares.new_zeros(()) for dim in dims])
+
+
+PENALTIES = {"self_distillation": self_distillation, "orthogonality": orthogonality, "redundancy": redundancy}
+
+
+def divide_gradient(head: NestedLinear) -> None:
+    """Divide the gradient of each column of a tied weight by the number of prefixes that read it."""
+    weight = head.classifiers[0].weight
+    readers = torch.zeros(weight.shape[1])  # type: ignore[index]
+    for dim in head.nesting_list:
+        readers[:dim] += 1
+    weight.register_hook(lambda gradient: gradient / readers.to(gradient))  # type: ignore[union-attr,operator]
 
 
 def check_weights(weights: Sequence[float] | None, nesting_list: Sequence[int]) -> tuple[float, ...]:

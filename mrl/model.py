@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from mrl.errors import UserError
-from mrl.matryoshka import NestedLinear, check_nesting_list, default_nesting_list, unit_prefix
+from mrl.matryoshka import NestedLinear, divide_gradient, check_nesting_list, default_nesting_list, unit_prefix
 from mrl.rgb import to_rgb
 from mrl.rundir import atomic_write, atomic_write_text
 
@@ -60,6 +60,7 @@ class ModelInfo:
     std: tuple[float, float, float]
     exif_rotation: str = "ignore"  # of models that were saved before this key
     interpolation: str = "bilinear"
+    variant: str = "none"
     projection: bool = False
     format_version: int = FORMAT_VERSION
 
@@ -92,8 +93,9 @@ class MatryoshkaClassifier(
         features = self.backbone.forward_features(images)  # type: ignore[operator]
         return self.backbone.forward_head(features)  # type: ignore[operator]
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.embed(images))
+    def forward(self, images: Tensor, with_embedding: bool = False) -> Any:
+        z = self.embed(images)
+        return (self.head(z), z) if with_embedding else self.head(z)
 
     @torch.no_grad()
     def encode(self, images: Tensor, dim: int | None = None) -> Tensor:
