@@ -247,7 +247,7 @@ def make_model(config: Config, num_classes: int) -> MatryoshkaClassifier:
     about = (wanted.stem_stride, wanted.blurpool, wanted.kwargs, wanted.projection)
     backbone = build_backbone(wanted.backbone, wanted.init, *about)
     dims = None if config.head.nesting_list == "auto" else config.head.nesting_list
-    model = build_model(backbone, num_classes, dims, config.head.tied)
+    model = build_model(backbone, num_classes, dims, config.head.tied, config.head.variant)
     freeze(model, wanted.trainable)
     return model
 
@@ -268,6 +268,7 @@ def describe(config: Config, model: MatryoshkaClassifier, classes: list[str]) ->
         std=config.data.std,
         exif_rotation=config.data.exif_rotation,
         interpolation=config.data.interpolation,
+        variant=config.head.variant,
         projection=config.model.projection,
     )
 

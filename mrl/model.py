@@ -177,12 +177,18 @@ def _upright_rgb(image: Any, exif_rotation: str) -> Any:
 
 
 def build_model(
-    backbone: nn.Module, num_classes: int, nesting_list: Sequence[int] | None = None, tied: bool = False
+    backbone: nn.Module, num_classes: int, nesting_list: Sequence[int] | None = None, tied: bool = False,
+    variant: str = "none",
 ) -> MatryoshkaClassifier:
     """Put a new nested head on ``backbone``; without a ``nesting_list`` the dims are halvings of its width."""
     width: int = backbone.head_hidden_size  # type: ignore[assignment]
     dims = default_nesting_list(width) if nesting_list is None else check_nesting_list(nesting_list, width)
-    return MatryoshkaClassifier(backbone, NestedLinear(dims, num_classes, tied))
+    head = NestedLinear(dims, num_classes, tied)
+    if variant == "scales":
+        head.scales = nn.Parameter(torch.zeros(len(dims)))
+    if variant == "divided":
+        divide_gradient(head)
+    return MatryoshkaClassifier(backbone, head)
 
 
 def build_backbone(
@@ -382,7 +388,7 @@ def load(run: str | Path) -> MatryoshkaClassifier:
     """
     info, state = read_saved(Path(run))
     backbone = build_backbone(info.backbone, "scratch", info.stem_stride, info.blurpool, info.kwargs, info.projection)
-    model = build_model(backbone, len(info.classes), info.nesting_list, info.tied)
+    model = build_model(backbone, len(info.classes), info.nesting_list, info.tied, info.variant)
     check_fits(state, model.state_dict(), f"{run}: model.safetensors does not fit model.json")
     model.load_state_dict(state)
     model.info = model._hub_mixin_config = info  # pushed as config.json, which the Hub's client looks for first
