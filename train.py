@@ -131,8 +131,7 @@ def train(config: Config, process: Process) -> int:
         StopSignals() as signals,
     ):
         with signals.waiting():
-            about = {"name": config.run.name, "config": dataclasses.asdict(config)}
-            tracker.start_wandb(**dataclasses.asdict(config.wandb), **about)
+            tracker.start_wandb(config.wandb, config.run.name, dataclasses.asdict(config))
         if process.is_main:
             rundir.record_start(directory, step, process.world_size, micro_batch_size)
         tracker.log_line(
@@ -241,7 +240,7 @@ def train(config: Config, process: Process) -> int:
 
 
 def make_model(config: Config, num_classes: int) -> MatryoshkaClassifier:
-    """Return the untrained model, with the layers frozen that ``model.trainable`` does not name."""
+    """Return the model with a new head on the weights of ``model.init``, and freeze all but ``model.trainable``."""
     wanted = config.model
     about = (wanted.stem_stride, wanted.blurpool, wanted.kwargs, wanted.projection)
     backbone = build_backbone(wanted.backbone, wanted.init, *about)

@@ -44,7 +44,7 @@ from mrl.config import Config, parse_command_line, to_yaml
 from mrl.errors import UserError
 from mrl.progress import progress
 from mrl.results import CLASS_STUDY, read_rows, write_rows
-from mrl.rundir import atomic_write_text, check_settings
+from mrl.rundir import atomic_write_text, check_settings, read_metrics
 from mrl.training.logging import StopSignals
 
 GRIDS = Path(__file__).resolve().parent / "grids"
@@ -100,9 +100,7 @@ class Run:
 
     def rows(self, file: str = "metrics.jsonl") -> list[dict[str, Any]]:
         """Return the rows of a log in the run directory."""
-        path = self.directory / file
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        return [json.loads(line) for line in lines if line.endswith("}")]  # a killed process may leave half a line
+        return read_metrics(self.directory, file)
 
     def epochs_done(self) -> float:
         """Return the epochs trained so far, with fractions."""

@@ -293,7 +293,8 @@ class TrainConfig:
     image: epoch e reads those of epoch e modulo this number. They are stored in <run.dir>/trunk_cache, for all runs
     with the same frozen layers. 0 is off."""
     cache_seed: int | None = None
-    """Seed of the cached crops and flips, so that runs of several seeds can share them. Default: run.seed."""
+    """Seed of the random crops and flips. Runs of several seeds can share cached layers if they give the same one.
+    Default: run.seed."""
     compile: bool = False
     """Compile the model with torch.compile; if that fails, the run ends and says so."""
     ema_decay: float = 0.0

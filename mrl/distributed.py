@@ -1,6 +1,7 @@
-"""Several processes that work together: the only file that imports torch.distributed.
+"""Several processes that work together, and how every command ends: with a status and, on errors, one sentence.
 
-torchrun starts several processes. Plain python starts one, for which every function here does the obvious thing.
+This is the only file that imports torch.distributed. torchrun starts several processes. Plain python starts one, for
+which every function here does the obvious thing.
 """
 
 from __future__ import annotations

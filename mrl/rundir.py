@@ -193,6 +193,22 @@ def check_data(directory: Path, before: dict[str, Any], now: dict[str, Any]) -> 
         )
 
 
+def read_metrics(directory: Path, file: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    """Return the rows of a log in a run directory, without the half line that a killed process may leave at its end."""
+    path = directory / file
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def last_validation(directory: Path) -> dict[int, float]:
+    """Return ``{dim: top-1}`` of the last validation in metrics.jsonl; {} if there is none."""
+    found = [
+        {int(key.removeprefix("top_1/")): value for key, value in row.items() if key.startswith("top_1/")}
+        for row in read_metrics(directory)
+    ]
+    return next(filter(None, reversed(found)), {})
+
+
 def record_start(directory: Path, step: int, world_size: int, micro_batch_size: int) -> None:
     """Add this start to provenance.json; a resumed run has several, perhaps on different machines."""
     path = directory / "provenance.json"

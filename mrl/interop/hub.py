@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pandas as pd
@@ -12,6 +11,7 @@ from mrl.config import read_config
 from mrl.errors import UserError
 from mrl.model import HUB_FILES, PAPER, load
 from mrl.results import method_name, read_rows
+from mrl.rundir import last_validation
 from mrl.studies import quantization
 from mrl.studies.run import dataset_name
 
@@ -144,12 +144,9 @@ def push_to_hub(folder: Path, repo_id: str, private: bool = False) -> str:
 
 def _last_validation(run: Path) -> pd.DataFrame:
     """Return the accuracies, as `_evaluated`, of the last validation during training."""
-    path = run / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.is_file() else []
-    found = [row for row in map(json.loads, lines) if any(key.startswith("top_1/") for key in row)]
-    if not found:
-        raise UserError(f"{path} holds no validation; give the rows of eval.py with --results")
-    top_1 = {int(key[6:]): value for key, value in found[-1].items() if key.startswith("top_1/")}
+    top_1 = last_validation(run)
+    if not top_1:
+        raise UserError(f"{run}/metrics.jsonl holds no validation; give the rows of eval.py with --results")
     return pd.DataFrame({"top-1": top_1}).sort_index()
 
 

@@ -13,7 +13,6 @@ import argparse
 import dataclasses
 import io
 import json
-import secrets
 import struct
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,12 +22,13 @@ from typing import Any
 import pandas as pd
 from PIL import Image
 
-from mrl.config import WandbConfig, read_config
+from mrl.config import read_config
 from mrl.errors import UserError
 from mrl.figures import figures_of
 from mrl.figures.dashboard import dashboard
 from mrl.results import METHODS, Row
-from mrl.rundir import atomic_write_text
+from mrl.rundir import read_metrics
+from mrl.training.logging import start_wandb
 
 # Metrics that are logged against dim, by (study, metric).
 BY_DIM = {
@@ -77,10 +77,6 @@ def report_evaluation(
     ``runs`` is ``{name in rows: run directory}``, and ``mode`` "offline" (written below the run directory, to ``wandb
     sync`` later) or "online" (needs a login). ``artifacts`` uploads the model and the embeddings too.
     """
-    try:
-        import wandb
-    except ImportError as error:
-        raise UserError("--wandb needs W&B: pip install wandb, or leave it out") from error
     figures = {dataset: _draw(rows, dataset) for dataset in {row.dataset for row in rows}}
     for name, directory in runs.items():
         config = read_config(directory / "config.yaml")
@@ -89,7 +85,10 @@ def report_evaluation(
         method = next(filter(methods.__contains__, METHODS), "")
         about = {"eval_method": method, "eval_provenance": dict(record)} | dataclasses.asdict(config)
         own_dataset = of_run[0].dataset
-        with _start(directory, name, config.wandb, mode) as run:
+        settings = dataclasses.asdict(config.wandb) | {"name": name, "mode": mode, "job_type": "eval"}
+        with start_wandb(directory, "--wandb", **settings) as run:
+            import wandb  # here, because start_wandb tells what to install
+
             run.config.update(about, allow_val_change=True)
             content = {f"eval/{study}": _table(of_run, study) for study in dict.fromkeys(row.study for row in of_run)}
             for dataset in dict.fromkeys(row.dataset for row in of_run):
@@ -111,25 +110,10 @@ def _draw(rows: Sequence[Row], dataset: str) -> dict[str, Any]:
     return pictures
 
 
-def _start(directory: Path, name: str, settings: WandbConfig, mode: str) -> Any:
-    """Resume the W&B run of a run directory, or start one."""
-    import wandb
-
-    id_path = directory / "wandb_id"
-    if not id_path.exists():
-        atomic_write_text(id_path, secrets.token_hex(4))
-    about: Any = {"project": settings.project, "entity": settings.entity, "name": name, "mode": mode}
-    try:
-        return wandb.init(**about, job_type="eval", id=id_path.read_text(), resume="allow", dir=str(directory))
-    except wandb.errors.Error as error:
-        raise UserError(f"W&B could not start ({error}); --wandb offline needs no login") from error
-
-
 def _next_step(directory: Path) -> int:
     """Return the step after the last one of training, so that the history of the W&B run goes on in an evaluation."""
-    path = directory / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return json.loads(lines[-1])["step"] + 1 if lines else 0
+    rows = read_metrics(directory)
+    return rows[-1]["step"] + 1 if rows else 0
 
 
 def _table(rows: Sequence[Row], study: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 import secrets
@@ -17,11 +18,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mrl.config import Config
+from mrl.config import Config, WandbConfig
 from mrl.distributed import all_reduce_sum
 from mrl.errors import UserError
 from mrl.progress import progress
-from mrl.rundir import atomic_write_text
+from mrl.rundir import atomic_write_text, read_metrics
 
 SECONDS_TO_WAIT = 10.0
 
@@ -74,32 +75,17 @@ class Tracker(contextlib.AbstractContextManager):
         self.batch_size = batch_size
         self.wandb_run: Any = None
         if is_main:
-            rows = []
-            for line in self.path.read_text().splitlines() if self.path.exists() else []:
-                with contextlib.suppress(json.JSONDecodeError):  # the last line of a killed run
-                    rows.append(json.loads(line))
-            self.rows_before = [row for row in rows if row["step"] <= start_step]
+            self.rows_before = [row for row in read_metrics(directory) if row["step"] <= start_step]
             atomic_write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows_before))
             self.file = self.path.open("a")
             self.bar = progress(total=total_steps * batch_size, initial=start_step * batch_size, unit="image", delay=0)
 
-    def start_wandb(self, mode: str, project: str, entity: str | None, name: str, config: dict[str, Any]) -> None:
+    def start_wandb(self, settings: WandbConfig, name: str, config: dict[str, Any]) -> None:
         """Start the W&B run, or resume the one that this run directory started."""
-        if mode == "disabled" or not self.is_main:
-            return
-        try:
-            import wandb
-        except ImportError as error:
-            raise UserError("wandb.mode needs W&B: pip install wandb, or give --wandb.mode disabled") from error
-        id_path = self.path.with_name("wandb_id")
-        if not id_path.exists():
-            atomic_write_text(id_path, secrets.token_hex(4))
-        where: dict[str, Any] = {"mode": mode, "project": project, "entity": entity, "dir": str(self.path.parent)}
-        try:
-            self.wandb_run = wandb.init(**where, name=name, config=config, id=id_path.read_text(), resume="allow")
-        except wandb.errors.Error as error:
-            raise UserError(f"W&B could not start ({error}); --wandb.mode offline needs no login") from error
-        self.wandb_run.define_metric("*", step_metric="step")
+        if settings.mode != "disabled" and self.is_main:
+            about = dataclasses.asdict(settings) | {"name": name, "config": config}
+            self.wandb_run = start_wandb(self.path.parent, "--wandb.mode", **about)
+            self.wandb_run.define_metric("*", step_metric="step")
 
     def validated(self, step: int) -> bool:
         """Return on the main process whether the validation row of ``step`` was there at the start."""
@@ -134,6 +120,21 @@ class Tracker(contextlib.AbstractContextManager):
             self.file.close()
         if self.wandb_run is not None:
             self.wandb_run.finish(exit_code=int(kind is not None))
+
+
+def start_wandb(directory: Path, option: str, **settings: Any) -> Any:
+    """Return the W&B run of a run directory (file wandb_id), resumed or new; errors name the ``option``."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError(f"{option} needs W&B: pip install wandb, or give {option} disabled") from error
+    id_path = directory / "wandb_id"
+    if not id_path.exists():
+        atomic_write_text(id_path, secrets.token_hex(4))
+    try:
+        return wandb.init(**settings, id=id_path.read_text(), resume="allow", dir=str(directory))
+    except wandb.errors.Error as error:
+        raise UserError(f"W&B could not start ({error}); {option} offline needs no login") from error
 
 
 class StopSignals(contextlib.AbstractContextManager):
