@@ -57,12 +57,3 @@ def draw(frame: pd.DataFrame) -> Figure:
     figure.suptitle("held-out training images; a star is the best rate", fontsize="medium")
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
-
-
-def best_rates(path: Path) -> dict[tuple[str, int], float]:
-    """Return ``{(method, dim): learning rate}`` of the best mean over seeds; nested methods have one, of all dims."""
-    frame = pd.read_csv(path)
-    nested = frame["method"] != "FF"
-    frame.loc[nested, "dim"] = 0
-    mean = frame.groupby(["method", "dim", "lr"])["top_1"].mean()
-    return {(method, int(dim)): some.idxmax()[2] for (method, dim), some in mean.groupby(level=[0, 1])}

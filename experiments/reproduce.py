@@ -40,6 +40,7 @@ from tqdm import tqdm
 
 from experiments.learning_rates import write_sweep
 from experiments.report import DOCUMENTS, PROVENANCE, REPOSITORY, RESULTS, ROWS, duration, write_report
+from mrl import distributed
 from mrl.config import Config, parse_command_line, to_yaml
 from mrl.errors import UserError
 from mrl.progress import progress
@@ -411,14 +412,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--runs", type=Path, metavar="DIR", help="folder of the run directories; default: runs/grid_<name>")
     add("--out", type=Path, metavar="DIR", help="where results go; default: results/tiny_imagenet, or <runs>/results")
     add("--few_shot", type=Path, nargs="+", default=[], metavar="DIR", help="other images for E10, in class folders")
-    try:
-        return reproduce(parser.parse_args(argv))
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped at once; the same command resumes from the last checkpoints", file=sys.stderr)
-        return 130
+    interrupted = "stopped at once; the same command resumes from the last checkpoints"
+    return distributed.run(lambda: reproduce(parser.parse_args(argv)), interrupted)
 
 
 if __name__ == "__main__":
