@@ -22,6 +22,7 @@ from typing import Any
 import pandas as pd
 from PIL import Image
 
+from mrl import distributed
 from mrl.config import read_config
 from mrl.errors import UserError
 from mrl.figures import figures_of
@@ -130,7 +131,7 @@ def _log_by_dim(run: Any, rows: Sequence[Row]) -> None:
     for row in rows:
         metric = BY_DIM.get((row.study, row.metric))
         if metric and row.dim is not None and row.method in METHODS:
-            truncated = "truncated_" * (row.method == "FF truncated")
+            truncated = "truncated_" if row.method == "FF truncated" else ""
             by_dim.setdefault(row.dim, {})[f"eval/{truncated}{metric}"] = row.value
     run.define_metric("eval/dim", hidden=True)
     for metric in {metric for values in by_dim.values() for metric in values}:
@@ -224,6 +225,29 @@ def build_workspace(entity: str, project: str, name: str) -> Any:
     return workspaces.Workspace(name=name, entity=entity, project=project, sections=sections)
 
 
+def draw(runs: Sequence[Path], picture: Path) -> None:
+    """Draw the charts of the offline files of run directories into a PNG file."""
+    dashboard(offline_points(runs), CHARTS).savefig(file := io.BytesIO(), dpi=100)
+    Image.open(file).convert("RGB").quantize(128).save(picture, format="PNG", optimize=True)
+
+
+def save_workspace(args: argparse.Namespace) -> None:
+    """Save the workspace and print its address, or only print its specification."""
+    try:
+        import wandb
+
+        entity = args.entity or ("" if args.dry_run else str(wandb.Api().default_entity))
+        workspace = build_workspace(entity, args.project, args.name)
+        if args.dry_run:
+            spec = workspace._to_model().spec.model_dump_json(by_alias=True, exclude_none=True)
+            print(json.dumps(json.loads(spec), indent=2))
+        else:
+            print(f"workspace: {workspace.save().url}")
+    except Exception as error:  # of the network or of W&B, in many classes
+        cause = "pip install wandb-workspaces" if isinstance(error, ImportError) else "log in with 'wandb login' first"
+        raise UserError(f"W&B did not save the workspace ({error}); {cause}") from error
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Save the workspace from a command line; returns the exit status."""
     form = argparse.RawDescriptionHelpFormatter
@@ -237,29 +261,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if (args.runs is None) != (args.picture is None):
         parser.error("--runs and --picture go together")
-    try:
-        if args.picture:
-            dashboard(offline_points(args.runs), CHARTS).savefig(file := io.BytesIO(), dpi=100)
-            Image.open(file).convert("RGB").quantize(128).save(args.picture, format="PNG", optimize=True)
-            return 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    try:
-        import wandb
-
-        entity = args.entity or ("" if args.dry_run else str(wandb.Api().default_entity))
-        workspace = build_workspace(entity, args.project, args.name)
-        if args.dry_run:
-            spec = workspace._to_model().spec.model_dump_json(by_alias=True, exclude_none=True)
-            print(json.dumps(json.loads(spec), indent=2))
-        else:
-            print(f"workspace: {workspace.save().url}")
-    except Exception as error:  # of the network or of W&B, in many classes
-        cause = "pip install wandb-workspaces" if isinstance(error, ImportError) else "log in with 'wandb login' first"
-        print(f"error: W&B did not save the workspace ({error}); {cause}", file=sys.stderr)
-        return 2
-    return 0
+    return distributed.run(lambda: draw(args.runs, args.picture) if args.picture else save_workspace(args), "stopped")
 
 
 if __name__ == "__main__":

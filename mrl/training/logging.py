@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mrl.config import Config, WandbConfig
-from mrl.distributed import all_reduce_sum
+from mrl.distributed import all_reduce_sum, out_of_memory
 from mrl.errors import UserError
 from mrl.progress import progress
 from mrl.rundir import atomic_write_text, read_metrics
@@ -187,11 +187,10 @@ def advice(config: Config, world_size: int) -> Iterator[None]:
         yield
     except (RuntimeError, MemoryError) as error:
         reason, train = str(error).strip().split("\n")[0], config.train
-        full = "a GPU" * isinstance(error, torch.cuda.OutOfMemoryError)
-        if full or isinstance(error, MemoryError) or "can't allocate memory" in reason:
+        if place := out_of_memory(error):
             images = config.data.batch_size // world_size // train.accumulation_steps
             raise UserError(
-                f"{full or 'the machine'} ran out of memory ({reason.split('. ')[0]}) on {images} images at a time; "
+                f"{place} ran out of memory ({reason.split('. ')[0]}) on {images} images at a time; "
                 f"raise --train.accumulation_steps, now {train.accumulation_steps}, which may change on resume, "
                 f"or lower --data.batch_size, now {config.data.batch_size}, or "
                 f"--data.train_px, now {config.data.train_px}"
