@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import math
 import secrets
 import signal
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -83,8 +83,7 @@ class Tracker(contextlib.AbstractContextManager):
     def start_wandb(self, settings: WandbConfig, name: str, config: dict[str, Any]) -> None:
         """Start the W&B run, or resume the one that this run directory started."""
         if settings.mode != "disabled" and self.is_main:
-            about = dataclasses.asdict(settings) | {"name": name, "config": config}
-            self.wandb_run = start_wandb(self.path.parent, "--wandb.mode", **about)
+            self.wandb_run = start_wandb(self.path.parent, "--wandb.mode", name=name, config=config, **asdict(settings))
             self.wandb_run.define_metric("*", step_metric="step")
 
     def validated(self, step: int) -> bool:
