@@ -26,7 +26,7 @@ BUDGETS = {
     "mrl/data": 1805,
     "mrl/training": 726,
     "mrl/retrieval": 855,
-    "mrl/studies": 2599,
+    "mrl/studies": 2598,
     "mrl/figures": 1267,
     "mrl/interop": 1208,
     "experiments": 788,

@@ -99,9 +99,8 @@ class OpenedRun:
         """Return images ``(B, 3, H, W)`` of "train" or "val" as the model reads them."""
         if split not in self._images:
             check_place(self.source.run, self.config)
-            held_out = read_held_out(self.directory)
-            cpu = torch.device("cpu")
-            self._images |= build_data(self.config.data, 0, cpu, False, (split,), self.classes, held_out)
+            cpu, held_out = torch.device("cpu"), read_held_out(self.directory)
+            self._images.update(build_data(self.config.data, 0, cpu, False, (split,), self.classes, held_out))
         [(images, _)] = self._images[split].eval_batches([np.asarray(indices)])
         return images
 
@@ -181,7 +180,7 @@ def check_place(run: str, config: Config) -> None:
 def read_run(directory: Path) -> tuple[Config, MatryoshkaClassifier]:
     """Return the settings and the model of a finished run, with the image settings that the model expects."""
     config, model = read_config(directory / "config.yaml"), load(directory)
-    info = model.info
+    info: Any = model.info
     data = replace(config.data, exif_rotation=info.exif_rotation, interpolation=info.interpolation)
     return replace(config, data=data), model
 
@@ -237,8 +236,8 @@ def embed_runs(
             if data.root != given.root and process.is_main:
                 print(f"run {name}: data.root {given.root!r} counts from the folder of its training: {data.root}")
             images = {}  # free the images of the previous run before reading the next
-            seed, held_out = config.run.seed, of_images[2]
-            images = build_data(data, seed, process.device, process.is_main, splits, classes, held_out)
+            chosen: dict[str, Any] = {"splits": splits, "classes": classes, "held_out": of_images[2]}
+            images = build_data(data, config.run.seed, process.device, process.is_main, **chosen)
             images_are_of = of_images
             for found in images.values():
                 if list(found.classes) != list(classes):
