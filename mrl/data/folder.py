@@ -490,7 +490,7 @@ def evaluated_images(
 ) -> FolderImages:
     """Return image files without labels, resized, cropped and normalized as the model expects."""
     same: dict[str, Any] = {key: getattr(info, key) for key in ("mean", "std", "exif_rotation", "interpolation")}
-    sizes = {"eval_resize_px": info.resize_px, "eval_px": info.crop_px}
-    transform = Transform(seed=0, crop_scale=(1, 1), crop_ratio=(1, 1), flip=False, **sizes, **same)
+    same |= {"eval_resize_px": info.resize_px, "eval_px": info.crop_px}
+    transform = Transform(seed=0, crop_scale=(1, 1), crop_ratio=(1, 1), flip=False, **same)
     images = ImageList(list(paths), torch.zeros(len(paths), dtype=torch.int64), [], LeftOut())
     return FolderImages(images, transform, device, default_workers(device) if num_workers is None else num_workers)
