@@ -46,7 +46,7 @@ from mrl.studies.run import OpenedRun, embed_runs
 from mrl.studies.suite import LONG, run_studies
 from mrl.studies.transfer import TransferImages, read_folder, transfer_studies
 
-# Settings of a run that may be given anew: where its images are, and how many processes read them.
+# Settings of a run that may be given again: where its images are, and how many processes read them.
 PLACE_SETTINGS = ("--data.root", "--data.num_workers")
 SHOWN = {
     "classification": ("top_1", "top_5"),
@@ -90,7 +90,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--batch_size", type=int, help="images at a time on each process; default: 256 on a GPU, 32 on a CPU")
     precision = "precision of the forward pass; bf16 is faster on hardware that supports it; default: fp32"
     add("--precision", choices=("fp32", "bf16"), default="fp32", help=precision)
-    add("--force", action="store_true", help="compute embeddings anew, e.g. after image files were replaced")
+    add("--force", action="store_true", help="compute embeddings again, e.g. after image files were replaced")
     modes = ("disabled", "offline", "online")
     add("--wandb", choices=modes, default="disabled", help="log results to each run's W&B run too")
     add("--wandb_artifacts", action="store_true", help="upload models and embeddings to W&B too")

@@ -16,6 +16,7 @@ import json
 import signal
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +28,17 @@ from torch.profiler import record_function
 from mrl import distributed, rundir
 from mrl.config import Config, parse_command_line, to_yaml
 from mrl.data import BACKENDS, build_data
-from mrl.data.images import EvalImages
+from mrl.data.images import EvalImages, Images
 from mrl.data.transforms import cut_batch, eval_indices, train_indices
 from mrl.distributed import Process
+from mrl.engine import autocast
 from mrl.errors import UserError
 from mrl.matryoshka import check_weights, nested_cross_entropy, self_distillation
-from mrl.model import MatryoshkaClassifier, ModelInfo, build_backbone, build_model, freeze, keep_head, save_model
+from mrl.model import MatryoshkaClassifier, ModelInfo, build_backbone, build_model, freeze, load_head, save_model
 from mrl.progress import progress
 from mrl.training.augmentation import make_augmentation, seed_step
 from mrl.training.fit import check_fit, notes
-from mrl.training.frozen import TrunkCache
+from mrl.training.frozen import CachedImages, TrunkCache
 from mrl.training.logging import MetricAccumulator, StopSignals, Tracker, advice
 from mrl.training.optim import build_optimizer, lr_at, set_lr, shorten_warmup
 from mrl.training.profiling import step_profiler
@@ -58,14 +60,14 @@ def train(config: Config, process: Process) -> int:
         raise UserError(f"{directory} is not the same folder on all machines; run.dir must be shared")
 
     crop_seed = seed if config.train.cache_seed is None else config.train.cache_seed
-    images: dict[str, Any] = dict(build_data(config.data, crop_seed, device, process.is_main))
+    images = build_data(config.data, crop_seed, device, process.is_main)
     unreadable, held_out = [reason for part in images.values() for reason in part.unreadable], images["val"].held_out
     num_images, classes = len(images["train"]), images["train"].classes
     data_seen = {"num_images": num_images, "classes": classes, "backend": BACKENDS[type(images["train"])]}
     accumulation_steps = config.train.accumulation_steps
-    split = (process.rank, process.world_size, accumulation_steps)
-    batch_size = cut_batch(config.data.batch_size, num_images, config.data.min_steps_per_epoch, *split[1:])
-    micro_batch_size = len(train_indices(num_images, batch_size, seed, 0, *split)[0])
+    share = (process.rank, process.world_size, accumulation_steps)
+    batch_size = cut_batch(config.data.batch_size, num_images, config.data.min_steps_per_epoch, *share[1:])
+    micro_batch_size = len(train_indices(num_images, batch_size, seed, 0, *share)[0])
     steps_per_epoch = num_images // batch_size
     total_steps = config.train.epochs * steps_per_epoch
     warmup_epochs = shorten_warmup(optim.warmup_epochs, config.train.epochs)
@@ -79,25 +81,26 @@ def train(config: Config, process: Process) -> int:
         weights_from = saved if config.train.cache_views else "scratch"
         start = dataclasses.replace(config, model=dataclasses.replace(config.model, init=weights_from))
     model = make_model(start, len(classes)).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    head_kept = resumed is None and init.is_dir() and keep_head(model, init, classes)
+    head_loaded = resumed is None and init.is_dir() and load_head(model, init, classes)
     check_fit(model, config, micro_batch_size)
     if config.train.sync_batchnorm:
         model = distributed.sync_batchnorm(model, process)
     frozen = {}
-    if views := config.train.cache_views:  # from here on, the model is its trainable tail, and images are its inputs
+    inputs_of: Mapping[str, Images | CachedImages] = images
+    if views := config.train.cache_views:  # from here on, the model is its trainable tail
         frozen = model.state_dict()
         store = directory.parent / "trunk_cache"
         cache = TrunkCache(model, config, store, config.train.precision, process)
-        model, images = cache.tail, {split: cache.images(split, some) for split, some in images.items()}
+        model, cached = cache.tail, {split: cache.images(split, some) for split, some in images.items()}
         for epoch in range(views):
-            images["train"].view(epoch, config.data.px_at(epoch))
-        images["val"].center()
+            cached["train"].view(epoch, config.data.px_at(epoch))
+        cached["val"].center()
+        inputs_of = cached
     dims = model.head.nesting_list
     ends = sorted({dims[0], dims[-1]})
     weights = torch.tensor(check_weights(config.head.weights, dims), device=device)
     optimizer = build_optimizer(model, optim.name, optim.lr, optim.momentum, optim.weight_decay, optim.layer_decay)
-    dtype = torch.float16 if config.train.precision == "fp16" else torch.bfloat16
-    autocast = torch.autocast(device.type, dtype, enabled=config.train.precision != "fp32")
+    in_precision = autocast(device, config.train.precision)
     scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16")
     ema = ModelEmaV3(model, config.train.ema_decay, use_warmup=True) if config.train.ema_decay > 0 else None
     augment = make_augmentation(config.data, micro_batch_size, len(classes), device)
@@ -131,16 +134,16 @@ def train(config: Config, process: Process) -> int:
         StopSignals() as signals,
     ):
         with signals.waiting():
-            about = {"name": config.run.name, "config": dataclasses.asdict(config)}
-            tracker.start_wandb(**dataclasses.asdict(config.wandb), **about)
+            tracker.start_wandb(config.wandb, config.run.name, dataclasses.asdict(config))
         if process.is_main:
             rundir.record_start(directory, step, process.world_size, micro_batch_size)
+        tied = " tied" if model.head.tied else ""
         tracker.log_line(
-            f"{directory}: {config.model.backbone} on {device.type}, prefixes {list(dims)}{' tied' * model.head.tied}; "
+            f"{directory}: {config.model.backbone} on {device.type}, prefixes {list(dims)}{tied}; "
             f"steps {step} to {total_steps}, {steps_per_epoch} an epoch; {batch_size} images a step = "
             f"{process.world_size} processes x {accumulation_steps} micro-batches x {micro_batch_size}"
         )
-        if head_kept:
+        if head_loaded:
             tracker.log_line(f"the head is that of {config.model.init}, which has the same classes and sizes")
         for note in notes(config, device, num_images, batch_size, warmup_epochs):
             tracker.log_line(note)
@@ -148,15 +151,15 @@ def train(config: Config, process: Process) -> int:
         logged_step, waited = step, 0.0
 
         # A run that stopped at the end of an epoch, before its validation ended, resumes with that validation.
-        was_validated = step == 0 or not distributed.all_reduce_any(process.is_main and not tracker.validated(step))[0]
-        first_epoch = (step if was_validated else step - 1) // steps_per_epoch
+        unvalidated = step > 0 and distributed.all_reduce_any(process.is_main and not tracker.validated(step))[0]
+        first_epoch = (step - 1 if unvalidated else step) // steps_per_epoch
         for epoch in range(first_epoch, config.train.epochs):
             start_step, end_step = step - epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch
-            indices = train_indices(num_images, batch_size, seed, epoch, *split, start_step=start_step)
-            batches = images["train"].train_batches(indices, epoch, config.data.px_at(epoch))
+            indices = train_indices(num_images, batch_size, seed, epoch, *share, start_step=start_step)
+            batches = inputs_of["train"].train_batches(indices, epoch, config.data.px_at(epoch))
             model.train()
             while step < end_step:
-                # One step: down the gradient of the weighted sum over prefixes (equation 1 of the paper).
+                # One step of gradient descent on the weighted sum over prefixes (equation 1 of the paper).
                 seed_step(seed, step, process.rank)
                 lr = lr_at(step, total_steps, warmup_epochs * steps_per_epoch, optim.lr, optim.schedule)
                 set_lr(optimizer, lr)
@@ -167,7 +170,7 @@ def train(config: Config, process: Process) -> int:
                     waited += time.monotonic() - asked_at
                     inputs, targets = augment(inputs, labels)
                     with distributed.no_sync(parallel, micro_step < accumulation_steps - 1):
-                        with record_function("forward"), autocast:
+                        with record_function("forward"), in_precision:
                             logits = parallel(inputs)  # (G, B, C)
                             losses = nested_cross_entropy(logits, targets, config.train.label_smoothing)  # (G,)
                         sums.add(logits, labels, losses)
@@ -225,11 +228,11 @@ def train(config: Config, process: Process) -> int:
                 if ema is not None:
                     validated = [("", " of the moving average (saved)", final), ("no_ema_", " without it", model)]
                 scores: dict[str, float] = {}
-                for prefix, which, each in validated:
+                for key_start, which, each in validated:
                     distributed.broadcast_buffers(each)
                     with signals.waiting():
-                        found = validate(each, images["val"], micro_batch_size, process, autocast)
-                    scores |= {prefix + key: value for key, value in found.items()}
+                        found = validate(each, inputs_of["val"], micro_batch_size, process, in_precision)
+                    scores |= {key_start + key: value for key, value in found.items()}
                     shown = ", ".join(f"{found[f'top_1/{d}']:.4f} @{d}" for d in dims)
                     tracker.log_line(f"epoch {epoch + 1}: top-1{which} {shown}")
                 if process.is_main:
@@ -241,7 +244,7 @@ def train(config: Config, process: Process) -> int:
 
 
 def make_model(config: Config, num_classes: int) -> MatryoshkaClassifier:
-    """Return the untrained model, with the layers frozen that ``model.trainable`` does not name."""
+    """Return the model with a new head on the weights of ``model.init``, and freeze all but ``model.trainable``."""
     wanted = config.model
     about = (wanted.stem_stride, wanted.blurpool, wanted.kwargs, wanted.projection)
     backbone = build_backbone(wanted.backbone, wanted.init, *about)
@@ -273,7 +276,7 @@ def describe(config: Config, model: MatryoshkaClassifier, classes: list[str]) ->
 
 @torch.no_grad()
 def validate(
-    model: MatryoshkaClassifier, images: EvalImages, batch_size: int, process: Process, autocast: torch.autocast
+    model: MatryoshkaClassifier, images: EvalImages, batch_size: int, process: Process, in_precision: torch.autocast
 ) -> dict[str, float]:
     """Return ``{top_1/dim, val_loss/dim}`` over the validation images, each counted once by one of the processes."""
     model.eval()
@@ -283,7 +286,7 @@ def validate(
     for inputs, labels in progress(
         batches, show=process.is_main, desc="validate", total=total, unit="batch", leave=False
     ):
-        with autocast:
+        with in_precision:
             z = model.embed(inputs)
         logits = model.head(z.float())  # in fp32, because many bfloat16 logits are equal
         sums.add(logits, labels, nested_cross_entropy(logits, labels))

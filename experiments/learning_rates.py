@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from mrl.figures import style
 from mrl.results import method_name
-from mrl.rundir import atomic_write_text
+from mrl.rundir import atomic_write_text, last_validation
 
 if TYPE_CHECKING:
     from experiments.reproduce import Run
@@ -25,8 +25,7 @@ def write_sweep(runs: Sequence[Run], out: Path) -> list[Path]:
     lines = []
     for run in runs:
         head, dims = run.config.head, run.config.head.nesting_list
-        [last] = [row for row in run.rows() if any(key.startswith("top_1/") for key in row)][-1:]
-        scores = {int(key.removeprefix("top_1/")): value for key, value in last.items() if key.startswith("top_1/")}
+        scores = last_validation(run.directory)
         trained = list(scores) if dims == "auto" else dims
         method = method_name(trained, head.tied, head.weights, head.self_distillation)
         about = (run.entry.name, method, run.config.optim.lr, run.config.run.seed)
@@ -58,12 +57,3 @@ def draw(frame: pd.DataFrame) -> Figure:
     figure.suptitle("held-out training images; a star is the best rate", fontsize="medium")
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
-
-
-def best_rates(path: Path) -> dict[tuple[str, int], float]:
-    """Return ``{(method, dim): learning rate}`` of the best mean over seeds; nested methods have one, of all dims."""
-    frame = pd.read_csv(path)
-    nested = frame["method"] != "FF"
-    frame.loc[nested, "dim"] = 0
-    mean = frame.groupby(["method", "dim", "lr"])["top_1"].mean()
-    return {(method, int(dim)): some.idxmax()[2] for (method, dim), some in mean.groupby(level=[0, 1])}

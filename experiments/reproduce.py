@@ -40,11 +40,12 @@ from tqdm import tqdm
 
 from experiments.learning_rates import write_sweep
 from experiments.report import DOCUMENTS, PROVENANCE, REPOSITORY, RESULTS, ROWS, duration, write_report
+from mrl import distributed
 from mrl.config import Config, parse_command_line, to_yaml
 from mrl.errors import UserError
 from mrl.progress import progress
 from mrl.results import CLASS_STUDY, read_rows, write_rows
-from mrl.rundir import atomic_write_text, check_settings
+from mrl.rundir import atomic_write_text, check_settings, read_metrics
 from mrl.training.logging import StopSignals
 
 GRIDS = Path(__file__).resolve().parent / "grids"
@@ -100,9 +101,7 @@ class Run:
 
     def rows(self, file: str = "metrics.jsonl") -> list[dict[str, Any]]:
         """Return the rows of a log in the run directory."""
-        path = self.directory / file
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        return [json.loads(line) for line in lines if line.endswith("}")]  # a killed process may leave half a line
+        return read_metrics(self.directory, file)
 
     def epochs_done(self) -> float:
         """Return the epochs trained so far, with fractions."""
@@ -413,14 +412,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--runs", type=Path, metavar="DIR", help="folder of the run directories; default: runs/grid_<name>")
     add("--out", type=Path, metavar="DIR", help="where results go; default: results/tiny_imagenet, or <runs>/results")
     add("--few_shot", type=Path, nargs="+", default=[], metavar="DIR", help="other images for E10, in class folders")
-    try:
-        return reproduce(parser.parse_args(argv))
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped at once; the same command resumes from the last checkpoints", file=sys.stderr)
-        return 130
+    interrupted = "stopped at once; the same command resumes from the last checkpoints"
+    return distributed.run(lambda: reproduce(parser.parse_args(argv)), interrupted)
 
 
 if __name__ == "__main__":

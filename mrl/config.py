@@ -211,8 +211,8 @@ class ModelConfig:
     BatchNorm in eval mode."""
     projection: bool = False
     """Put a new linear layer, D to D, behind the backbone's pooling; it is trained, and its output is the embedding.
-    Pooled activations are never negative; after this layer they can be, so a small prefix can hold more. It
-    wants a lower learning rate, about a quarter. docs/RESULTS.md tells where it helped and what it cost."""
+    Pooled activations are never negative; after this layer they can be, so a small prefix can hold more. Use about
+    a quarter of the learning rate. docs/RESULTS.md tells where it helped and what it cost."""
     kwargs: dict[str, Any] = field(default_factory=dict)
     """Further arguments of timm.create_model, e.g. {drop_path_rate: 0.1, img_size: 64, patch_size: 8}."""
 
@@ -293,7 +293,8 @@ class TrainConfig:
     image: epoch e reads those of epoch e modulo this number. They are stored in <run.dir>/trunk_cache, for all runs
     with the same frozen layers. 0 is off."""
     cache_seed: int | None = None
-    """Seed of the cached crops and flips, so that runs of several seeds can share them. Default: run.seed."""
+    """Seed of the random crops and flips. Runs of several seeds can share cached layers if they give the same one.
+    Default: run.seed."""
     compile: bool = False
     """Compile the model with torch.compile; if that fails, the run ends and says so."""
     ema_decay: float = 0.0
@@ -396,7 +397,7 @@ def find_recipe(name: str) -> str:
 
 def _parse(description: str, argv: Sequence[str]) -> Config:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    # The formatter keeps the line breaks of the description, whose examples one copies.
+    # The formatter keeps the line breaks of the description, so that its examples can be copied.
     formatter = type("Formatter", (argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter), {})
     usage = "train.py [--config RECIPE] [--section.key VALUE ...]"
     how: dict[str, Any] = {"formatter_class": formatter, "exit_on_error": False, "allow_abbrev": False}
@@ -418,7 +419,7 @@ def _parse(description: str, argv: Sequence[str]) -> Config:
         settings = {f"{name}.{f.name}": f for name, section in sections.items() for f in dataclasses.fields(section)}  # type: ignore[arg-type]
         if unknown := re.search(r"(?:arguments: --|Key '|[Oo]ption ')([\w.]+)", message):
             close = difflib.get_close_matches(unknown[1], settings, n=3, cutoff=0.5)
-            message += f"; did you mean {' or '.join(close)}?" * bool(close)
+            message += f"; did you mean {' or '.join(close)}?" if close else ""
         raise UserError(message + _as_yaml(argv, message, settings)) from error
     return Config(**{name: namespace[name] for name in sections})
 
@@ -439,7 +440,7 @@ def _as_yaml(argv: Sequence[str], message: str, settings: dict[str, Any]) -> str
             form = "[[0, 160], [32, 192]]"
         elif "tuple" in kind and len(items) != len(settings[key].default):
             form = str(list(settings[key].default))
-        return f"; write it as one word in YAML: --{key} '{form}'" * (form != given)
+        return f"; write it as one word in YAML: --{key} '{form}'" if form != given else ""
     return ""
 
 

@@ -1,6 +1,7 @@
-"""Several processes that work together: the only file that imports torch.distributed.
+"""Several processes that work together, and how every command ends: with a status and, on errors, one sentence.
 
-torchrun starts several processes. Plain python starts one, for which every function here does the obvious thing.
+This is the only file that imports torch.distributed. torchrun starts several processes. Plain python starts one, for
+which every function here does the obvious thing.
 """
 
 from __future__ import annotations
@@ -123,12 +124,17 @@ def _advice(error: Exception, message: str) -> str:
         return f"a worker process that reads images was killed, most often because the memory was full: {fewer}"
     if "Too many open files" in message or number == errno.EMFILE:
         return f"raise the limit (ulimit -n 65536), or {fewer}"
-    if isinstance(error, torch.cuda.OutOfMemoryError):
-        return "a GPU ran out of memory: lower --batch_size"
-    if isinstance(error, MemoryError) or "can't allocate memory" in message:
-        return f"lower --batch_size, or {fewer}"
+    if place := out_of_memory(error):
+        return "a GPU ran out of memory: lower --batch_size" if place == "a GPU" else f"lower --batch_size, or {fewer}"
     full = number in (errno.ENOSPC, errno.EDQUOT)
     return "free some disk space and start again; files that were finished are kept" if full else ""
+
+
+def out_of_memory(error: Exception) -> str:
+    """Return "a GPU" or "the machine" if its memory was not large enough, else ""."""
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return "a GPU"
+    return "the machine" if isinstance(error, MemoryError) or "can't allocate memory" in str(error) else ""
 
 
 def _report(message: str) -> None:

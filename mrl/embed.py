@@ -34,7 +34,7 @@ from mrl.data.folder import (
 from mrl.distributed import Process
 from mrl.engine import FastForward, good_batch_size
 from mrl.errors import UserError
-from mrl.matryoshka import prefix, unit_prefix
+from mrl.matryoshka import unit_prefix
 from mrl.model import load
 from mrl.retrieval.embeddings import (
     EmbeddingMetadata,
@@ -53,10 +53,7 @@ def embed_folder(args: argparse.Namespace, process: Process) -> None:
     """Embed on all processes; the main one writes the files."""
     run, folder, out = Path(args.run), Path(args.images), Path(args.out)
     model = load(run)
-    info = model.info
-    assert info is not None  # load fills it
-    dim = model.head.nesting_list[-1] if args.dim is None else args.dim
-    prefix(torch.empty(model.width), dim)  # raises if there is no such prefix
+    info, dim = model.info, model.check_dim(args.dim)
     paths, left_out = list_images(folder, args.max_unreadable, info.exif_rotation, process)
     ids = [path[len(str(folder)) + 1 :] for path in paths]
     files = files_sha256([Path(path) for path in paths])
@@ -144,7 +141,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--num_workers", type=int, help=workers)
     unreadable = "share of the images that may be unreadable and are left out; above 0, each is decoded twice"
     add("--max_unreadable", type=float, default=0.0, help=unreadable)
-    add("--force", action="store_true", help="compute vectors anew that are there already")
+    add("--force", action="store_true", help="compute the vectors again, also if they are there")
     args = parser.parse_args(expand_home(argv))
     if args.batch_size is not None and args.batch_size < 1:
         raise UserError(f"--batch_size is {args.batch_size}; allowed: 1 or more")

@@ -1,4 +1,4 @@
-"""The fastest way to run a network that is only evaluated."""
+"""How a network runs: its precision, and the fastest engine where it is only evaluated."""
 
 from __future__ import annotations
 
@@ -15,22 +15,28 @@ from torch import Tensor, nn
 
 # An export takes some seconds, and more for large networks.
 WORTH_AN_EXPORT_SECONDS = 20.0
-# Largest distance of an image's output from PyTorch's, relative to its length. The cosine is then above 0.9999.
+# Largest allowed distance between the outputs of the two engines, relative to their length: cosines above 0.9999.
 TOLERANCE = 1e-3
 
 
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Return a context in which a model computes in ``precision``: fp32, bf16 or fp16."""
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype, enabled=precision != "fp32")
+
+
 def good_batch_size(device: torch.device) -> int:
-    """Return how many images at a time are fast: on a CPU so many that activations fit in its cache."""
+    """Return a fast batch size for evaluation; on a CPU, one whose activations fit in its cache."""
     return 256 if device.type == "cuda" else 32
 
 
 class FastForward:
-    """``module`` as a function of batches; the first one chooses the engine, see `fast_forward`.
+    """Compute ``module`` on batches, with the engine that `fast_forward` chooses at the first batch.
 
     Args:
         module: Images ``(B, 3, H, W)`` -> ``(B, D)``, on the device of the batches.
         num_images: How many images there are to compute.
-        report: Is told the name of the engine.
+        report: Called with the name of the engine.
     """
 
     def __init__(self, module: nn.Module, num_images: int, report: Callable[[str], object]):

@@ -97,16 +97,15 @@ class NestedLinear(nn.Module):
         dims = self.nesting_list[-1:] if tied else self.nesting_list
         self.classifiers = nn.ModuleList(nn.Linear(dim, num_classes) for dim in dims)
 
-    def weight_and_bias(self, g: int) -> tuple[Tensor, Tensor]:
-        """Return the classifier of granularity ``g``: weight ``(C, nesting_list[g])`` and bias ``(C,)``."""
-        classifier = self.classifiers[0 if self.tied else g]
-        return classifier.weight[:, : self.nesting_list[g]], classifier.bias  # type: ignore[index,return-value]
+    def weights_and_biases(self) -> list[tuple[Tensor, Tensor]]:
+        """Return the classifier of each dim of the nesting list: weight ``(C, dim)`` and bias ``(C,)``."""
+        layers: Any = [self.classifiers[0]] * len(self.nesting_list) if self.tied else self.classifiers
+        return [(layer.weight[:, :dim], layer.bias) for layer, dim in zip(layers, self.nesting_list, strict=True)]
 
     def forward(self, z: Tensor) -> Tensor:
         """Return logits ``(G, B, C)``; coordinates of ``z`` ``(B, D)`` beyond the largest dim are not read."""
-        return torch.stack(
-            [F.linear(prefix(z, dim), *self.weight_and_bias(g)) for g, dim in enumerate(self.nesting_list)]
-        )
+        pairs = self.weights_and_biases()
+        return torch.stack([F.linear(prefix(z, weight.shape[1]), weight, bias) for weight, bias in pairs])
 
     def extra_repr(self) -> str:
         return f"nesting_list={list(self.nesting_list)}, num_classes={self.num_classes}, tied={self.tied}"

@@ -23,14 +23,14 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from mrl.errors import UserError
-from mrl.matryoshka import NestedLinear, check_nesting_list, default_nesting_list, unit_prefix
+from mrl.matryoshka import NestedLinear, check_nesting_list, default_nesting_list, prefix, unit_prefix
 from mrl.rgb import to_rgb
 from mrl.rundir import atomic_write, atomic_write_text
 
 FORMAT_VERSION = 1
 HUB_FILES = ("model.safetensors", "model.json", "config.json", "README.md")
 PAPER = "https://arxiv.org/abs/2205.13147"
-# Of a model that is pushed without a card of its own.
+# The model card of a model that is pushed without its own.
 PLAIN_CARD = """---
 {{ card_data }}
 ---
@@ -39,7 +39,7 @@ Every prefix of this model's image embeddings is an embedding too
 ([Matryoshka Representation Learning]({{ paper_url }})): cut it, then normalize it. `model.json` lists the trained
 sizes, the classes, and how images are prepared.
 """
-# Arguments of timm.create_model that are no model.kwargs.
+# Arguments of timm.create_model that model.kwargs must not hold, and the setting to use instead.
 SET_ELSEWHERE = {"pretrained": "model.init", "checkpoint_path": "model.init", "num_classes": "the classes of the data"}
 
 
@@ -78,7 +78,7 @@ class MatryoshkaClassifier(
     with a model card, such as the one of ``python -m mrl.export hub``, it keeps that.
     """
 
-    info: ModelInfo | None = None
+    _info: ModelInfo | None = None
     card: str | None = None
 
     def __init__(self, backbone: nn.Module, head: NestedLinear):
@@ -86,6 +86,17 @@ class MatryoshkaClassifier(
         self.backbone = backbone
         self.head = head
         self.width: int = backbone.head_hidden_size  # type: ignore[assignment]
+
+    @property
+    def info(self) -> ModelInfo:
+        """Sizes, classes and image preparation, as in model.json."""
+        if self._info is None:
+            raise UserError("this model has no info (sizes, classes, image preparation); load it with mrl.load")
+        return self._info
+
+    @info.setter
+    def info(self, info: ModelInfo) -> None:
+        self._info = info
 
     def embed(self, images: Tensor) -> Tensor:
         """Return embeddings ``(B, D)`` as the head reads them: raw, not normalized."""
@@ -106,7 +117,7 @@ class MatryoshkaClassifier(
         Raises:
             UserError: ``dim`` is not between 1 and the width.
         """
-        dim = self.head.nesting_list[-1] if dim is None else dim
+        dim = self.check_dim(dim)
         self.warn_if_untrained(dim)
         was_training = self.training
         self.eval()
@@ -115,9 +126,13 @@ class MatryoshkaClassifier(
         finally:
             self.train(was_training)
 
+    def check_dim(self, dim: int | None) -> int:
+        """Return ``dim``, or the largest trained size for None; raise if the embedding has no such prefix."""
+        return len(prefix(torch.empty(self.width), self.head.nesting_list[-1] if dim is None else dim))
+
     def warn_if_untrained(self, dim: int) -> None:
         """Warn if ``dim`` is a prefix size that was not trained."""
-        if dim <= self.width and dim not in self.head.nesting_list:
+        if dim not in self.head.nesting_list:
             warnings.warn(f"{dim} dims were not trained; trained are {list(self.head.nesting_list)}", stacklevel=4)
 
     @property
@@ -126,25 +141,19 @@ class MatryoshkaClassifier(
 
         PIL images become RGB as files do: see `mrl.rgb`.
         """
-        info = self._known_info()
         steps = [
-            partial(_upright_rgb, exif_rotation=info.exif_rotation),
+            partial(_upright_rgb, exif_rotation=self.info.exif_rotation),
             v2.ToImage(),
             v2.RGB(),
-            v2.Resize(info.resize_px, v2.InterpolationMode(info.interpolation), antialias=True),
-            v2.CenterCrop(info.crop_px),
+            v2.Resize(self.info.resize_px, v2.InterpolationMode(self.info.interpolation), antialias=True),
+            v2.CenterCrop(self.info.crop_px),
             v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(info.mean, info.std),
+            v2.Normalize(self.info.mean, self.info.std),
         ]
         return v2.Compose(steps)
 
-    def _known_info(self) -> ModelInfo:
-        if self.info is None:
-            raise UserError("this model has no info (sizes, classes, image preparation); load it with mrl.load")
-        return self.info
-
     def _save_pretrained(self, save_directory: Path) -> None:
-        save_model(self, self._known_info(), save_directory)
+        save_model(self, self.info, save_directory)
         if self.card:
             atomic_write_text(save_directory / "README.md", self.card)
 
@@ -253,7 +262,7 @@ def _create_timm(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Modu
         if kwargs and (not pretrained or not works(create, kwargs)):
             culprit = find_culprit(create, kwargs) or kwargs
             reason = str(error) or type(error).__name__
-            all_out = "; --model.kwargs '{}' leaves all of them out" * (len(culprit) > 1)
+            all_out = "; --model.kwargs '{}' leaves all of them out" if len(culprit) > 1 else ""
             raise UserError(f"model.kwargs {culprit} does not fit {name}: {reason}{all_out}") from error
         if not pretrained:
             raise
@@ -291,7 +300,7 @@ def _load_weights_file(backbone: nn.Module, path: Path) -> None:
     own = tuple(f"{name}." for name in ([classifier] if isinstance(classifier, str) else classifier))
     expected = backbone.state_dict()
     state = {key: value for key, value in state.items() if key in expected or not key.startswith(own)}
-    check_fits(state, expected, f"model.init: {path} does not fit the backbone")
+    check_state(state, expected, f"model.init: {path} does not fit the backbone")
     backbone.load_state_dict(state)
 
 
@@ -303,7 +312,7 @@ def _load_run(backbone: nn.Module, run: Path, changes: dict[str, Any]) -> None:
         if theirs != value:
             raise UserError(f"model.init: the run {run} has model.{key} {theirs}, not {value}; use the same")
     state = _part(state, "backbone.")
-    check_fits(state, backbone.state_dict(), f"model.init: the run {run} holds another backbone")
+    check_state(state, backbone.state_dict(), f"model.init: the run {run} holds another backbone")
     backbone.load_state_dict(state)
 
 
@@ -311,8 +320,8 @@ def _part(state: Mapping[str, Tensor], start: str) -> dict[str, Tensor]:
     return {key.removeprefix(start): value for key, value in state.items() if key.startswith(start)}
 
 
-def keep_head(model: MatryoshkaClassifier, run: Path, classes: Sequence[str]) -> bool:
-    """Load the head of a finished run if it has the same classes and sizes, and return whether."""
+def load_head(model: MatryoshkaClassifier, run: Path, classes: Sequence[str]) -> bool:
+    """Load the head of a finished run and return True; return False if its classes or sizes differ."""
     info, state = read_saved(run)
     head = model.head
     if (info.classes, info.nesting_list, info.tied) != (tuple(classes), head.nesting_list, head.tied):
@@ -321,7 +330,7 @@ def keep_head(model: MatryoshkaClassifier, run: Path, classes: Sequence[str]) ->
     return True
 
 
-def check_fits(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], failure: str) -> None:
+def check_state(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], failure: str) -> None:
     """Check that ``state`` has exactly the names and shapes of ``expected``."""
     missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     wrong = sorted(key for key in expected.keys() & state.keys() if state[key].shape != expected[key].shape)
@@ -381,7 +390,7 @@ def load(run: str | Path) -> MatryoshkaClassifier:
     info, state = read_saved(Path(run))
     backbone = build_backbone(info.backbone, "scratch", info.stem_stride, info.blurpool, info.kwargs, info.projection)
     model = build_model(backbone, len(info.classes), info.nesting_list, info.tied)
-    check_fits(state, model.state_dict(), f"{run}: model.safetensors does not fit model.json")
+    check_state(state, model.state_dict(), f"{run}: model.safetensors does not fit model.json")
     model.load_state_dict(state)
     model.info = model._hub_mixin_config = info  # pushed as config.json, which the Hub's client looks for first
     card = Path(run) / "README.md"
@@ -393,7 +402,7 @@ class BlurConv2d(nn.Conv2d):
     """Blur the input with a fixed [1,2,1]x[1,2,1]/16, zero-padded, then convolve: FFCV's BlurPool.
 
     Parameters keep the plain convolution's names, so plain weights load. timm's ``resnetblur50`` blurs in other
-    places and is another function.
+    places and gives other values.
     """
 
     blur: Tensor
@@ -418,8 +427,8 @@ class BlurConv2d(nn.Conv2d):
         return super().forward(F.conv2d(images, self.blur.to(images.dtype), padding=1, groups=self.in_channels))
 
 
-def add_blurpool(backbone: nn.Module) -> int:
-    """Blur before each convolution of stride > 1 and at least 16 input channels; return how many there are."""
+def add_blurpool(backbone: nn.Module) -> None:
+    """Blur before each convolution of stride > 1 and at least 16 input channels."""
     found = {
         name: module
         for name, module in backbone.named_modules()
@@ -435,7 +444,6 @@ def add_blurpool(backbone: nn.Module) -> int:
         )
     for name, conv in found.items():
         backbone.set_submodule(name, BlurConv2d(conv))
-    return len(found)
 
 
 def set_stem_stride(backbone: nn.Module, stem_stride: int) -> None:

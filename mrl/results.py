@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,8 @@ def method_name(
     """
     if len(nesting_list) == 1:
         return "FF"
-    return ("MRL-E" if tied else "MRL") + " weighted" * (weights is not None) + " distilled" * (self_distillation > 0)
+    name = "MRL-E" if tied else "MRL"
+    return name + (" weighted" if weights is not None else "") + (" distilled" if self_distillation > 0 else "")
 
 
 def method_order(method: str) -> tuple[int, str]:
@@ -102,6 +103,17 @@ class Source:
         return Row(study=study, method=method, metric=metric, value=value, n=n, **vars(self), **rest)
 
 
+def span(values: Collection[Any], form: Callable[[Any], str] = "{:,}".format) -> str:
+    """Return "lowest to highest" of some numbers, or the one number if they all look the same."""
+    return " to ".join(dict.fromkeys(map(form, (min(values), max(values)))))
+
+
+def markdown(table: Iterable[Iterable[object]], rule: str = "---") -> str:
+    """Return a table in Markdown; its first line is the head, and ``rule`` stands below each column of that."""
+    head, *lines = [[str(cell).replace("|", "\\|") for cell in line] for line in table]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, [rule] * len(head), *lines))
+
+
 def write_rows(rows: Iterable[Row], path: str | Path) -> None:
     """Write rows to ``path``, one JSON object a line, and those of single classes to classes.csv beside it."""
     lines, of_classes = [], []
@@ -127,7 +139,7 @@ def read_rows(path: str | Path) -> list[Row]:
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         if line.strip():
             try:
-                rows.append(Row(**json.loads(line)))  # files of before a column existed have no such key
+                rows.append(Row(**json.loads(line)))  # files that are older than a column lack its key
             except (ValueError, TypeError) as error:
                 raise UserError(f"{path}, line {number} is not a row: {error}") from error
     classes_file = path.with_name(CLASSES_FILE)
@@ -154,7 +166,6 @@ def text_table(rows: Sequence[Row]) -> str:
     for names, group in pd.DataFrame(of_all_images).groupby(["dataset", "study", "metric"], sort=False):
         percent = 100 * group.pivot_table("value", ["method", "run"], "dim", aggfunc="last")
         percent = percent.loc[sorted(percent.index, key=lambda name: (method_order(name[0]), name[1]))]
-        counts = " to ".join(f"{n:,}" for n in sorted({group["n"].min(), group["n"].max()}))
         text = percent.rename_axis(columns=None).to_string(float_format="{:.2f}".format, na_rep="-", sparsify=False)
-        tables.append("{}: {}, {} (%)".format(*names) + f", n = {counts}\n{text}")
+        tables.append("{}: {}, {} (%)".format(*names) + f", n = {span(group['n'])}\n{text}")
     return "\n\n".join(tables)

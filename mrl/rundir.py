@@ -35,7 +35,7 @@ RESUME_OVERRIDABLE = {
     *("train.checkpoint_minutes", "train.log_every_steps", "train.profile_steps"),
     "data.backend",  # check_data compares the one in use
 }
-# Settings that a run of before them was trained with, where that is not the default.
+# Values in effect for runs that are older than these settings, where they are not today's defaults.
 OLD_SETTINGS = {"data.exif_rotation": "ignore", "data.interpolation": "bilinear"}
 
 
@@ -57,7 +57,7 @@ def atomic_write(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
         if not isinstance(cause, OSError):
             raise
         kept = "the file that was there before is kept"
-        kept += "; free some disk space" * (cause.errno in (errno.ENOSPC, errno.EDQUOT))
+        kept += "; free some disk space" if cause.errno in (errno.ENOSPC, errno.EDQUOT) else ""
         raise UserError(f"{path} could not be written ({cause}); {kept}") from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -74,7 +74,7 @@ def checkpoint_path(directory: Path) -> Path:
 
 
 def check_run(directory: Path, resume: str, config_yaml: str, default_yaml: str) -> None:
-    """Check that a run may start or resume in ``directory``; one that ended before a checkpoint is no obstacle."""
+    """Check that a run may start or resume in ``directory``; one without any checkpoint is replaced."""
     resuming, trained = checkpoint_path(directory).exists(), (directory / "model.safetensors").exists()
     if directory.exists() and not directory.is_dir():
         raise UserError(f"{directory} is a file, so it cannot be the run directory; choose another --run.name")
@@ -91,7 +91,7 @@ def check_run(directory: Path, resume: str, config_yaml: str, default_yaml: str)
             f"--model.init {directory} --run.name {directory.name}_longer"
         )
         those = f"--config {directory / 'config.yaml'} gives those; or give another --run.name"
-        check_settings(directory, config_yaml, default_yaml, those, longer * trained)
+        check_settings(directory, config_yaml, default_yaml, those, longer if trained else "")
     elif trained:
         raise UserError(f"{directory} holds a trained model but no checkpoint to resume; choose another --run.name")
 
@@ -99,8 +99,8 @@ def check_run(directory: Path, resume: str, config_yaml: str, default_yaml: str)
 def check_settings(directory: Path, config_yaml: str, default_yaml: str, way_out: str, longer: str = "") -> None:
     """Check that the run in ``directory`` was started with the settings in ``config_yaml``, overridable ones aside.
 
-    A setting that is newer than the run had its default, or what `OLD_SETTINGS` has. ``longer`` is the way out if
-    train.epochs differs.
+    Settings that are newer than the run count as today's defaults, or as `OLD_SETTINGS`. ``way_out`` ends the error,
+    or ``longer`` does if train.epochs differs.
     """
 
     def flat(yaml_text: str) -> dict[str, Any]:
@@ -123,7 +123,7 @@ def open_run(directory: Path, config_yaml: str) -> None:
     checkpoint_path(directory).parent.mkdir(parents=True, exist_ok=True)
     with hold(directory):  # another process may have begun meanwhile
         atomic_write_text(directory / "config.yaml", config_yaml)
-        if not checkpoint_path(directory).exists():  # drop what a run left that ended before its first checkpoint
+        if not checkpoint_path(directory).exists():  # drop the files of a run that ended before its first
             (directory / "metrics.jsonl").write_text("")
             for name in ("wandb_id", "unreadable.txt", "held_out.json"):
                 (directory / name).unlink(missing_ok=True)
@@ -191,6 +191,22 @@ def check_data(directory: Path, before: dict[str, Any], now: dict[str, Any]) -> 
             f"{directory} was trained on {old}; now there are {new}{other}. Give the same data, and "
             f"--data.backend {before['backend']}: other backends decode to other pixels"
         )
+
+
+def read_metrics(directory: Path, file: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    """Return the rows of a log in a run directory, without the half line that a killed process may leave at its end."""
+    path = directory / file
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def last_validation(directory: Path) -> dict[int, float]:
+    """Return ``{dim: top-1}`` of the last validation in metrics.jsonl; {} if there is none."""
+    found = [
+        {int(key.removeprefix("top_1/")): value for key, value in row.items() if key.startswith("top_1/")}
+        for row in read_metrics(directory)
+    ]
+    return next(filter(None, reversed(found)), {})
 
 
 def record_start(directory: Path, step: int, world_size: int, micro_batch_size: int) -> None:

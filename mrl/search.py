@@ -60,7 +60,7 @@ def search(args: argparse.Namespace) -> None:
     pictures: dict[int, list[tuple[torch.Tensor, str]]] = {}
     for dim, (indices, scores) in found.items():
         is_zero = not np.any(query[0, :dim])
-        print(f"{args.image} at {dim} dims" + ": its prefix is all zero, so it has no neighbors" * is_zero)
+        print(f"{args.image} at {dim} dims{': its prefix is all zero, so it has no neighbors' if is_zero else ''}")
         kept = np.any(vectors[indices[0], :dim], axis=1) & (indices[0] != left_out) & (not is_zero)
         names = [database.ids[index] for index in indices[0][kept][: args.k]]
         longest = max((len(folder_of(name)) for name in names), default=0)
@@ -79,7 +79,6 @@ def encode_query(image: str, database: VectorFile, run: Path) -> np.ndarray:
     model = load(run)
     if file_sha256(run / "model.safetensors") != database.metadata.checkpoint_sha256:
         raise UserError(f"the vectors were made by other weights than those in {run}; embed the images again")
-    assert model.info is not None  # load fills it
     images = evaluated_images([image], model.info, torch.device("cpu"), num_workers=0)
     [(batch, _)] = images.eval_batches([np.array([0])])
     with torch.no_grad():

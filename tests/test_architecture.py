@@ -21,16 +21,16 @@ FLOORS = [
 ]
 # Lines of Python in each folder (not its subfolders). Raise a number only for a new idea.
 BUDGETS = {
-    ".": 528,
-    "mrl": 2882,
+    ".": 530,
+    "mrl": 2924,
     "mrl/data": 1805,
     "mrl/training": 726,
-    "mrl/retrieval": 865,
-    "mrl/studies": 2610,
-    "mrl/figures": 1275,
-    "mrl/interop": 1230,
-    "experiments": 830,
-    "benchmarks": 1060,
+    "mrl/retrieval": 855,
+    "mrl/studies": 2598,
+    "mrl/figures": 1267,
+    "mrl/interop": 1208,
+    "experiments": 788,
+    "benchmarks": 1059,
 }
 FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names}
 AT_USE_ONLY = {

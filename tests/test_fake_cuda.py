@@ -147,6 +147,6 @@ def test_exact_search_computes_on_the_gpu_wherever_the_vectors_are(place):
 
 def test_classification_of_embeddings_computes_on_the_gpu():
     head = mrl.NestedLinear([8, 32], 10)
-    classifiers = [head.weight_and_bias(g) for g in range(2)]
+    classifiers = head.weights_and_biases()
     vectors = np.zeros((8, 32), np.float32)
     assert predict(vectors, classifiers, vectors, device=CUDA).classes.shape == (2, 8)

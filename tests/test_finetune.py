@@ -50,7 +50,7 @@ def accuracies(folder, logits_of):
 
 def test_new_heads_on_a_frozen_backbone_beat_its_truncation(fixed_feature):
     ff = mrl.load(fixed_feature / "ff")
-    weight, bias = ff.head.weight_and_bias(0)
+    weight, bias = ff.head.weights_and_biases()[0]
 
     def truncated(images):
         z = ff.embed(images)

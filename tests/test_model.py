@@ -93,7 +93,7 @@ def test_fault_18_blurpool_blurs_before_the_six_strided_convolutions_of_a_resnet
     backbone = timm.create_model("resnet50", num_classes=0)
     plain = {name: module for name, module in backbone.named_modules() if isinstance(module, nn.Conv2d)}
     strided = {n for n, m in plain.items() if m.stride[0] > 1}
-    assert add_blurpool(backbone) == 6
+    add_blurpool(backbone)
     blurred = {name: m for name, m in backbone.named_modules() if isinstance(m, BlurConv2d)}
     assert set(blurred) == strided - {"conv1"}
     assert set(blurred) == {f"layer{i}.0.{part}" for i in (2, 3, 4) for part in ("conv2", "downsample.0")}

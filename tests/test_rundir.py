@@ -19,9 +19,11 @@ from mrl.rundir import (
     check_run,
     checkpoint_path,
     hold,
+    last_validation,
     load_checkpoint,
     open_run,
     provenance,
+    read_metrics,
     record_start,
     save_checkpoint,
 )
@@ -226,3 +228,10 @@ def test_a_process_that_waits_for_another_says_so_once_and_goes_on(tmp_path, cap
             time.sleep(0.7)
             assert not waiting.done() and capsys.readouterr().out.count("waiting for another") == 1
         assert waiting.result(timeout=10)
+
+
+def test_metrics_are_read_without_half_a_line_and_the_last_validation_is_that_of_the_last_row_with_one(tmp_path):
+    assert read_metrics(tmp_path) == [] and last_validation(tmp_path) == {}
+    rows = [{"step": 1, "top_1/8": 0.25}, {"step": 2, "top_1/8": 0.5, "top_1/16": 0.75, "val_loss/8": 1.0}, {"step": 3}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 4, "lo')
+    assert read_metrics(tmp_path) == rows and last_validation(tmp_path) == {8: 0.5, 16: 0.75}

@@ -23,11 +23,10 @@ from mrl.data.folder import (
     describe_left_out,
     leave_out_unreadable,
     list_and_hold_out,
-    list_images,
     shown,
     unicode_name,
 )
-from mrl.data.imagenet import list_imagenet
+from mrl.data.imagenet import list_split
 from mrl.data.images import Images, cores_per_process, default_workers
 from mrl.data.memory import DIGIT_CLASSES, MemoryImages, check_memory, load_digits, read_into_memory
 from mrl.data.transforms import Transform
@@ -178,8 +177,7 @@ def list_splits(
         both = list_and_hold_out(data.root, data.val_share, held_out, *how)
         lists = {split: both[split] for split in splits}
     else:
-        list_split = list_imagenet if data.name == "imagenet" else list_images
-        lists = {split: list_split(data.root, split, *how) for split in splits}
+        lists = {split: list_split(data.name, data.root, split, *how) for split in splits}
     start = len(str(Path(data.root)))
     names = [os.fsencode("\0".join(path[start:] for path in found.paths)) for found in lists.values()]
     if not _agree(*names, *(found.labels.numpy().tobytes() for found in lists.values())):

@@ -17,8 +17,8 @@ from pathlib import Path
 from mrl import distributed
 from mrl.config import DataConfig, expand_home
 from mrl.data import align_classes, cores_per_process
-from mrl.data.folder import BESIDE, LeftOut, describe_left_out, find_fault, find_images, list_images
-from mrl.data.imagenet import list_imagenet
+from mrl.data.folder import BESIDE, LeftOut, describe_left_out, find_fault, find_images
+from mrl.data.imagenet import list_split
 from mrl.data.images import map_ahead
 from mrl.errors import UserError
 from mrl.progress import progress
@@ -40,8 +40,7 @@ def check(folder: Path, name: str, num_threads: int) -> int:
             print(found)
     if name == "imagenet" or all((folder / split).is_dir() for split in ("train", "val")):
         try:
-            list_split = list_imagenet if name == "imagenet" else list_images
-            lists = {split: list_split(folder, split, True, "refuse") for split in ("train", "val")}
+            lists = {split: list_split(name, folder, split, True, "refuse") for split in ("train", "val")}
             left_out[BESIDE, ""] = sum(found.left_out[BESIDE, ""] for found in lists.values())
             align_classes(lists, DataConfig(name="folder"), None)
         except UserError as error:

@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -112,11 +113,10 @@ def list_classes(top: Path, split: str, show_progress: bool, missing_classes: st
         elif missing_classes == "allow":
             left_out[EMPTY, name] += 1
         else:
-            go_on = "--data.missing_classes allow (mrl.data.write_ffcv: --missing_classes allow)"
-            raise UserError(
-                f"class folder {top / folder} has no images; allowed: {' '.join(IMAGE_EXTENSIONS)}; remove it"
-                + f", or go on without such classes: {go_on}" * (missing_classes == "refuse")
-            )
+            go_on = ", or go on without such classes: --data.missing_classes allow (mrl.data.write_ffcv: "
+            go_on = f"{go_on}--missing_classes allow)" if missing_classes == "refuse" else ""
+            allowed = " ".join(IMAGE_EXTENSIONS)
+            raise UserError(f"class folder {top / folder} has no images; allowed: {allowed}; remove it{go_on}")
     if len(found.classes) == 1:
         _refuse_deeper_classes(top, found.paths)
     if beside > len(labels):
@@ -274,7 +274,7 @@ def describe_left_out(left_out: LeftOut) -> str:
     for kind in dict.fromkeys(kind for kind, _ in +left_out):
         names = sorted({name for one, name in left_out if one == kind and name})
         number = sum(count for (one, _), count in left_out.items() if one == kind)
-        parts.append(f"{number:,} {kind}" + f" ({shown(names)})" * bool(names))
+        parts.append(f"{number:,} {kind} ({shown(names)})" if names else f"{number:,} {kind}")
     return "; left out: " + ", ".join(parts) if parts else ""
 
 
@@ -342,7 +342,7 @@ def _over_white(images: Tensor) -> Tensor:
 
 
 def _with_end_marker(content: bytearray) -> bytearray | None:
-    """Return a JPEG with the end marker that it lacks; None if it is no JPEG, or lacks pixels too.
+    """Return a JPEG with the end marker that it lacks; None if it is not a JPEG, or lacks pixels too.
 
     If pixels are missing, bytes that follow the file's are taken for them, and change the picture.
     """
@@ -357,7 +357,7 @@ def _with_end_marker(content: bytearray) -> bytearray | None:
 def leave_out_unreadable(
     images: ImageList, what: str, max_share: float, exif_rotation: str, num_threads: int, show_progress: bool
 ) -> tuple[ImageList, list[str]]:
-    """Decode every image once, all processes together; return the readable ones, and why others are not that."""
+    """Decode every image once, all processes together; return the readable ones, and why the others cannot be read."""
     check, paths = functools.partial(find_fault, exif_rotation=exif_rotation), images.paths
     share = distributed.own_share(len(images.paths))
     is_bad = torch.zeros(len(paths), dtype=torch.int32)
@@ -489,7 +489,8 @@ def evaluated_images(
     paths: Sequence[str], info: ModelInfo, device: torch.device, num_workers: int | None = None
 ) -> FolderImages:
     """Return image files without labels, resized, cropped and normalized as the model expects."""
-    sizes_and_scale = info.resize_px, info.crop_px, info.mean, info.std
-    transform = Transform(0, (1, 1), (1, 1), False, *sizes_and_scale, None, info.exif_rotation, info.interpolation)
+    same: dict[str, Any] = {key: getattr(info, key) for key in ("mean", "std", "exif_rotation", "interpolation")}
+    same |= {"eval_resize_px": info.resize_px, "eval_px": info.crop_px}
+    transform = Transform(seed=0, crop_scale=(1, 1), crop_ratio=(1, 1), flip=False, **same)
     images = ImageList(list(paths), torch.zeros(len(paths), dtype=torch.int64), [], LeftOut())
     return FolderImages(images, transform, device, default_workers(device) if num_workers is None else num_workers)

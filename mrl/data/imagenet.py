@@ -21,6 +21,11 @@ GROUND_TRUTHS = ("LOC_val_solution.csv", "val_wnids.txt", DEVKIT_TRUTH)
 WNID = re.compile(r"n\d{8}")
 
 
+def list_split(name: str, root: str | Path, split: str, show_progress: bool, missing_classes: str) -> ImageList:
+    """List the images of ``split`` as ``data.name`` says."""
+    return (list_imagenet if name == "imagenet" else list_images)(root, split, show_progress, missing_classes)
+
+
 def list_imagenet(root: str | Path, split: str, show_progress: bool = False, missing_classes: str = "") -> ImageList:
     """List the images of ``split`` below ``root``, or below ``root``'s ILSVRC/Data/CLS-LOC."""
     root = Path(root)

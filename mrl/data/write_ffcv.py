@@ -27,8 +27,8 @@ from mrl import distributed
 from mrl.config import expand_home
 from mrl.data import cores_per_process
 from mrl.data.ffcv import FFCVFile, import_ffcv
-from mrl.data.folder import LEAVE_OUT, ImageList, decode, describe_left_out, leave_out_unreadable, list_images
-from mrl.data.imagenet import list_imagenet
+from mrl.data.folder import LEAVE_OUT, ImageList, decode, describe_left_out, leave_out_unreadable
+from mrl.data.imagenet import list_split
 from mrl.data.images import map_ahead
 from mrl.errors import UserError
 from mrl.progress import progress
@@ -158,8 +158,7 @@ def main(argv: list[str] | None = None) -> int:
         import_ffcv()
         if out.exists():  # asked before a million files are listed
             raise UserError(f"{out} already exists; remove it, or give another --out")
-        list_split = list_imagenet if args.name == "imagenet" else list_images
-        images = list_split(args.root, args.split, True, args.missing_classes)
+        images = list_split(args.name, args.root, args.split, True, args.missing_classes)
         if args.max_unreadable > 0:
             how = args.max_unreadable, args.exif_rotation, args.num_threads
             images, reasons = leave_out_unreadable(images, args.split, *how, show_progress=True)

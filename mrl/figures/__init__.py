@@ -1,4 +1,4 @@
-"""Figures from rows: one function per figure of the paper. Nothing here runs a model."""
+"""Figures from rows: one function per figure of the paper. Nothing here runs a backbone."""
 
 from __future__ import annotations
 

@@ -13,23 +13,24 @@ from mrl.figures.adaptive import SEARCH_STYLES, SINGLE, grow, has_times, search_
 from mrl.results import Row
 from mrl.studies.adaptive_classification import CascadePoint
 
+METRIC = "map@10"
 Series = Mapping[str, tuple[pd.DataFrame, style.Style]]  # {label: (a table with percent, size and costs, style)}
 
 
-def retrieval_in_use(rows: Sequence[Row], dim: int, metric: str = "map@10") -> Figure:
+def retrieval_in_use(rows: Sequence[Row], dim: int) -> Figure:
     """Draw quality of retrieval against the bytes that the search keeps in memory and, if `has_times`, against time.
 
     Bytes are those of one float32 vector at the size that is searched; what reranking reads can stay on disk. Points
     whose search is at ``dim`` are ringed. The rows are of one run.
     """
-    table = style.table_of([row for row in rows if row.metric == metric], f"metric {metric!r}")
+    table = style.table_of([row for row in rows if row.metric == METRIC], f"metric {METRIC!r}")
     table = table.assign(time=table.ms_per_query, bytes=4 * table.shortlist_dim, size=table.shortlist_dim)
     labels = {"single": SINGLE, "full": "shortlist, reranked at full width", "funnel": "funnel"}
     kinds = search_kinds(table.sort_values("size"))
     series = {labels[kind]: (kinds[kind], SEARCH_STYLES[kind]) for kind in labels if kind in kinds}
     costs = {"bytes": "bytes in memory per database vector", "time": "measured milliseconds per query (CPU)"}
     heading = f"{style.heading(table, 'queries')}, {table.run[0]}; ringed: search at {dim} dims"
-    return _draw(series, dim, costs if has_times(table) else {"bytes": costs["bytes"]}, metric, heading)
+    return _draw(series, dim, costs if has_times(table) else {"bytes": costs["bytes"]}, METRIC, heading)
 
 
 def cascade_in_use(cascades: Sequence[CascadePoint], alone: Sequence[CascadePoint], cap: int, title: str) -> Figure:

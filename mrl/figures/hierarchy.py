@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from mrl.figures import style
-from mrl.results import Row, data_title
+from mrl.results import Row, data_title, span
 
 COLUMNS = 5
 METHOD_COLUMNS = 3
@@ -30,7 +30,7 @@ def accuracy_within_superclasses(rows: Sequence[Row]) -> Figure:
     figure, all_axes = style.panels(len(groups), COLUMNS, (2.3, 1.9), sharex=True, sharey=True)
     for i, (axes, (name, of_group)) in enumerate(zip(all_axes, groups, strict=True)):
         style.draw_lines(axes, of_group, styles)
-        axes.set_title(f"{name.replace('_', ' ')} (n = {style.counts(of_group)})", fontsize=8)
+        axes.set_title(f"{name.replace('_', ' ')} (n = {span(of_group.n)})", fontsize=8)
         axes.set_ylabel("top-1 (%)" if i % COLUMNS == 0 else "", fontsize=8)
     for i, axes in enumerate(all_axes):
         lowest = i + COLUMNS >= len(groups)
@@ -66,7 +66,7 @@ def class_accuracy_against_full_width(rows: Sequence[Row]) -> Figure:
     all_axes[0].set_ylim(limits)  # differences go below 0
     seeds = table.groupby("label").seed.nunique().max()
     means = f"; means of up to {seeds} seeds" if seeds > 1 else ""
-    heading = f"{data_title(table.dataset[0])}: {table.group.nunique():,} classes of {style.counts(table)}"
+    heading = f"{data_title(table.dataset[0])}: {table.group.nunique():,} classes of {span(table.n)}"
     return style.finish(figure, f"{heading} validation images each{means}; line: median, band: middle half", [])
 
 

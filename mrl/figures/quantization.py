@@ -63,13 +63,13 @@ def accuracy_by_bytes(rows: Sequence[Row]) -> Figure:
     return style.finish(figure, style.heading(table, "queries, best codes and dims"), [*styles, CURVE, *codes])
 
 
-def bytes_table(rows: Sequence[Row], metric: str = "top_1") -> list[list[str]]:
+def bytes_table(rows: Sequence[Row]) -> list[list[str]]:
     """Return a head and a line per method and kind of code: the fewest bytes per vector for shares of full accuracy.
 
     Full accuracy is the highest of all methods in float32 at their largest dim. A cell is "bytes (dim x code)", or "-"
     if nothing gives as much. [] if there are no rows.
     """
-    coded = [row for row in rows if row.study == STUDY and row.metric == metric]
+    coded = [row for row in rows if row.study == STUDY and row.metric == "top_1"]
     if not coded:
         return []
     points = _mean_points(style.table_of(coded, STUDY))

@@ -19,7 +19,7 @@ from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter, NullLocat
 
 from mrl.errors import UserError
 from mrl.paper import paper_rows
-from mrl.results import Row, data_title
+from mrl.results import Row, data_title, span
 
 Style = dict[str, Any]
 # Every function that draws is decorated with `matplotlib.rc_context(RC)`.
@@ -278,22 +278,15 @@ def finish(figure: Figure, heading: str, labels: Iterable[str]) -> Figure:
     return figure
 
 
-def counts(table: pd.DataFrame) -> str:
-    """Return how many images the rows are of: one number, or "smallest to largest"."""
-    return " to ".join(f"{n:,}" for n in sorted({table.n.min(), table.n.max()}))
-
-
 def heading(table: pd.DataFrame, images: str = "images") -> str:
     """Return the title of a figure: the data, the number of images, and what its error bars are, if it has some."""
-    return f"{data_title(table.dataset.iloc[0])}: {counts(table)} {images}{bars_note(table)}"
+    return f"{data_title(table.dataset.iloc[0])}: {span(table.n)} {images}{bars_note(table)}"
 
 
 def bars_note(table: pd.DataFrame) -> str:
     """Return what the error bars are, for the title; "" if there are none."""
     runs = table.groupby(["label", *POINT], dropna=False).run.nunique()
-    low, high = runs.min(), runs.max()
-    numbers = str(low) if low == high else f"{low} to {high}"
-    over = f"of {numbers} seeds" if high > 1 else "over random splits" if table.split_y.any() else ""
+    over = f"of {span(runs)} seeds" if runs.max() > 1 else "over random splits" if table.split_y.any() else ""
     return over and f"; mean and standard deviation {over}"
 
 

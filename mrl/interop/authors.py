@@ -23,7 +23,15 @@ from torch import Tensor
 from mrl.config import DataConfig, parse_command_line, to_yaml
 from mrl.errors import UserError
 from mrl.matryoshka import default_nesting_list
-from mrl.model import BlurConv2d, MatryoshkaClassifier, ModelInfo, build_backbone, build_model, check_fits, save_model
+from mrl.model import (
+    BlurConv2d,
+    MatryoshkaClassifier,
+    ModelInfo,
+    build_backbone,
+    build_model,
+    check_state,
+    save_model,
+)
 from mrl.retrieval.embeddings import file_sha256
 from mrl.rundir import atomic_write_text, provenance
 
@@ -68,7 +76,7 @@ def load_checkpoint(
         model = build_model(build_backbone("resnet50", blurpool=blurpool), len(class_names()), dims, is_tied)
         blurs = {f"{name}{BLUR}": conv.blur for name, conv in model.named_modules() if isinstance(conv, BlurConv2d)}
         state = {_our_name(key, blurpool): value for key, value in state.items()}
-        check_fits(state, model.state_dict() | blurs, "it is not a ResNet-50 with a nested head")
+        check_state(state, model.state_dict() | blurs, "it is not a ResNet-50 with a nested head")
         for name, blur in blurs.items():
             if not torch.equal(state.pop(name).float(), blur):
                 raise UserError(f"{name} is not [1,2,1]x[1,2,1]/16 for each of its channels")
@@ -147,7 +155,7 @@ def import_checkpoint(argv: Sequence[str], write: bool = True) -> Path:
     record, sha256 = directory / "provenance.json", file_sha256(path)
     if directory.exists() and any(directory.iterdir()) and not (record.is_file() and sha256 in record.read_text()):
         raise UserError(f"{directory} does not hold an import of {path}; choose another --run.name")
-    info: ModelInfo = model.info  # type: ignore[assignment]
+    info = model.info
     config = dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, backbone=info.backbone, blurpool=info.blurpool),

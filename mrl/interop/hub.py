@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pandas as pd
@@ -11,7 +10,8 @@ from huggingface_hub import EvalResult, HfApi, ModelCardData
 from mrl.config import read_config
 from mrl.errors import UserError
 from mrl.model import HUB_FILES, PAPER, load
-from mrl.results import method_name, read_rows
+from mrl.results import markdown, method_name, read_rows
+from mrl.rundir import last_validation
 from mrl.studies import quantization
 from mrl.studies.run import dataset_name
 
@@ -34,12 +34,9 @@ def export_folder(run: str | Path, out: str | Path, license: str, results: str |
     run, out = Path(run), Path(out)
     config, model = read_config(run / "config.yaml"), load(run)
     info = model.info
-    assert info is not None
     name, dataset = config.run.name, dataset_name(config, len(info.classes))
-    method, fewer_bytes = (
-        method_name(info.nesting_list, info.tied, config.head.weights, config.head.self_distillation),
-        "",
-    )
+    method = method_name(info.nesting_list, info.tied, config.head.weights, config.head.self_distillation)
+    fewer_bytes = ""
     if results:
         rows = pd.DataFrame(vars(row) for row in read_rows(results))
         own = rows[(rows.run == name) & (rows.method == method) & (rows.dataset == dataset)]
@@ -61,12 +58,13 @@ def export_folder(run: str | Path, out: str | Path, license: str, results: str |
     )
     dims = ", ".join(map(str, info.nesting_list))
     largest = info.nesting_list[-1]
-    untrained = f" The backbone's last {model.width - largest} numbers were not trained." * (largest < model.width)
+    left = model.width - largest
+    untrained = f" The backbone's last {left} numbers were not trained." if left else ""
     example_dim = info.nesting_list[(len(info.nesting_list) - 1) // 2]
     trainable, optim = config.model.trainable, config.optim
     layers = trainable if isinstance(trainable, str) else ", ".join([*trainable, "head"])
     steps = config.data.min_steps_per_epoch
-    cut = f" (smaller where an epoch would have fewer than {steps} steps)" * (steps > 1)
+    cut = f" (smaller where an epoch would have fewer than {steps} steps)" if steps > 1 else ""
     init = Path(config.model.init).name  # "scratch", "pretrained", or what it started from, without the folders
     changes = {", BlurPool": info.blurpool, ", small stem": info.stem_stride != 4, ", projection": info.projection}
     network = f"timm {info.backbone}{''.join(name for name, made in changes.items() if made)}"
@@ -144,12 +142,9 @@ def push_to_hub(folder: Path, repo_id: str, private: bool = False) -> str:
 
 def _last_validation(run: Path) -> pd.DataFrame:
     """Return the accuracies, as `_evaluated`, of the last validation during training."""
-    path = run / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.is_file() else []
-    found = [row for row in map(json.loads, lines) if any(key.startswith("top_1/") for key in row)]
-    if not found:
-        raise UserError(f"{path} holds no validation; give the rows of eval.py with --results")
-    top_1 = {int(key[6:]): value for key, value in found[-1].items() if key.startswith("top_1/")}
+    top_1 = last_validation(run)
+    if not top_1:
+        raise UserError(f"{run}/metrics.jsonl holds no validation; give the rows of eval.py with --results")
     return pd.DataFrame({"top-1": top_1}).sort_index()
 
 
@@ -189,5 +184,4 @@ queries are not rounded, except for sign bits.
 
 
 def _markdown(table: pd.DataFrame) -> str:
-    lines = [list(table.columns), ["---:"] * len(table.columns), *table.to_numpy().tolist()]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+    return markdown([table.columns, *table.to_numpy().tolist()], rule="---:")

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from mrl.errors import UserError
-from mrl.matryoshka import prefix
 from mrl.model import load
 from mrl.retrieval.embeddings import file_sha256
 
@@ -22,8 +21,8 @@ except ImportError as error:
 class MatryoshkaEncoder(AbsEncoder):
     """Encode images for ``mteb.evaluate``: unit vectors of ``dim`` numbers, compared by cosine.
 
-    mteb takes a SentenceTransformer object for a model of text, also if it takes images only. This class declares
-    images, so that mteb refuses tasks of text before it starts.
+    mteb treats any SentenceTransformer object as a text model. This class says that it encodes images, so that mteb
+    refuses text tasks before it starts.
     """
 
     def __init__(self, run: str | Path, dim: int | None = None, device: torch.device | str = "cpu") -> None:
@@ -33,8 +32,7 @@ class MatryoshkaEncoder(AbsEncoder):
         """
         self.model = load(run).to(device)
         self.device = device
-        self.dim = self.model.head.nesting_list[-1] if dim is None else dim
-        prefix(torch.empty(self.model.width), self.dim)  # raises if there is no such prefix
+        self.dim = self.model.check_dim(dim)
         about = {
             "name": f"local/{Path(run).resolve().name}",
             "revision": file_sha256(Path(run) / "model.safetensors")[:12],

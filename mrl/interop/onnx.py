@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mrl.errors import UserError
-from mrl.matryoshka import prefix, unit_prefix
+from mrl.matryoshka import unit_prefix
 from mrl.model import MatryoshkaClassifier, load
 from mrl.rundir import atomic_write
 
@@ -39,10 +39,7 @@ def export_onnx(run: str | Path, out: str | Path, dim: int | None = None) -> tup
     except ImportError as error:
         raise UserError(f"the ONNX export needs {error.name}: pip install onnx onnxscript") from error
     model = load(run)
-    info = model.info
-    assert info is not None
-    dim = info.nesting_list[-1] if dim is None else dim
-    prefix(torch.empty(model.width), dim)  # raises if there is no such prefix
+    info, dim = model.info, model.check_dim(dim)
     program = torch.onnx.export(
         _Encoder(model, dim).eval(),
         (torch.zeros(2, 3, info.crop_px, info.crop_px),),

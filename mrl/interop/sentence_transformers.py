@@ -40,15 +40,15 @@ class MatryoshkaImages(InputModule):
         super().__init__()
         self.model = model
         self.dim = dim
-        prefix(torch.empty(model.width), self.get_embedding_dimension())  # raises if there is no such prefix
+        model.check_dim(dim)
 
     def get_embedding_dimension(self) -> int:
-        return self.model.head.nesting_list[-1] if self.dim is None else self.dim
+        return self.model.check_dim(self.dim)
 
     def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **kwargs: Any) -> dict[str, Any]:
         """Return one batch of PIL images, uint8 tensors, paths, or any of these as ``{"image": ...}``."""
         given = [item["image"] if isinstance(item, dict) else item for item in inputs]
-        rule = self.model.info.exif_rotation  # type: ignore[union-attr]
+        rule = self.model.info.exif_rotation
         images = [decode(str(item), rule) if isinstance(item, str | Path) else item for item in given]
         return {"images": torch.stack([self.model.preprocess(image) for image in images])}
 
@@ -58,7 +58,7 @@ class MatryoshkaImages(InputModule):
         return features
 
     def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
-        save_model(self.model, self.model.info, Path(output_path))  # type: ignore[arg-type]
+        save_model(self.model, self.model.info, Path(output_path))
         self.save_config(output_path)
 
     @classmethod

@@ -21,7 +21,6 @@ def export_backbone(run: str | Path, out: str | Path) -> str:
     """
     model = load(run)
     info = model.info
-    assert info is not None
     if info.blurpool or info.stem_stride != 4:
         # The names of the weights are the same, so timm would load them without an error.
         change = "BlurPool" if info.blurpool else f"a stem of stride {info.stem_stride}"

@@ -13,7 +13,6 @@ import argparse
 import dataclasses
 import io
 import json
-import secrets
 import struct
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,12 +22,14 @@ from typing import Any
 import pandas as pd
 from PIL import Image
 
-from mrl.config import WandbConfig, read_config
+from mrl import distributed
+from mrl.config import read_config
 from mrl.errors import UserError
 from mrl.figures import figures_of
 from mrl.figures.dashboard import dashboard
 from mrl.results import METHODS, Row
-from mrl.rundir import atomic_write_text
+from mrl.rundir import read_metrics
+from mrl.training.logging import start_wandb
 
 # Metrics that are logged against dim, by (study, metric).
 BY_DIM = {
@@ -77,10 +78,6 @@ def report_evaluation(
     ``runs`` is ``{name in rows: run directory}``, and ``mode`` "offline" (written below the run directory, to ``wandb
     sync`` later) or "online" (needs a login). ``artifacts`` uploads the model and the embeddings too.
     """
-    try:
-        import wandb
-    except ImportError as error:
-        raise UserError("--wandb needs W&B: pip install wandb, or leave it out") from error
     figures = {dataset: _draw(rows, dataset) for dataset in {row.dataset for row in rows}}
     for name, directory in runs.items():
         config = read_config(directory / "config.yaml")
@@ -89,7 +86,10 @@ def report_evaluation(
         method = next(filter(methods.__contains__, METHODS), "")
         about = {"eval_method": method, "eval_provenance": dict(record)} | dataclasses.asdict(config)
         own_dataset = of_run[0].dataset
-        with _start(directory, name, config.wandb, mode) as run:
+        settings = dataclasses.asdict(config.wandb) | {"name": name, "mode": mode, "job_type": "eval"}
+        with start_wandb(directory, "--wandb", **settings) as run:
+            import wandb  # here, because start_wandb tells what to install
+
             run.config.update(about, allow_val_change=True)
             content = {f"eval/{study}": _table(of_run, study) for study in dict.fromkeys(row.study for row in of_run)}
             for dataset in dict.fromkeys(row.dataset for row in of_run):
@@ -111,25 +111,10 @@ def _draw(rows: Sequence[Row], dataset: str) -> dict[str, Any]:
     return pictures
 
 
-def _start(directory: Path, name: str, settings: WandbConfig, mode: str) -> Any:
-    """Resume the W&B run of a run directory, or start one."""
-    import wandb
-
-    id_path = directory / "wandb_id"
-    if not id_path.exists():
-        atomic_write_text(id_path, secrets.token_hex(4))
-    about: Any = {"project": settings.project, "entity": settings.entity, "name": name, "mode": mode}
-    try:
-        return wandb.init(**about, job_type="eval", id=id_path.read_text(), resume="allow", dir=str(directory))
-    except wandb.errors.Error as error:
-        raise UserError(f"W&B could not start ({error}); --wandb offline needs no login") from error
-
-
 def _next_step(directory: Path) -> int:
     """Return the step after the last one of training, so that the history of the W&B run goes on in an evaluation."""
-    path = directory / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return json.loads(lines[-1])["step"] + 1 if lines else 0
+    rows = read_metrics(directory)
+    return rows[-1]["step"] + 1 if rows else 0
 
 
 def _table(rows: Sequence[Row], study: str) -> Any:
@@ -146,7 +131,7 @@ def _log_by_dim(run: Any, rows: Sequence[Row]) -> None:
     for row in rows:
         metric = BY_DIM.get((row.study, row.metric))
         if metric and row.dim is not None and row.method in METHODS:
-            truncated = "truncated_" * (row.method == "FF truncated")
+            truncated = "truncated_" if row.method == "FF truncated" else ""
             by_dim.setdefault(row.dim, {})[f"eval/{truncated}{metric}"] = row.value
     run.define_metric("eval/dim", hidden=True)
     for metric in {metric for values in by_dim.values() for metric in values}:
@@ -240,6 +225,29 @@ def build_workspace(entity: str, project: str, name: str) -> Any:
     return workspaces.Workspace(name=name, entity=entity, project=project, sections=sections)
 
 
+def draw(runs: Sequence[Path], picture: Path) -> None:
+    """Draw the charts of the offline files of run directories into a PNG file."""
+    dashboard(offline_points(runs), CHARTS).savefig(file := io.BytesIO(), dpi=100)
+    Image.open(file).convert("RGB").quantize(128).save(picture, format="PNG", optimize=True)
+
+
+def save_workspace(args: argparse.Namespace) -> None:
+    """Save the workspace and print its address, or only print its specification."""
+    try:
+        import wandb
+
+        entity = args.entity or ("" if args.dry_run else str(wandb.Api().default_entity))
+        workspace = build_workspace(entity, args.project, args.name)
+        if args.dry_run:
+            spec = workspace._to_model().spec.model_dump_json(by_alias=True, exclude_none=True)
+            print(json.dumps(json.loads(spec), indent=2))
+        else:
+            print(f"workspace: {workspace.save().url}")
+    except Exception as error:  # of the network or of W&B, in many classes
+        cause = "pip install wandb-workspaces" if isinstance(error, ImportError) else "log in with 'wandb login' first"
+        raise UserError(f"W&B did not save the workspace ({error}); {cause}") from error
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Save the workspace from a command line; returns the exit status."""
     form = argparse.RawDescriptionHelpFormatter
@@ -253,29 +261,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if (args.runs is None) != (args.picture is None):
         parser.error("--runs and --picture go together")
-    try:
-        if args.picture:
-            dashboard(offline_points(args.runs), CHARTS).savefig(file := io.BytesIO(), dpi=100)
-            Image.open(file).convert("RGB").quantize(128).save(args.picture, format="PNG", optimize=True)
-            return 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    try:
-        import wandb
-
-        entity = args.entity or ("" if args.dry_run else str(wandb.Api().default_entity))
-        workspace = build_workspace(entity, args.project, args.name)
-        if args.dry_run:
-            spec = workspace._to_model().spec.model_dump_json(by_alias=True, exclude_none=True)
-            print(json.dumps(json.loads(spec), indent=2))
-        else:
-            print(f"workspace: {workspace.save().url}")
-    except Exception as error:  # of the network or of W&B, in many classes
-        cause = "pip install wandb-workspaces" if isinstance(error, ImportError) else "log in with 'wandb login' first"
-        print(f"error: W&B did not save the workspace ({error}); {cause}", file=sys.stderr)
-        return 2
-    return 0
+    return distributed.run(lambda: draw(args.runs, args.picture) if args.picture else save_workspace(args), "stopped")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from torch import Tensor
 from mrl import distributed
 from mrl.data.images import EvalImages
 from mrl.distributed import Process
+from mrl.engine import autocast
 from mrl.errors import UserError
 from mrl.progress import progress
 from mrl.rundir import atomic_write, atomic_write_text
@@ -231,11 +232,10 @@ def _embed_share(
     runs = np.split(share, np.flatnonzero(np.diff(share) != 1) + 1)
     batches = [(int(run[0]), run[i : i + batch_size]) for run in runs for i in range(0, len(run), batch_size)]
     read = images.eval_batches([indices for _, indices in batches], metadata.flip)
-    autocast = torch.autocast(process.device.type, torch.bfloat16, enabled=metadata.precision == "bf16")
     name = f"embedding {'/'.join(parts.directory.parts[-3:])}"
     with progress(show=process.is_main, total=len(share), desc=name, unit="image") as bar:
         for (first, indices), (batch, _) in zip(batches, read, strict=True):
-            with autocast:
+            with autocast(process.device, metadata.precision):
                 z = embed(batch).to(parts.dtype).cpu()
             finite = z.isfinite().all(dim=1).numpy()
             if not finite.all():

@@ -121,8 +121,9 @@ def adaptive_retrieval(
     return rows
 
 
-def describe_retrieval(rows: Sequence[Row], metric: str = f"map@{K}", tolerance: float = 0.01) -> str:
+def describe_retrieval(rows: Sequence[Row]) -> str:
     """Return the smallest size whose shortlist, reranked at full width, is within a point of a search at full width."""
+    metric = f"map@{K}"
     found = [row for row in rows if row.study == STUDY and row.metric == metric]
     length = max(found, key=lambda row: row.shortlist_dim or 0).shortlist_size  # the ablation has others
     of_search = {
@@ -132,11 +133,11 @@ def describe_retrieval(rows: Sequence[Row], metric: str = f"map@{K}", tolerance:
     }
     width = max(dim for dim, _ in of_search)
     full, least = of_search[width, width], min(dim for dim, _ in of_search)
-    enough = min(dim for dim, last in of_search if last == width and of_search[dim, last] >= full - tolerance)
+    enough = min(dim for dim, last in of_search if last == width and of_search[dim, last] >= full - 0.01)
     return (
         f"{metric} of a search at full width, {width} dims: {full:.1%}; at {least} dims {of_search[least, least]:.1%}, "
         f"and {of_search[least, width]:.1%} if its best {length} are reranked at full width. After such a reranking, "
-        f"{enough} dims are the smallest searched size within {100 * tolerance:g} point of full width."
+        f"{enough} dims are the smallest searched size within 1 point of full width."
     )
 
 

@@ -72,7 +72,7 @@ class Comparison:
         if self.threshold is None:
             return None
         if self.interval is None:
-            return f"not measured: {self.n} seed{'s' * (self.n > 1)}, a claim needs {MIN_SEEDS}"
+            return f"not measured: {self.n} seed{'s' if self.n > 1 else ''}, a claim needs {MIN_SEEDS}"
         low, high = self.interval
         return "holds" if low >= self.threshold else "does not hold" if high < self.threshold else "undecided"
 

@@ -35,7 +35,6 @@ def similarity(
     method: str,
     *,
     num_pairs: int = 10_000,
-    seed: int = 0,
 ) -> list[Row]:
     """Return rows of the mean cosine, in [-1, 1], of pairs at each size: cosine_positive and cosine_random.
 
@@ -43,7 +42,7 @@ def similarity(
     Arguments as in `cosines`; there are no rows of positive pairs if no class has two images.
     """
     rows = []
-    for dim, found in cosines(vectors, labels, dims, num_pairs, seed).items():
+    for dim, found in cosines(vectors, labels, dims, num_pairs).items():
         for metric, values in zip(("cosine_positive", "cosine_random"), found, strict=True):
             if len(values):
                 rows.append(source.row("similarity", method, metric, float(values.mean()), len(values), dim=dim))
@@ -133,12 +132,12 @@ def effective_rank(centered: np.ndarray) -> float:
     return float(np.exp(-(shares * np.log(shares)).sum()))
 
 
-def maps(vectors: np.ndarray, dims: Sequence[int], seed: int = 0) -> dict[int, np.ndarray]:
+def maps(vectors: np.ndarray, dims: Sequence[int]) -> dict[int, np.ndarray]:
     """Return ``{dim: (N, 2)}``: a t-SNE map of the unit prefixes of each size."""
     from sklearn.manifold import TSNE
 
     z = torch.from_numpy(np.array(vectors, dtype=np.float32))
-    tsne = TSNE(perplexity=min(30.0, (len(z) - 1) / 3), init="random", random_state=seed)
+    tsne = TSNE(perplexity=min(30.0, (len(z) - 1) / 3), init="random", random_state=0)
     return {dim: tsne.fit_transform(unit_prefix(z, dim).numpy()) for dim in dims}
 
 

@@ -15,10 +15,11 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
+from mrl.data.folder import shown
 from mrl.errors import UserError
 from mrl.matryoshka import unit_prefix
 from mrl.paper import paper_superclasses
-from mrl.results import Row, Source
+from mrl.results import Row, Source, span
 from mrl.retrieval.search import exact_search
 from mrl.studies.classification import Classifier, classification
 from mrl.studies.transfer import restrict, synsets
@@ -30,6 +31,7 @@ OUTSIDE = -1
 # Monotone, dip then rise and no clear trend are the paper's (appendix J); the others complete them.
 TRENDS = ("monotone", "rise then dip", "dip then rise", "falling", "no clear trend")
 NUM_NAMES = 5
+NUM_CONFUSIONS = 10
 NUM_SHUFFLES = 20
 MIN_ERRORS = 30
 MAX_COLORS = 10
@@ -74,15 +76,13 @@ def build_hierarchy(classes: Sequence[str], table: Mapping[str, str]) -> Hierarc
     """Look up the superclasses of ``classes`` in a ``{class: superclass}`` table, which may lack some of them."""
     codes, names = pd.factorize(pd.Series(classes).map(table), sort=True)  # a class that is not in the table is -1
     if not len(names):
-        raise UserError(
-            f"none of the {len(classes)} classes ({', '.join(classes[:3])}, ...) is in the superclass table"
-        )
+        raise UserError(f"none of the {len(classes)} classes ({shown(classes)}) is in the superclass table")
     return Hierarchy(codes.astype(np.int64), tuple(names), f"{_sizes(codes)}, from a table")
 
 
 def _sizes(superclass_of: np.ndarray) -> str:
     sizes = np.bincount(superclass_of[superclass_of != OUTSIDE])
-    return f"{len(sizes)} groups of {' to '.join(map(str, sorted({sizes.min(), sizes.max()})))} classes"
+    return f"{len(sizes)} groups of {span(sizes)} classes"
 
 
 def hierarchy(
@@ -106,7 +106,7 @@ def hierarchy(
     right["superclass_top_1_with_reject"] = right["superclass_top_1"]
     parts: list[tuple[str, str | None, np.ndarray]] = [("superclass_top_1", None, truth != OUTSIDE)]
     if OUTSIDE in superclasses.superclass_of:
-        parts.append(("superclass_top_1_with_reject", None, truth == truth))
+        parts.append(("superclass_top_1_with_reject", None, np.ones_like(truth, dtype=bool)))
     for metric in ("superclass_top_1", "top_1"):
         parts += [(metric, name, truth == i) for i, name in enumerate(superclasses.names)]
     return [
@@ -217,9 +217,7 @@ def group_classes(
     superclass_of, first = pd.factorize(clusters)  # numbers groups by their first class
     names = []
     for group in range(len(first)):
-        members = [classes[c] for c in np.flatnonzero(superclass_of == group).tolist()]
-        more = f" and {len(members) - NUM_NAMES} more" if len(members) > NUM_NAMES else ""
-        names.append(", ".join(members[:NUM_NAMES]) + more)
+        names.append(shown([classes[c] for c in np.flatnonzero(superclass_of == group).tolist()]))
     note = f"{_sizes(superclass_of)}, by direction of their mean training embeddings; "
     note += "structure" if score > at_random else "no group structure: other groups are as close to a class as its own"
     note += f" (silhouette {score:.2f}, at random up to {at_random:.2f})"
@@ -278,14 +276,13 @@ def knowledge(
     method: str,
     *,
     num_shuffles: int = 50,
-    seed: int = 0,
 ) -> list[Row]:
     """Return rows "top_1", "superclass_top_1" and "shuffled_superclass_top_1" of study "prefix_knowledge" at each size.
 
     A superclass is easier than its classes whatever a model has learned. The last metric shows by how much: it is the
     mean over ``num_shuffles`` random groups of the same sizes. Arguments as in `hierarchy`.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     shuffled = np.stack([rng.permutation(groups.superclass_of) for _ in range(num_shuffles)])
     rows = []
     for dim, of_size in zip(dims, predictions, strict=True):
@@ -341,15 +338,13 @@ def confusion_counts(predictions: np.ndarray, labels: np.ndarray, num_classes: i
     return np.stack(counts).reshape(-1, num_classes, num_classes)
 
 
-def describe_confusions(
-    confusions: np.ndarray, dims: Sequence[int], names: Sequence[str], groups: Hierarchy, num_shown: int = 10
-) -> str:
+def describe_confusions(confusions: np.ndarray, dims: Sequence[int], names: Sequence[str], groups: Hierarchy) -> str:
     """Return the most frequent confusions at the smallest size, and how many there are at the largest, as a table.
 
     ``confusions`` is ``(G, C, C)`` of `confusion_counts`; of equal numbers, the first pair comes first.
     """
     wrong = np.where(np.eye(len(names), dtype=bool), 0, confusions)
-    order = [divmod(int(i), len(names)) for i in np.argsort(-wrong[0], axis=None, kind="stable")[:num_shown]]
+    order = [divmod(int(i), len(names)) for i in np.argsort(-wrong[0], axis=None, kind="stable")[:NUM_CONFUSIONS]]
     pairs = [pair for pair in order if wrong[0][pair]]
     if not pairs:
         return f"Nothing is confused at {dims[0]} dims."

@@ -60,9 +60,8 @@ def retrieval(
         ks: Numbers of neighbors for the metrics. Those above N are left out, with a warning.
         max_queries: Use only this many queries; see `thin_indices`.
     """
-    if max_queries is not None:
-        chosen = thin_indices(len(queries), max_queries)
-        queries, query_labels = queries[chosen], query_labels[chosen]
+    chosen = thin_indices(len(queries), max_queries)
+    queries, query_labels = queries[chosen], query_labels[chosen]
     fitting = [k for k in ks if k <= len(database)]
     if left_out := [str(k) for k in ks if k > len(database)]:
         warnings.warn(

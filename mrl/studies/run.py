@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from mrl.config import Config, read_config
 from mrl.data import build_data
-from mrl.data.folder import unicode_name
+from mrl.data.folder import shown, unicode_name
 from mrl.distributed import Process
 from mrl.engine import FastForward, good_batch_size
 from mrl.errors import UserError
@@ -68,7 +68,7 @@ class OpenedRun:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        return self.model.info.classes  # type: ignore[union-attr]
+        return self.model.info.classes
 
     @property
     def dims(self) -> tuple[int, ...]:
@@ -92,15 +92,15 @@ class OpenedRun:
     def classifiers(self) -> list[Classifier]:
         """One classifier for each of `dims`."""
         if len(self.head.nesting_list) == 1:
-            return truncations(*self.head.weight_and_bias(0), self.dims)
-        return [self.head.weight_and_bias(g) for g in range(len(self.dims))]
+            return truncations(*self.head.weights_and_biases()[0], self.dims)
+        return self.head.weights_and_biases()
 
     def images(self, split: str, indices: np.ndarray) -> Tensor:
         """Return images ``(B, 3, H, W)`` of "train" or "val" as the model reads them."""
         if split not in self._images:
             check_place(self.source.run, self.config)
-            how = torch.device("cpu"), False, (split,), self.classes, read_held_out(self.directory)
-            self._images.update(build_data(self.config.data, 0, *how))
+            cpu, held_out = torch.device("cpu"), read_held_out(self.directory)
+            self._images.update(build_data(self.config.data, 0, cpu, False, (split,), self.classes, held_out))
         [(images, _)] = self._images[split].eval_batches([np.asarray(indices)])
         return images
 
@@ -139,7 +139,7 @@ def open_run(
     directory = Path(path)
     config, model = read_run(directory)
     placed = place_images(directory, config, data_root)
-    classes: tuple[str, ...] = model.info.classes  # type: ignore[union-attr]
+    classes = model.info.classes
     source = _source(directory.resolve().name, config, classes)
     wanted = describe_embeddings(directory, config, source, classes, [])
     found = _on_disk(directory, {place: replace(metadata, precision="bf16") for place, metadata in wanted.items()})
@@ -178,7 +178,7 @@ def check_place(run: str, config: Config) -> None:
 
 
 def read_run(directory: Path) -> tuple[Config, MatryoshkaClassifier]:
-    """Return the settings and the model of a finished run; images are turned and resized as the model expects."""
+    """Return the settings and the model of a finished run, with the image settings that the model expects."""
     config, model = read_config(directory / "config.yaml"), load(directory)
     info: Any = model.info
     data = replace(config.data, exif_rotation=info.exif_rotation, interpolation=info.interpolation)
@@ -186,7 +186,7 @@ def read_run(directory: Path) -> tuple[Config, MatryoshkaClassifier]:
 
 
 def read_held_out(run: Path) -> list[str] | None:
-    """Return the training images that a run was validated on, relative to data.root; None if it had others for that."""
+    """Return the training images that a run was validated on, relative to data.root; None if it had a val/ folder."""
     path = run / "held_out.json"
     return json.loads(path.read_text()) if path.is_file() else None
 
@@ -202,8 +202,8 @@ def embed_runs(
 ) -> list[OpenedRun]:
     """Return opened runs with embeddings of their own and of the ``transfer`` images, computing what is not on disk.
 
-    All processes share the work. With ``force``, everything is computed anew. ``settings`` such as ``--data.root DIR``
-    tell where the images are now; see `place_images`. ``batch_size`` None is what suits the device.
+    All processes share the work. With ``force``, everything is computed again. ``settings`` such as ``--data.root DIR``
+    tell where the images are now; see `place_images`. If ``batch_size`` is None, the device decides.
 
     Raises:
         UserError: A run cannot be read, its images or the other ones do not fit it, or an embedding is not finite.
@@ -215,11 +215,11 @@ def embed_runs(
     folders = transfer.folders()
     for name, run in runs.items():
         config, model = read_run(run)
-        classes = model.info.classes  # type: ignore[union-attr]
+        classes = model.info.classes
         source = _source(name, config, classes)  # data keep their name when they move
         if classes_of.setdefault(source.dataset, classes) != classes:
             raise UserError(
-                f"run {name} and one before it name their data {source.dataset!r}, but their classes differ"
+                f"run {name} and an earlier one name their data {source.dataset!r}, but their classes differ"
             )
         wanted = describe_embeddings(run, config, source, classes, list(folders.values()), precision)
         given = read_config(run / "config.yaml", settings).data
@@ -235,13 +235,13 @@ def embed_runs(
             check_place(name, config)
             if data.root != given.root and process.is_main:
                 print(f"run {name}: data.root {given.root!r} counts from the folder of its training: {data.root}")
-            images = {}  # free the images of the last run before reading the next
-            where = config.run.seed, process.device, process.is_main
-            images = build_data(data, *where, splits=splits, classes=classes, held_out=of_images[2])
+            images = {}  # free the images of the previous run before reading the next
+            chosen: dict[str, Any] = {"splits": splits, "classes": classes, "held_out": of_images[2]}
+            images = build_data(data, config.run.seed, process.device, process.is_main, **chosen)
             images_are_of = of_images
             for found in images.values():
                 if list(found.classes) != list(classes):
-                    trained, now = (f"{len(names)} ({', '.join(names[:3])}, ...)" for names in (classes, found.classes))
+                    trained, now = (f"{len(names)} ({shown(names)})" for names in (classes, found.classes))
                     raise UserError(
                         f"run {name} was trained on the classes {trained}, but its data now has {now}; restore the "
                         "data that it was trained on"

@@ -38,7 +38,7 @@ def run_studies(
     """
     dims, width, source = run.head.nesting_list, run.val.vectors.shape[1], run.source
     method = run.trained_method
-    classifiers = [run.head.weight_and_bias(g) for g in range(len(dims))]
+    classifiers = run.head.weights_and_biases()
     vectors, labels = run.val.vectors, np.asarray(run.val.labels)
     sets = (vectors, labels, run.train.vectors, run.train.labels)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mrl.data.folder import ImageList, list_images, unicode_name
+from mrl.data.folder import ImageList, list_images, shown, unicode_name
 from mrl.distributed import Process
 from mrl.engine import FastForward
 from mrl.errors import UserError
@@ -68,8 +68,8 @@ class LabeledFolder:
             return [expected[int(folder)] for folder in folders]
         if set(folders) != set(expected):
             raise UserError(
-                f"{self.kind} has {len(expected)} class folders ({', '.join(expected[:3])}, ...), but {self.path} has "
-                f"{len(folders)} ({', '.join(folders[:3])}, ...); give other images without {self.kind}="
+                f"{self.kind} has {len(expected)} class folders ({shown(expected)}), but {self.path} has "
+                f"{len(folders)} ({shown(folders)}); give other images without {self.kind}="
             )
         return folders
 
@@ -143,8 +143,8 @@ class TransferImages:
         unknown = [name for name in names if name not in index]
         if unknown:
             raise UserError(
-                f"{len(unknown)} of {len(names)} classes of {folder.path} ({', '.join(unknown[:3])}) are not among the "
-                f"{len(classes)} classes of {owner} ({', '.join(classes[:3])}, ...)"
+                f"{len(unknown)} of {len(names)} classes of {folder.path} ({shown(unknown)}) are not among the "
+                f"{len(classes)} classes of {owner} ({shown(classes)})"
             )
         if len(set(names)) < len(names):
             raise UserError(f"two class folders of {folder.path} are the same class of {owner}; rename one of them")
@@ -160,7 +160,7 @@ def transfer_studies(
     by_method: dict[str, Sequence[int]] = {method: dims}
     if dims == (width,):
         by_method["FF truncated"] = run.dims
-    classifiers = [run.head.weight_and_bias(g) for g in range(len(dims))]
+    classifiers = run.head.weights_and_biases()
     rows: list[Row] = []
     for folder in images.robustness:
         found, source = run.transfer[folder.place], replace(run.source, dataset=folder.name)

@@ -1,4 +1,4 @@
-"""Whether model, images and machine fit together: tried before a run writes anything."""
+"""Checks that model, images and machine fit together, before a run writes anything."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from mrl.config import Config, images_of_weights
+from mrl.engine import autocast
 from mrl.errors import UserError
 from mrl.model import MatryoshkaClassifier, build_backbone, build_model, find_culprit, works
 
@@ -24,7 +25,8 @@ def check_fit(model: MatryoshkaClassifier, config: Config, micro_batch_size: int
     num_images = micro_batch_size if on_gpu else min(2, micro_batch_size)
     for key, px in _sizes(config):
         try:
-            _try(model, num_images, key, px, config.train.precision if on_gpu else "fp32")
+            precision = config.train.precision if on_gpu else "fp32"
+            _try(model, num_images, px, training=key == "data.train_px", precision=precision)
         except torch.cuda.OutOfMemoryError:
             raise
         except Exception as error:
@@ -39,15 +41,14 @@ def _sizes(config: Config) -> list[tuple[str, int]]:
     return [*(("data.train_px", px) for px in train_px), ("data.eval_px", config.data.eval_px)]
 
 
-def _try(model: MatryoshkaClassifier, num_images: int, key: str, px: int, precision: str = "fp32") -> None:
-    """Compute gradients at a ``data.train_px``, or logits at a ``data.eval_px``, of ``num_images`` images of noise."""
-    device, training = next(model.parameters()).device, key == "data.train_px"
+def _try(model: MatryoshkaClassifier, num_images: int, px: int, training: bool, precision: str = "fp32") -> None:
+    """Compute the gradients, or without ``training`` the logits, of ``num_images`` images of noise."""
+    device = next(model.parameters()).device
     images = torch.randn(num_images, 3, px, px, device=device).contiguous(memory_format=torch.channels_last)
-    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
     before = [(buffer, buffer.clone()) for buffer in model.buffers()]  # BatchNorm statistics
     try:
         model.train(training)
-        with torch.autocast(device.type, dtype, enabled=precision != "fp32"), torch.set_grad_enabled(training):
+        with autocast(device, precision), torch.set_grad_enabled(training):
             z = model.embed(images)
             if z.shape != (num_images, model.width):
                 wanted = f"not one pooled vector of {model.width} numbers each"
@@ -67,11 +68,11 @@ def _remedy(model: MatryoshkaClassifier, config: Config, micro_batch_size: int) 
     given, largest = wanted.kwargs, max(px for _, px in sizes)
 
     def attempt(kwargs: dict[str, Any], sizes: list[tuple[str, int]] = sizes) -> None:
-        # With its weights, which do not fit all arguments.
+        # With the weights too, because they do not fit all arguments.
         about = (wanted.stem_stride, wanted.blurpool, kwargs, wanted.projection)
         backbone = build_backbone(wanted.backbone, wanted.init, *about)
         for key, px in sizes:
-            _try(build_model(backbone, 2), 2, key, px)
+            _try(build_model(backbone, 2), 2, px, training=key == "data.train_px")
 
     def yaml_of(kwargs: dict[str, Any]) -> str:
         return yaml.safe_dump(kwargs, default_flow_style=True, width=math.inf, sort_keys=False).strip()
@@ -94,7 +95,7 @@ def _remedy(model: MatryoshkaClassifier, config: Config, micro_batch_size: int) 
 
 
 def notes(config: Config, device: torch.device, num_images: int, batch_size: int, warmup_epochs: float) -> list[str]:
-    """Return sentences on settings that were changed, or work, but perhaps not as the user expects."""
+    """Return sentences on settings that were changed, or may not do what the user expects."""
     found, data, precision = [], config.data, config.train.precision
     if batch_size < data.batch_size:
         found.append(

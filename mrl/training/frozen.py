@@ -207,7 +207,7 @@ class CachedImages:
 
     def center(self, flip: bool = False) -> np.ndarray:
         """Return the stored outputs for the center crops ``(N, F)``, computed if need be."""
-        return self._stored("_flip" * flip, self._images, self._images.transform.eval_px, {}, flip)
+        return self._stored("_flip" if flip else "", self._images, self._images.transform.eval_px, {}, flip)
 
     def _stored(self, view: str, images: EvalImages, px: int, crops: dict[str, Any], flip: bool = False) -> np.ndarray:
         if view in self._outputs:

@@ -9,6 +9,7 @@ import secrets
 import signal
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,11 +18,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mrl.config import Config
-from mrl.distributed import all_reduce_sum
+from mrl.config import Config, WandbConfig
+from mrl.distributed import all_reduce_sum, out_of_memory
 from mrl.errors import UserError
 from mrl.progress import progress
-from mrl.rundir import atomic_write_text
+from mrl.rundir import atomic_write_text, read_metrics
 
 SECONDS_TO_WAIT = 10.0
 
@@ -74,32 +75,16 @@ class Tracker(contextlib.AbstractContextManager):
         self.batch_size = batch_size
         self.wandb_run: Any = None
         if is_main:
-            rows = []
-            for line in self.path.read_text().splitlines() if self.path.exists() else []:
-                with contextlib.suppress(json.JSONDecodeError):  # the last line of a killed run
-                    rows.append(json.loads(line))
-            self.rows_before = [row for row in rows if row["step"] <= start_step]
+            self.rows_before = [row for row in read_metrics(directory) if row["step"] <= start_step]
             atomic_write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows_before))
             self.file = self.path.open("a")
             self.bar = progress(total=total_steps * batch_size, initial=start_step * batch_size, unit="image", delay=0)
 
-    def start_wandb(self, mode: str, project: str, entity: str | None, name: str, config: dict[str, Any]) -> None:
+    def start_wandb(self, settings: WandbConfig, name: str, config: dict[str, Any]) -> None:
         """Start the W&B run, or resume the one that this run directory started."""
-        if mode == "disabled" or not self.is_main:
-            return
-        try:
-            import wandb
-        except ImportError as error:
-            raise UserError("wandb.mode needs W&B: pip install wandb, or give --wandb.mode disabled") from error
-        id_path = self.path.with_name("wandb_id")
-        if not id_path.exists():
-            atomic_write_text(id_path, secrets.token_hex(4))
-        where: dict[str, Any] = {"mode": mode, "project": project, "entity": entity, "dir": str(self.path.parent)}
-        try:
-            self.wandb_run = wandb.init(**where, name=name, config=config, id=id_path.read_text(), resume="allow")
-        except wandb.errors.Error as error:
-            raise UserError(f"W&B could not start ({error}); --wandb.mode offline needs no login") from error
-        self.wandb_run.define_metric("*", step_metric="step")
+        if settings.mode != "disabled" and self.is_main:
+            self.wandb_run = start_wandb(self.path.parent, "--wandb.mode", name=name, config=config, **asdict(settings))
+            self.wandb_run.define_metric("*", step_metric="step")
 
     def validated(self, step: int) -> bool:
         """Return on the main process whether the validation row of ``step`` was there at the start."""
@@ -134,6 +119,21 @@ class Tracker(contextlib.AbstractContextManager):
             self.file.close()
         if self.wandb_run is not None:
             self.wandb_run.finish(exit_code=int(kind is not None))
+
+
+def start_wandb(directory: Path, option: str, **settings: Any) -> Any:
+    """Return the W&B run of a run directory (file wandb_id), resumed or new; errors name the ``option``."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError(f"{option} needs W&B: pip install wandb, or give {option} disabled") from error
+    id_path = directory / "wandb_id"
+    if not id_path.exists():
+        atomic_write_text(id_path, secrets.token_hex(4))
+    try:
+        return wandb.init(**settings, id=id_path.read_text(), resume="allow", dir=str(directory))
+    except wandb.errors.Error as error:
+        raise UserError(f"W&B could not start ({error}); {option} offline needs no login") from error
 
 
 class StopSignals(contextlib.AbstractContextManager):
@@ -186,11 +186,10 @@ def advice(config: Config, world_size: int) -> Iterator[None]:
         yield
     except (RuntimeError, MemoryError) as error:
         reason, train = str(error).strip().split("\n")[0], config.train
-        full = "a GPU" * isinstance(error, torch.cuda.OutOfMemoryError)
-        if full or isinstance(error, MemoryError) or "can't allocate memory" in reason:
+        if place := out_of_memory(error):
             images = config.data.batch_size // world_size // train.accumulation_steps
             raise UserError(
-                f"{full or 'the machine'} ran out of memory ({reason.split('. ')[0]}) on {images} images at a time; "
+                f"{place} ran out of memory ({reason.split('. ')[0]}) on {images} images at a time; "
                 f"raise --train.accumulation_steps, now {train.accumulation_steps}, which may change on resume, "
                 f"or lower --data.batch_size, now {config.data.batch_size}, or "
                 f"--data.train_px, now {config.data.train_px}"

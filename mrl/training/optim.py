@@ -10,7 +10,7 @@ from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 
 from mrl.model import MatryoshkaClassifier
 
-logging.getLogger("timm.optim._param_groups").setLevel(logging.ERROR)  # it warns of one layer; the head is another
+logging.getLogger("timm.optim._param_groups").setLevel(logging.ERROR)  # it warns about a backbone of one layer
 
 
 def build_optimizer(

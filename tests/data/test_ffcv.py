@@ -29,11 +29,6 @@ def write_split(root, split, jpeg_share=0.0, **settings):
     return write(list_images(root, split), split, root / f"{split}.beton", Settings(500, jpeg_share, **settings), 2)
 
 
-def stacked(batches):
-    images, labels = zip(*batches, strict=True)
-    return torch.cat(images), torch.cat(labels)
-
-
 def names(root):
     return sorted(path.name for path in root.iterdir() if path.is_file())
 
@@ -54,8 +49,8 @@ def root(image_folder):
 def test_a_crop_is_resampled_by_averaging_areas(with_ffcv_files, transform):
     plain = dataclasses.replace(transform, crop_scale=(1, 1), crop_ratio=(1, 1), mean=(0, 0, 0), std=(1, 1, 1))
     images = FFCVImages(FFCVFile(with_ffcv_files.root / "val.beton"), plain, CPU, 1)
-    whole, _ = stacked(images.train_batches([np.arange(5)], 0, 48))
-    quarters, _ = stacked(images.train_batches([np.arange(5)], 0, 24))
+    [(whole, _)] = images.train_batches([np.arange(5)], 0, 48)
+    [(quarters, _)] = images.train_batches([np.arange(5)], 0, 24)
     expected = whole.reshape(5, 3, 24, 2, 24, 2).mean(dim=(3, 5))
     assert (quarters - expected).abs().max() * 255 <= 0.51
 

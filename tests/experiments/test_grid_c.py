@@ -1,10 +1,19 @@
 """The grids on a pretrained network take the learning rates that their sweeps found."""
 
+import pandas as pd
 import pytest
 
-from experiments.learning_rates import best_rates
 from experiments.reproduce import REPOSITORY, plan, read_grid
 from mrl.results import method_name
+
+
+def best_rates(path):
+    """Return ``{(method, dim): learning rate}`` of the best mean over seeds; nested methods have one, of all dims."""
+    frame = pd.read_csv(path)
+    nested = frame["method"] != "FF"
+    frame.loc[nested, "dim"] = 0
+    mean = frame.groupby(["method", "dim", "lr"])["top_1"].mean()
+    return {(method, int(dim)): some.idxmax()[2] for (method, dim), some in mean.groupby(level=[0, 1])}
 
 
 @pytest.mark.parametrize(("grid", "group"), [("c", "lite0_last_layer"), ("c_projection", "lite0_projection")])

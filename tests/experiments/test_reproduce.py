@@ -15,12 +15,12 @@ import pandas as pd
 import pytest
 
 from experiments import reproduce
-from experiments.learning_rates import best_rates
 from experiments.reproduce import list_runs, main, make_subset, plan, read_grid, slot_environments, train_all
 from mrl.config import to_yaml
 from mrl.errors import UserError
 from mrl.matryoshka import default_nesting_list
 from mrl.results import read_rows
+from tests.experiments.test_grid_c import best_rates
 
 GRID = """
 title: Digits

@@ -15,7 +15,8 @@ def ff_run(saved_run, tmp_path_factory):
     run = shutil.copytree(saved_run, tmp_path_factory.mktemp("runs") / "ff")
     model = load(run)
     save_model(build_model(model.backbone, 3, [32]), dataclasses.replace(model.info, nesting_list=(32,)), run)
-    (run / "metrics.jsonl").write_text(json.dumps({"step": 1, "epoch": 1, "top_1/32": 0.5}) + "\n")
+    killed = json.dumps({"step": 1, "epoch": 1, "top_1/32": 0.5}) + '\n{"step": 2, "lo'
+    (run / "metrics.jsonl").write_text(killed)
     return run
 
 

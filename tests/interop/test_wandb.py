@@ -121,6 +121,8 @@ def test_history_steps_go_on_over_sittings_of_training_and_evaluations(tmp_path,
 
     monkeypatch.setattr(Tracker, "advance", advance_and_stop)
     assert train.main(argv) == 143 and train.main(argv) == 0
+    with (tmp_path / "a" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 13, "lo')  # as a killed run leaves it
     report_evaluation({"a": tmp_path / "a"}, rows_of("a", "MRL", (8, 16)), {}, "offline")
     found = read_back(tmp_path / "a")
     history = found["history"]

@@ -165,7 +165,7 @@ def case():
     rng = np.random.default_rng(0)
     head = NestedLinear([2, 4, 8], 5)
     vectors, labels = rng.normal(size=(200, 8)).astype(np.float32) * 3, rng.integers(0, 5, 200)
-    return vectors, labels, [head.weight_and_bias(g) for g in range(3)]
+    return vectors, labels, head.weights_and_biases()
 
 
 def test_a_cascade_that_reads_only_what_it_needs_decides_as_route_does_on_everything(case):

@@ -21,7 +21,7 @@ def case(request):
     head = NestedLinear(DIMS, 9, request.param)
     vectors, mirrored = np.random.default_rng(0).standard_normal((2, 101, 16)).astype(np.float32)
     vectors[:, 12:] = np.nan  # fault 21: coordinates past the size change nothing
-    return head, [head.weight_and_bias(g) for g in range(3)], vectors, mirrored
+    return head, head.weights_and_biases(), vectors, mirrored
 
 
 @pytest.fixture(params=[7, 101, 4096])

@@ -171,7 +171,7 @@ def small(name, dims, kwargs=None, px=32):
 
 
 def classifiers_of(model):
-    return [model.head.weight_and_bias(g) for g in range(len(model.head.nesting_list))]
+    return model.head.weights_and_biases()
 
 
 def slow_cam(model, layer, image, g, target):

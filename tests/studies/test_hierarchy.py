@@ -76,7 +76,7 @@ def test_fault_14_classes_outside_the_table_are_counted_apart_and_only_where_the
 def test_within_a_superclass_only_its_own_classes_compete_and_one_class_has_no_rows():
     superclasses = build_hierarchy(CLASSES, TABLE | {"rock": "mineral", "elm": "plant"})
     head = NestedLinear([4, 8], 5)
-    classifiers = [head.weight_and_bias(g) for g in range(2)]
+    classifiers = head.weights_and_biases()
     rng = np.random.default_rng(0)
     vectors, labels = rng.standard_normal((80, 8)).astype(np.float32), rng.integers(5, size=80)
     rows = within_superclasses(vectors, labels, classifiers, superclasses, SOURCE, "MRL")

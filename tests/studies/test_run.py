@@ -88,7 +88,7 @@ def test_a_fixed_feature_run_is_truncated_to_the_sizes_of_nested_runs_beside_it_
     assert reads == ["train", "val"], "the same data is read once"
     opened = open_run(runs["ff32"])
     assert (opened.dims, opened.method) == ((8, 16, 32), "FF truncated")
-    weight, bias = opened.head.weight_and_bias(0)
+    weight, bias = opened.head.weights_and_biases()[0]
     for dim, (of_size, of_bias) in zip(opened.dims, opened.classifiers, strict=True):
         assert torch.equal(of_size, weight[:, :dim]) and torch.equal(of_bias, bias)
 

@@ -1,4 +1,3 @@
-import os
 import statistics
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +24,6 @@ from mrl.studies.transfer import (
 CPU = torch.device("cpu")
 SOURCE = Source("pets", "a_run", 3, 32, 28, False)
 CLASSES = ("ape", "bee", "cat", "dog", "eel")
-SHARED = Path(os.environ.get("MRL_SHARED_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
 IMAGENET = sorted(synsets("imagenet_v2"))
 
 

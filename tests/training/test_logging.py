@@ -6,6 +6,7 @@ import time
 import pytest
 import torch
 
+from mrl.config import WandbConfig
 from mrl.errors import UserError
 from mrl.training import logging
 from mrl.training.logging import MetricAccumulator, StopSignals, Tracker
@@ -43,7 +44,7 @@ def test_other_processes_write_nothing(tmp_path, capsys):
         tracker.log({"step": 1}, "status")
         tracker.advance()
         tracker.log_line("hello")
-        tracker.start_wandb("offline", "mrl", None, "a", {})
+        tracker.start_wandb(WandbConfig("offline"), "a", {})
     assert list(tmp_path.iterdir()) == [] and capsys.readouterr().out == ""
 
 
