@@ -108,9 +108,10 @@ def summary(rows: Sequence[Row], provenance: dict[str, Any], folder: str) -> str
     names: dict[str, list[str]] = {}
     for effect in measured_effects(rows, dataset):
         readings = sorted({comparison.reading for comparison in effect.comparisons if comparison.reading})
-        names.setdefault(" or ".join(readings) or "not measured", []).append(effect.name)
+        reading = "differs by size" if len(readings) > 1 else (*readings, "not measured")[0]
+        names.setdefault(reading, []).append(effect.name)
     verdicts = "; ".join(f"{', '.join(listed)}: {reading}" for reading, listed in names.items())
-    line = what_ran(rows, provenance) + (f" Effects, by size: {verdicts}." if verdicts else "")
+    line = what_ran(rows, provenance) + (f" Effects: {verdicts}." if verdicts else "")
     table = table_by_size(rows, dataset, "classification", "top_1")
     return f"{table}\n\n{line} [All tables]({folder}/{TABLES})"
 
