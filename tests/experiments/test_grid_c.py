@@ -24,6 +24,26 @@ def test_every_run_of_grid_c_has_the_best_rate_of_the_committed_sweep(grid, grou
         if head.weights:  # a rate of its own for each prefix
             rates = {dim: lr * weight for dim, weight in zip(head.nesting_list, head.weights, strict=True)}
             assert {("FF", dim): round(rate, 9) for dim, rate in rates.items()}.items() <= best.items()
-        else:
+        elif not head.self_distillation:
             dim = head.nesting_list[0] if len(head.nesting_list) == 1 else 0
             assert lr == best[method_name(head.nesting_list, head.tied), dim], run.name
+
+
+def test_self_distillation_has_the_largest_weight_that_costs_no_size_half_a_point(tmp_path):
+    folder = REPOSITORY / "results/tiny_imagenet/lite0_projection"
+    sweep, variants = (pd.read_csv(folder / f"{name}.csv") for name in ("learning_rates", "variants"))
+    best = best_rates(folder / "learning_rates.csv")
+    runs = [run for run in plan(read_grid("c_projection"), tmp_path, None) if run.config.head.self_distillation]
+    assert len(runs) == 6
+    for run in runs:
+        head, method = run.config.head, "MRL-E" if run.config.head.tied else "MRL"
+        plain = sweep[(sweep.method == method) & (sweep.lr == best[method, 0])].set_index("dim").top_1
+        tried = variants[
+            variants.name.str.fullmatch(r"(mrl_e_)?distilled_[\d.]+") & (variants.method == f"{method} distilled")
+        ]
+        cost = {
+            float(name.rpartition("_")[2]): (plain - of_weight.set_index("dim").top_1).max()
+            for (name, lr), of_weight in tried.groupby(["name", "lr"])
+            if lr == run.config.optim.lr
+        }
+        assert head.self_distillation == max(weight for weight, most in cost.items() if most <= 0.005)
