@@ -108,8 +108,8 @@ def summary(rows: Sequence[Row], provenance: dict[str, Any], folder: str) -> str
     names: dict[str, list[str]] = {}
     for effect in measured_effects(rows, dataset):
         readings = sorted({comparison.reading for comparison in effect.comparisons if comparison.reading})
-        reading = "differs by size" if len(readings) > 1 else (*readings, "not measured")[0]
-        names.setdefault(reading, []).append(effect.name)
+        reading = "differs by size" if len(readings) > 2 else " or ".join(readings)
+        names.setdefault(reading or "not measured", []).append(effect.name)
     verdicts = "; ".join(f"{', '.join(listed)}: {reading}" for reading, listed in names.items())
     line = what_ran(rows, provenance) + (f" Effects: {verdicts}." if verdicts else "")
     table = table_by_size(rows, dataset, "classification", "top_1")

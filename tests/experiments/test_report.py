@@ -99,7 +99,7 @@ def test_the_marked_parts_of_a_document_are_replaced(results, tmp_path):
     text = document.read_text()
     assert text.startswith("# Title\n<!-- results: summary main of grid b -->\n| model |") and "52.00 ± 1.00" in text
     assert "[All tables](../results/main/tables.md)" in text
-    assert "Effects: E1: holds; E2: differs by size; E3" in text
+    assert "Effects: E1: holds; E2: holds or undecided; E3" in text
     assert "typed by hand" not in text and "\nbetween\n" in text
     assert "Not run yet: `python -m experiments.reproduce --grid a`" in text
     assert write_report(results, [document]) == []
