@@ -295,6 +295,9 @@ def test_a_run_that_waits_for_a_disk_in_vain_ends(make_folder, monkeypatch, back
     [waiting] = [int(path.name) for path in (root / "pids").iterdir()]
     os.kill(waiting if number == signal.SIGKILL else child.pid, number)
     child.join(20)
+    if child.exitcode is None:  # once in many suites, this fork beside the threads of other tests lost the signal
+        os.kill(child.pid, number)
+        child.join(20)
     errors = (root / "log").read_text()
     assert child.exitcode == status and "Traceback" not in errors
     if backend == "folder":
