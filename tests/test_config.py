@@ -200,6 +200,7 @@ def test_the_saved_config_reads_back_equal(tmp_path):
         (["--optim.name", "lion"], ["optim.name", "sgd", "adamw", "lion"]),
         (["--head.nesting_list", "[16, 8]"], ["[16, 8]", "ascending"]),
         (["--head.nesting_list", "[8, 16]", "--head.weights", "[1]"], ["1 loss weights", "[8, 16]"]),
+        (["--head.self_distillation", "-1"], ["head.self_distillation is -1", "0 or more"]),
         (["--data.crop_scale", "[0.5, 0.2]"], ["data.crop_scale", "0 < low <= high <= 1"]),
         (["--data.train_px", "[[5, 64]]"], ["data.train_px", "epoch 0"]),
         (["--data.eval_px", "300"], ["data.eval_px is 300", "data.eval_resize_px = 256"]),
