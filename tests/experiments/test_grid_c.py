@@ -1,9 +1,12 @@
 """The grids on a pretrained network take the learning rates that their sweeps found."""
 
+import dataclasses
+
 import pandas as pd
 import pytest
 
 from experiments.reproduce import REPOSITORY, plan, read_grid
+from mrl.config import parse_command_line
 from mrl.results import method_name
 
 
@@ -47,3 +50,9 @@ def test_self_distillation_has_the_largest_weight_that_costs_no_size_half_a_poin
             if lr == run.config.optim.lr
         }
         assert head.self_distillation == max(weight for weight, most in cost.items() if most <= 0.005)
+
+
+def test_the_recipe_that_was_best_is_a_run_of_the_grid(tmp_path):
+    [run] = [run for run in plan(read_grid("c_projection"), tmp_path, None) if run.name == "lite0p_mrl_distilled_seed0"]
+    recipe = parse_command_line(["--config", "tiny_imagenet_lite0_distilled"], "")
+    assert dataclasses.replace(recipe, run=run.config.run) == run.config
