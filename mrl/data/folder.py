@@ -239,7 +239,11 @@ def count_other_files(files: Sequence[str], left_out: LeftOut) -> None:
 
 
 def walk(top: str | Path, left_out: LeftOut | None = None) -> Iterator[tuple[str, list[str], list[str]]]:
-    """Walk a tree as os.walk does, in sorted order, without hidden files and folders of tools; follow links."""
+    """Walk a tree as os.walk does, in sorted order, without hidden files and folders of tools; follow links.
+
+    Raises:
+        UserError: A folder cannot be listed, or a link leads back to a folder that it is in.
+    """
 
     def fail(error: OSError) -> None:
         raise UserError(f"{error.filename} cannot be listed: {error.strerror}") from error
@@ -249,6 +253,10 @@ def walk(top: str | Path, left_out: LeftOut | None = None) -> Iterator[tuple[str
         if left_out is not None:
             left_out.update((TOOLS, name) for name in tools)
         below[:] = sorted(set(below) - set(tools))
+        for path in [os.path.join(folder, name) for name in below if os.path.islink(os.path.join(folder, name))]:
+            above = [Path(os.path.realpath(each)) for each in (folder, *Path(folder).parents)]
+            if any(each.is_relative_to(os.path.realpath(path)) for each in above):
+                raise UserError(f"{path} is a link to {os.path.realpath(path)}, which it is in itself; remove it")
         yield folder, below, sorted(name for name in files if name[0] != ".")
 
 

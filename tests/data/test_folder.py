@@ -44,6 +44,20 @@ def test_images_are_listed_by_class_then_path_and_other_files_counted(tmp_path):
     assert describe_left_out(found.left_out) == "; left out: 3 files of other types (.db, .md, .txt)"
 
 
+def test_a_link_to_a_folder_that_it_is_in_is_refused(tmp_path):
+    """Followed 40 times, it would put the images of all classes into one; two would list 2^40 folders."""
+    touch(tmp_path / "train", "a/1.png", "b/2.png")
+    (tmp_path / "train" / "b" / "up").symlink_to("..")
+    with pytest.raises(UserError, match=f"^{tmp_path}/train/b/up is a link to {tmp_path}/train, which it is in itself"):
+        list_images(tmp_path, "train")
+    (tmp_path / "train" / "b" / "up").unlink()
+    touch(tmp_path, "one/x.png", "other/y.png")  # which lead into each other
+    for link, place in (("one/to", "other"), ("other/to", "one"), ("train/c", "one")):
+        (tmp_path / link).symlink_to(tmp_path / place)
+    with pytest.raises(UserError, match=f"^{tmp_path}/train/c/to/to is a link to {tmp_path}/one, which it is in"):
+        list_images(tmp_path, "train")
+
+
 TOOL_NAMES = """
 @eaDir .thumbnails __MACOSX lost+found $RECYCLE.BIN .ipynb_checkpoints Thumbs thumbnails _thumbs #recycle @Recycle
 #snapshot ~snapshot .snapshot .@__thumb .Trash-1000 .Trashes .AppleDouble .git .svn __pycache__ FOUND.000 LOST.DIR
