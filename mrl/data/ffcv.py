@@ -127,7 +127,7 @@ class FFCVImages(Images):
         self._resize_crop = import_ffcv().libffcv.resize_crop
 
     def _content(self) -> bytes:
-        return json.dumps(self._file.description).encode()
+        return json.dumps([self._file.description, self._file.path.stat().st_mtime_ns]).encode()
 
     def _load_all(self, load: LoadBatch, indices: Sequence[np.ndarray]) -> Iterator[Tensor]:
         return map_ahead(load, indices, self._num_threads)

@@ -401,8 +401,9 @@ class FolderImages(Images):
     def _content(self) -> bytes:
         paths = [os.fsdecode(path) for path in self._paths]
         folder = len(os.path.commonpath(paths))
-        files = b"".join(os.fsencode(f"{path[folder:]} {os.path.getsize(path)}\n") for path in paths)
-        return self.transform.exif_rotation.encode() + files
+        stats = [f"{found.st_size} {found.st_mtime_ns}" for found in map(os.stat, paths)]
+        files = [os.fsencode(f"{path[folder:]} {stat}\n") for path, stat in zip(paths, stats, strict=True)]
+        return self.transform.exif_rotation.encode() + b"".join(files)
 
     def _decode(self, index: int) -> Tensor:
         return decode(os.fsdecode(self._paths[index]), self.transform.exif_rotation)

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from mrl import distributed
 from mrl.config import Config
 from mrl.data.images import EvalImages, Images
 from mrl.distributed import Process
@@ -185,7 +186,13 @@ class CachedImages:
     def __init__(self, cache: TrunkCache, split: str, images: Images):
         self.labels, self.classes = images.labels, images.classes
         self._cache, self._images = cache, images
-        self._metadata = dataclasses.replace(cache.metadata, split=split, classes_sha256=images.sha256())
+        digest = images.sha256()
+        if not distributed.agree(int(digest[:14], 16)):
+            raise UserError(
+                "data.root does not hold the same files, of the same times, on all machines, which train.cache_views "
+                "needs; share the folder, or copy it with the times (rsync -a)"
+            )
+        self._metadata = dataclasses.replace(cache.metadata, split=split, classes_sha256=digest)
         self._outputs: dict[str, np.ndarray] = {}
 
     def __len__(self) -> int:

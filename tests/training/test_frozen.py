@@ -6,6 +6,7 @@ import signal
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 import mrl
@@ -188,6 +189,31 @@ def test_evaluation_reads_the_store_and_gives_the_embeddings_of_the_model(tmp_pa
         for flip, found in ((False, opened.val), (True, opened.val_flip)):
             expected = opened.model.embed(images.flip(3) if flip else images)
             np.testing.assert_allclose(found.vectors, expected.numpy(), atol=1e-4, rtol=1e-4)
+
+
+def test_an_image_replaced_by_one_of_the_same_size_is_not_read_from_the_store(tmp_path):
+    def write(split, name, value):
+        path = tmp_path / "pets" / split / name / "0.bmp"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((40, 40, 3), value, np.uint8)).save(path)
+        return path
+
+    for split in ("train", "val"):
+        write(split, "cat", 20)
+        size = write(split, "dog", 200).stat().st_size
+    argv = ["--data.name", "folder", "--data.root", str(tmp_path / "pets"), "--data.batch_size", "2"]
+    argv += ["--data.eval_px", "32", "--data.eval_resize_px", "32", "--data.train_px", "32", "--data.num_classes", "2"]
+    assert run(tmp_path, *argv, "--data.num_workers", "0", "--train.cache_views", "1", name="a") == 0
+
+    def vectors(force):
+        process = Process(0, 1, torch.device("cpu"))
+        return embed_runs({"a": tmp_path / "a"}, TransferImages(), 2, force, process)[0].val.vectors.copy()
+
+    before, number = vectors(force=False), len(stored(tmp_path))
+    assert np.array_equal(vectors(force=True), before) and len(stored(tmp_path)) == number, "from the store"
+    assert write("val", "cat", 200).stat().st_size == size
+    after = vectors(force=True)
+    assert np.array_equal(after[1], before[1]) and np.allclose(after[0], after[1]) and not np.allclose(*before)
 
 
 def test_a_full_disk_is_one_sentence_and_the_pass_continues(tmp_path, monkeypatch, capsys):
