@@ -46,8 +46,8 @@ from mrl.studies.run import OpenedRun, embed_runs
 from mrl.studies.suite import LONG, run_studies
 from mrl.studies.transfer import TransferImages, read_folder, transfer_studies
 
-# Settings of a run that may be given again: where its images are, and how many processes read them.
-PLACE_SETTINGS = ("--data.root", "--data.num_workers")
+# Settings of a run that may be given again: where its images are, and how they are read.
+PLACE_SETTINGS = ("--data.root", "--data.backend", "--data.num_workers")
 SHOWN = {
     "classification": ("top_1", "top_5"),
     "retrieval": ("top_1", "map@10"),
@@ -69,8 +69,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument_group(
         "with --runs",
-        "--data.root DIR: the folder of the images, if they are elsewhere than in training. --data.num_workers N: "
-        "processes that read them.",
+        "--data.root DIR: the folder of the images, if they are elsewhere than in training. --data.backend folder: read "
+        "files where FFCV is not installed. --data.num_workers N: processes that read them.",
     )
     add = parser.add_argument
     folders: Any = {"metavar": "[NAME=]DIR", "nargs": "+", "default": []}

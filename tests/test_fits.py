@@ -350,6 +350,8 @@ def test_images_that_have_moved_are_found_from_anywhere_or_by_data_root(make_fol
     assert torch.equal(torch.tensor(moved.train.vectors), torch.tensor(before.train.vectors))
     assert moved.source.dataset == "pets", "results keep the name of the data"
     assert moved.images("val", [0]).shape == (1, 3, 32, 32)
+    embed("--data.root", "cats and dogs", "--data.backend", "memory")
+    assert "memory backend (as data.backend says)" in capsys.readouterr().out
     assert open_run(root / "a", "cats and dogs").images("val", [0]).shape == (1, 3, 32, 32)
 
 

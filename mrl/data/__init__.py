@@ -92,11 +92,11 @@ def build_data(
             # Else a broken validation image would be found only after an epoch.
             first_pass = backend == "folder" and split != "train" and "train" in splits
             if data.max_unreadable > 0 or first_pass:
-                how = split, data.max_unreadable, data.exif_rotation, cores_per_process(), is_main
+                how = split, data.max_unreadable, data.exif_rotation, cores_per_process(), is_main, way_out
                 found, unreadable = leave_out_unreadable(found, *how)
             left_out += found.left_out
             if backend == "memory":
-                images[split] = read_into_memory(found, transform, device, split, is_main)
+                images[split] = read_into_memory(found, transform, device, split, is_main, way_out)
             else:
                 images[split] = FolderImages(found, transform, device, num_workers, way_out)
             images[split].unreadable = unreadable
@@ -149,7 +149,7 @@ def _open_ffcv_files(data: DataConfig, splits: Sequence[str]) -> dict[str, FFCVF
         if file.exif_rotation != data.exif_rotation:
             raise UserError(
                 f"{path} was written with --exif_rotation {file.exif_rotation}, but data.exif_rotation is "
-                f"{data.exif_rotation}; write the file again, or give --data.exif_rotation {file.exif_rotation}"
+                f"{data.exif_rotation}; write the file again, or train with --data.exif_rotation {file.exif_rotation}"
             )
     if not _agree(*(json.dumps(file.description).encode() for file in files.values())):
         raise UserError(f"data.root {root} does not hold the same .beton files on all machines; copy them again")
@@ -208,7 +208,7 @@ def align_classes(
     for split, images in found.items():
         absent, extra = (sorted(set(a) - set(b)) for a, b in ((expected, images.classes), (images.classes, expected)))
         if extra or (absent and data.missing_classes == "refuse"):
-            hint = "; to go on and leave those out of the metrics, give --data.missing_classes allow"
+            hint = "; a training with --data.missing_classes allow goes on, and leaves those out of the metrics"
             if extra:
                 hint = f"; no model predicts classes that it was not trained on, so move those out of {split}"
             raise UserError(

@@ -113,7 +113,7 @@ def list_classes(top: Path, split: str, show_progress: bool, missing_classes: st
         elif missing_classes == "allow":
             left_out[EMPTY, name] += 1
         else:
-            go_on = ", or go on without such classes: --data.missing_classes allow (mrl.data.write_ffcv: "
+            go_on = ", or train without such classes: --data.missing_classes allow (mrl.data.write_ffcv: "
             go_on = f"{go_on}--missing_classes allow)" if missing_classes == "refuse" else ""
             allowed = " ".join(IMAGE_EXTENSIONS)
             raise UserError(f"class folder {top / folder} has no images; allowed: {allowed}; remove it{go_on}")
@@ -202,9 +202,9 @@ def split_folder(root: str | Path, split: str) -> Path:
     if not Path(root).is_dir():
         raise UserError(f"data.root is {str(root)!r}, which is not a folder; allowed: a folder that holds {split}/")
     if not folder.is_dir():
-        hint = "without val/, --data.name folder --data.val_share 0.1 holds out a share of the images for validation"
+        hint = "without val/, a training with --data.name folder --data.val_share 0.1 holds out a share of the images"
         if deeper := _nearest_with(split, str(root)):
-            hint = f"if you mean the one in {deeper}, give --data.root {deeper}"
+            hint = f"if you mean the one in {deeper}, give that folder"
         raise UserError(f"{folder} is missing; {root} holds {shown(sorted(os.listdir(root)))}; {hint}")
     return folder
 
@@ -363,7 +363,13 @@ def _with_end_marker(content: bytearray) -> bytearray | None:
 
 
 def leave_out_unreadable(
-    images: ImageList, what: str, max_share: float, exif_rotation: str, num_threads: int, show_progress: bool
+    images: ImageList,
+    what: str,
+    max_share: float,
+    exif_rotation: str,
+    num_threads: int,
+    show_progress: bool,
+    way_out: str = LEAVE_OUT,
 ) -> tuple[ImageList, list[str]]:
     """Decode every image once, all processes together; return the readable ones, and why the others cannot be read."""
     check, paths = functools.partial(find_fault, exif_rotation=exif_rotation), images.paths
@@ -376,10 +382,9 @@ def leave_out_unreadable(
     is_bad = distributed.all_reduce_sum(is_bad)
     reasons = [check(paths[index]) or paths[index] for index in is_bad.nonzero()[:, 0].tolist()]
     if len(reasons) > max_share * len(paths):
-        raise UserError(
-            f"{len(reasons):,} of {len(paths):,} {what} images cannot be read: {shown(reasons)}; {LEAVE_OUT}, "
-            f"here if it is {np.ceil(100 * len(reasons) / len(paths)) / 100:g} or more"
-        )
+        if way_out == LEAVE_OUT:
+            way_out += f", here if it is {np.ceil(100 * len(reasons) / len(paths)) / 100:g} or more"
+        raise UserError(f"{len(reasons):,} of {len(paths):,} {what} images cannot be read: {shown(reasons)}; {way_out}")
     kept = (is_bad == 0).nonzero()[:, 0]
     left_out = images.left_out + LeftOut({(UNREADABLE, ""): len(reasons)})
     emptied = set(images.labels.tolist()) - set(images.labels[kept].tolist())

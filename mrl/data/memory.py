@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
-from mrl.data.folder import LEAVE_OUT, ImageList, decode
+from mrl.data.folder import ImageList, decode
 from mrl.data.images import Images, cores_per_process, map_ahead
 from mrl.data.transforms import Transform, crop_and_resize, resize_and_center_crop
 from mrl.errors import UserError
@@ -46,9 +46,9 @@ class MemoryImages(Images):
 
 
 def read_into_memory(
-    found: ImageList, transform: Transform, device: torch.device, split: str, show_progress: bool
+    found: ImageList, transform: Transform, device: torch.device, split: str, show_progress: bool, way_out: str
 ) -> MemoryImages:
-    """Return image files as a split in memory: the shorter side resized, the center cut out."""
+    """Return image files as a split in memory: the shorter side resized, the center cut out; ``way_out`` is advice."""
     px = transform.eval_resize_px
     images = torch.empty(len(found.paths), 3, px, px, dtype=torch.uint8)
 
@@ -65,7 +65,7 @@ def read_into_memory(
             for done in map_ahead(decode_some, tasks, cores_per_process()):
                 bar.update(done)
     except UserError as error:
-        raise UserError(f"{error}; {LEAVE_OUT}") from error
+        raise UserError(f"{error}; {way_out}") from error
     return MemoryImages(images, found.labels, found.classes, transform, device)
 
 

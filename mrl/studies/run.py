@@ -224,7 +224,7 @@ def embed_runs(
         wanted = describe_embeddings(run, config, source, classes, list(folders.values()), precision)
         given = read_config(run / "config.yaml", settings).data
         config = place_images(run, config, given.root if any("data.root" in word for word in settings) else None)
-        config = replace(config, data=replace(config.data, num_workers=given.num_workers))
+        config = replace(config, data=replace(config.data, num_workers=given.num_workers, backend=given.backend))
         data = config.data
         sets = {} if force else _on_disk(run, wanted)
         missing = [place for place in wanted if place not in sets]

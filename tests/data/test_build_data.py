@@ -257,10 +257,10 @@ def test_classes_that_lack_images_are_left_out_if_allowed(image_folder, backend,
         for split in ("train", "val"):
             assert write_ffcv(["--root", str(root), "--split", split, "--missing_classes", "allow"]) == 0
     else:
-        with pytest.raises(UserError, match="class folder .*/d has no images; .* --data.missing_classes allow"):
+        with pytest.raises(UserError, match="class folder .*/d has no images; .* or train without .* --data.missing_classes allow"):
             build_data(config, 0, CPU)
         (root / "train" / "d").rmdir()
-    with pytest.raises(UserError, match="only in train: b; .* --data.missing_classes allow"):
+    with pytest.raises(UserError, match="only in train: b; .*; a training with --data.missing_classes allow goes on"):
         build_data(config, 0, CPU)
     (root / "train" / "d").mkdir(exist_ok=True)
     images = build_data(dataclasses.replace(config, missing_classes="allow"), 0, CPU)
@@ -300,6 +300,16 @@ def test_a_bounded_share_of_unreadable_images_is_left_out_counted_and_named(two_
         build_data(two_classes.config(backend=backend, max_unreadable=0.59), 0, CPU)
     with pytest.raises(UserError, match="3 of 5 val images cannot" if backend == "folder" else "train/a/1.png cannot"):
         build_data(two_classes.config(backend=backend), 0, CPU)  # val too is read before the training
+
+
+@pytest.mark.parametrize("max_unreadable", [0.0, 0.1])
+@pytest.mark.parametrize("backend", ["memory", "folder"])
+def test_an_evaluation_is_not_told_to_leave_images_out(two_classes, backend, max_unreadable):
+    damage(two_classes, "val/b/0.png")
+    config = two_classes.config(backend=backend, max_unreadable=max_unreadable)
+    with pytest.raises(UserError, match=r"val/b/0\.png cannot be read .*lists all such images, to restore or remove$"):
+        images = build_data(config, 0, CPU, False, splits=("val",), classes=["a", "b"])["val"]
+        list(images.eval_batches(eval_indices(5, 5)))
 
 
 @pytest.mark.parametrize("backend", ALL)

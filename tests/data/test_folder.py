@@ -83,7 +83,7 @@ def test_classes_one_or_more_folders_deeper_are_refused_with_the_tree_they_shoul
         with pytest.raises(UserError, match=f"{message} cat, dog in it; .*{root}/train/cat/"):
             list_images(root, "train")
     touch(tmp_path / "c" / "photos" / "train", "a/1.png", "b/1.png")
-    with pytest.raises(UserError, match=f"if you mean .* {tmp_path}/c/photos, give --data.root {tmp_path}/c/ph"):
+    with pytest.raises(UserError, match=f"if you mean the one in {tmp_path}/c/photos, give that folder$"):
         list_images(tmp_path / "c", "train")
     touch(tmp_path / "c" / "__MACOSX" / "photos" / "train", "a/1.png")
     with pytest.raises(UserError, match=f"if you mean the one in {tmp_path}/c/photos, give"):
