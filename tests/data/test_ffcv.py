@@ -81,6 +81,20 @@ def test_fault_17_an_image_that_cannot_be_decoded_is_named_and_not_replaced_by_g
         list(train.train_batches(train_indices(7, 1, 0, 0), 0, 32))
 
 
+def test_a_file_that_was_written_again_is_known_from_the_one_before(with_ffcv_files):
+    """By the store of frozen layers; classes, counts and settings may be the same."""
+
+    def digest():
+        return build_data(with_ffcv_files.config(), 0, CPU, is_main=False)["val"].sha256()
+
+    before = digest()
+    assert digest() == before
+    PngEncoder(torch.zeros(3, 48, 48, dtype=torch.uint8)).to_file(str(with_ffcv_files.root / "val" / "a" / "0.png"))
+    (with_ffcv_files.root / "val.beton").unlink()
+    write_split(with_ffcv_files.root, "val")
+    assert digest() != before
+
+
 def change_description(path, **changes):
     description = json.loads(Path(f"{path}.json").read_text())
     Path(f"{path}.json").write_text(json.dumps(description | changes))
