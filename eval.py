@@ -69,8 +69,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument_group(
         "with --runs",
-        "--data.root DIR: the folder of the images, if they are elsewhere than in training. --data.backend folder: take "
-        "image files where FFCV is not installed. --data.num_workers N: processes that read them.",
+        "--data.root DIR: the folder of the images, if they are elsewhere than in training. --data.backend folder: "
+        "read files, without FFCV. --data.num_workers N: processes that read them.",
     )
     add = parser.add_argument
     folders: Any = {"metavar": "[NAME=]DIR", "nargs": "+", "default": []}
