@@ -40,6 +40,8 @@ MAX_COLORS = 10
 def read_class_table(path: str | Path, column: str) -> dict[str, str]:
     """Return ``{class: its entry in column}`` of a tab-separated table with a header, whose first column is the class.
 
+    Names are compared in one Unicode form, as those of class folders are.
+
     Raises:
         UserError: The file is missing, lacks the column, or a class has no entry or two different ones.
     """
@@ -52,7 +54,8 @@ def read_class_table(path: str | Path, column: str) -> dict[str, str]:
         raise UserError(f"{path} is not a tab-separated table: {error}") from error
     if column not in table.columns[1:]:
         raise UserError(f"{path} has the columns {list(table)}; needed are the class first and one called {column}")
-    pairs = pd.DataFrame({"name": table.iloc[:, 0], "entry": table[column].fillna("").str.strip()}).drop_duplicates()
+    names, entries = (of.fillna("").str.normalize("NFC") for of in (table.iloc[:, 0], table[column]))
+    pairs = pd.DataFrame({"name": names, "entry": entries.str.strip()}).drop_duplicates()
     bad = pairs[pairs["name"].duplicated() | (pairs["entry"] == "")]
     if len(bad):
         raise UserError(f"{path}: class {bad['name'].iloc[0]!r} needs one {column}, the same in every line")

@@ -149,6 +149,11 @@ def test_a_table_may_have_more_columns_quotes_repeats_empty_lines_and_classes_ca
     assert read_class_table(tmp_path / "table.tsv", "superclass") == {"n1": "animal", "NA": "plant", "01": "plant"}
 
 
+def test_names_in_a_table_match_folders_in_any_unicode_form(tmp_path):
+    (tmp_path / "table.tsv").write_text("folder\ttrained_class\ncafe\u0301\tthe\u0301\n", encoding="utf-8")
+    assert read_class_table(tmp_path / "table.tsv", "trained_class") == {"caf\u00e9": "th\u00e9"}
+
+
 def test_imagenet_gets_the_papers_superclasses_and_no_other_data_do():
     wnids = sorted(synsets("imagenet_v2"))
     superclasses = build_hierarchy(wnids, default_superclasses(wnids))
