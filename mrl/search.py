@@ -23,7 +23,7 @@ import torch
 
 from mrl import adapt, distributed
 from mrl.config import expand_home
-from mrl.data.folder import decode, evaluated_images
+from mrl.data.folder import decode, evaluated_images, unicode_name
 from mrl.errors import UserError
 from mrl.figures import save
 from mrl.figures.neighbors import neighbor_grid
@@ -67,7 +67,8 @@ def search(args: argparse.Namespace) -> None:
         pictures[dim] = []
         for rank, (name, score) in enumerate(zip(names, scores[0][kept], strict=False), 1):
             print(f"  {rank:>2}  {score:.4f}  {folder_of(name):<{longest}}  {name}")
-            pictures[dim].append((decode(str(folder / name)), f"{folder_of(name)}\n{score:.3f}".strip()))
+            caption = f"{unicode_name(folder_of(name))}\n{score:.3f}".strip()
+            pictures[dim].append((decode(str(folder / name)), caption))
     for drawn in save(neighbor_grid(picture, pictures), args.out or path.with_name("neighbors")):
         print(f"figure: {drawn}")
 

@@ -224,15 +224,17 @@ def test_search_refuses_vectors_that_do_not_fit(make_saved_run, pictures, vector
 
 def test_names_that_are_not_utf_8_are_embedded_found_and_printed(saved_run, folder, capsys):
     folder = folder.rename(folder.with_name(os.fsdecode(b"caf\xe9")))
-    name = os.fsdecode(b"\xff.png")
+    name = os.fsdecode(b"\xe9/\xff.png")  # search draws the name of the folder
+    (folder / name).parent.mkdir()
     (folder / "2.png").rename(folder / name)
     assert embed.main(embed_argv(saved_run, folder, folder / "v.npy")) == 0
     assert name in open_vectors(folder / "v.npy").ids
     assert search.main(["--vectors", str(folder / "v.npy"), "--image", str(folder / name), "--dims", "96"]) == 0
-    assert "1  1.0000      \\udcff.png" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "1  1.0000  \\udce9 " in printed and " \\udce9/\\udcff.png\n" in printed
     (folder / name).write_bytes(b"")
     assert check.main([str(folder)]) == 1
-    assert "caf\\udce9/\\udcff.png cannot be read" in capsys.readouterr().out
+    assert "caf\\udce9/\\udce9/\\udcff.png cannot be read" in capsys.readouterr().out
 
 
 def test_folders_of_tools_and_unreadable_images_are_left_out_and_counted(saved_run, pictures, folder, tmp_path, capsys):

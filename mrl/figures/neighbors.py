@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -28,8 +29,10 @@ MAX_PX = 224  # of a photograph in a figure
 MAX_QUERIES = 500
 NUM_NEIGHBORS = 8
 MAX_INCHES, MAX_WIDTH = 1.7, 10.4  # of an image, of a figure
+NO_MATH = {"text.parse_math": False}  # see `mrl.figures.style.RC`
 
 
+@rc_context(NO_MATH)
 def neighbor_grid(
     query: Tensor, found: Mapping[int, Sequence[tuple[Tensor, str]]], name: str | None = None, title: str = ""
 ) -> Figure:
@@ -68,6 +71,7 @@ def neighbors_of(
     return neighbor_grid(picture, shown, name, title)
 
 
+@rc_context(NO_MATH)
 def grad_cam_sheet(
     run: OpenedRun,
     images: np.ndarray,

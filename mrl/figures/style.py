@@ -29,6 +29,7 @@ RC: Any = {
     **{"figure.constrained_layout.w_pad": 0.1},
     **{"legend.fontsize": 9, "legend.frameon": False, "legend.handlelength": 3.2, "errorbar.capsize": 3},
     **{"lines.linewidth": 1.6, "lines.markerfacecolor": "white", "lines.markersize": 5},
+    "text.parse_math": False,  # a class may be called $5_to_$10
 }
 BOXED = RC | {"axes.grid": False, "axes.spines.right": True, "axes.spines.top": True, "axes.edgecolor": "0.8"}
 # The colors of Okabe and Ito, which color-blind readers can tell apart, then darker ones; markers do the same in gray.

@@ -323,7 +323,7 @@ def describe_embeddings(
 
 def _source(name: str, config: Config, classes: Sequence[str]) -> Source:
     px = config.data.eval_resize_px, config.data.eval_px
-    return Source(dataset_name(config, len(classes)), name, config.run.seed, *px, flip=False)
+    return Source(dataset_name(config, len(classes)), unicode_name(name), config.run.seed, *px, flip=False)
 
 
 def _on_disk(run: Path, wanted: Mapping[str, EmbeddingMetadata]) -> dict[str, EmbeddingSet]:

@@ -17,7 +17,7 @@ from mrl.figures.geometry import (
     sizes_each_class_needs,
 )
 from mrl.figures.neighbors import grad_cam_sheet, neighbor_grid, neighbors_of
-from mrl.figures.style import GREEN, RED
+from mrl.figures.style import GREEN, RED, save
 from mrl.results import Source
 from mrl.studies.adaptive_classification import CascadePoint
 from mrl.studies.geometry import Blocks
@@ -200,3 +200,9 @@ def test_blocks_maps_and_cosines_are_drawn_as_given():
     assert axes.get_xlim()[0] < -1
     [axes] = cosine_distributions({8: (np.array([0.9]), np.array([0.1]))}).axes
     assert axes.get_xlim()[0] > -0.1
+
+
+def test_names_with_dollar_signs_are_drawn_as_they_are(tmp_path):
+    name, photo = "from $5_to_$10", torch.zeros(3, 8, 8)
+    save(neighbor_grid(photo, {8: [(photo, name)]}, name, name), tmp_path / "neighbors")
+    save(confusions(np.ones((1, 2, 2), int), [8], [8], [name, "b"], name), tmp_path / "confusions")
