@@ -22,12 +22,12 @@ FLOORS = [
 # Lines of Python in each folder (not its subfolders). Raise a number only for a new idea.
 BUDGETS = {
     ".": 530,
-    "mrl": 2924,
-    "mrl/data": 1805,
-    "mrl/training": 726,
+    "mrl": 2925,
+    "mrl/data": 1819,
+    "mrl/training": 733,
     "mrl/retrieval": 855,
-    "mrl/studies": 2598,
-    "mrl/figures": 1267,
+    "mrl/studies": 2601,
+    "mrl/figures": 1272,
     "mrl/interop": 1208,
     "experiments": 790,
     "benchmarks": 1059,
