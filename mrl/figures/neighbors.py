@@ -29,7 +29,7 @@ MAX_PX = 224  # of a photograph in a figure
 MAX_QUERIES = 500
 NUM_NEIGHBORS = 8
 MAX_INCHES, MAX_WIDTH = 1.7, 10.4  # of an image, of a figure
-NO_MATH = {"text.parse_math": False}  # see `mrl.figures.style.RC`
+NO_MATH: Any = {"text.parse_math": False}  # see `mrl.figures.style.RC`
 
 
 @rc_context(NO_MATH)
