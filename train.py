@@ -1,4 +1,4 @@
-"""Train a backbone with a nested head: MRL, MRL-E, a fixed-feature model or a plain classifier.
+"""Train a backbone with a nested head: MRL (a classifier for each prefix size), MRL-E (one for all) or FF (one size).
 
     python train.py --config digits_mrl.yaml                              # a minute on a laptop, no download
     python train.py --config finetune_mrl_cpu.yaml --data.root DIR        # your photographs; finetune_mrl for a GPU

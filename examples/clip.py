@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import math
 import sys
 import time
@@ -38,12 +39,6 @@ from mrl.data import build_data
 from mrl.model import build_backbone, build_model, freeze
 from mrl.studies.hierarchy import read_class_table
 from mrl.training.frozen import TrunkCache
-
-try:
-    from open_clip.tokenizer import SimpleTokenizer
-    from open_clip.transformer import TextTransformer
-except ImportError as error:
-    raise ImportError("examples.clip needs open_clip's text transformer: pip install open_clip_torch") from error
 
 METHODS = ("nested", "truncated", "projected")
 TEMPLATES = ("a photo of a {}", "a picture of the {}", "a small photo of one {}", "{}")
@@ -92,6 +87,8 @@ def contrastive_loss(images: Tensor, texts: Tensor, scale: Tensor, pair_weights:
 
 def tokenize(names: list[str], superclasses: list[str] | None) -> Tensor:
     """Return the captions of each class as tokens ``(C, T, L)``; with superclasses, half of them name only that."""
+    from open_clip.tokenizer import SimpleTokenizer
+
     if superclasses is None:
         texts = [[template.format(name) for template in TEMPLATES] for name in names]
     else:
@@ -139,6 +136,7 @@ def compare(
     **how: Any,
 ) -> dict[str, dict[int, Vectors]]:
     """Train every method on ``pairs``; return its vectors of ``images`` and of all captions, by dim."""
+    from open_clip.transformer import TextTransformer
 
     def loss_at(dims: tuple[int, ...], weights: list[float] | None = None) -> mrl.MatryoshkaLoss:
         return mrl.MatryoshkaLoss(contrastive_loss, dims, weights)
@@ -209,6 +207,8 @@ def words_of(classes: list[str], path: Path | None) -> tuple[list[str], list[str
 
 def run(args: argparse.Namespace) -> None:
     """Compute the features, choose the learning rates, and print the tables."""
+    if importlib.util.find_spec("open_clip") is None:
+        raise mrl.UserError("examples.clip needs open_clip's text transformer: pip install open_clip_torch")
     start = time.perf_counter()
     features, labels, classes = load_features(args)
     took = time.perf_counter() - start

@@ -98,7 +98,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--dims", type=int, nargs="+", help="prefix sizes; default: the trained ones")
     add("--map", metavar="FILE.safetensors", help="a map that python -m mrl.adapt fitted to such vectors")
     add("--k", type=int, default=6, help="neighbors at each size; default: 6")
-    add("--exclude_query", action="store_true", help="do not find the image itself")
+    add("--exclude_query", action="store_true", help="do not find the image itself (a copy of it is found)")
     add("--out", metavar="STEM", help="the figure, without .png; default: neighbors, beside the vectors")
     add("--run", help="the model, if it was moved")
     add("--images", metavar="DIR", help="the folder of images, if it was moved")

@@ -143,12 +143,13 @@ def confusions(
     chosen = chosen[np.lexsort((chosen, np.zeros(len(chosen)) if groups is None else groups[chosen]))]
     figure, all_axes = style.panels(len(shown), len(shown), (3.4, 3.9), sharey=True)
     norm = LogNorm(1, max(2, int(panels.max())))
+    number_size = min(7, 280 / len(chosen) / len(str(panels.max())))
     for axes, dim, panel in zip(all_axes, shown, panels, strict=True):
         part = panel[np.ix_(chosen, chosen)]
         axes.imshow(np.where(part > 0, part, np.nan), cmap="Blues", norm=norm, aspect="auto")
-        for row, column in np.argwhere(part) if len(chosen) <= 12 else ():
+        for row, column in np.argwhere(part):
             color = "white" if norm(part[row, column]) > 0.6 else "black"
-            axes.text(column, row, str(part[row, column]), ha="center", va="center", fontsize=7, color=color)
+            axes.text(column, row, str(part[row, column]), ha="center", va="center", fontsize=number_size, color=color)
         wrong, total = int(panel.sum() - np.trace(panel)), int(panel.sum())
         axes.set(title=f"{dim} dims: {wrong:,} of {total:,} wrong", xlabel="predicted class")
         labels = [names[c] for c in chosen]

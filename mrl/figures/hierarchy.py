@@ -15,6 +15,7 @@ from mrl.results import Row, data_title, span
 
 COLUMNS = 5
 METHOD_COLUMNS = 3
+LOSER = "the class that the largest size costs most"
 
 
 @rc_context(style.RC)
@@ -45,8 +46,8 @@ def accuracy_within_superclasses(rows: Sequence[Row]) -> Figure:
 def class_accuracy_against_full_width(rows: Sequence[Row]) -> Figure:
     """Draw accuracy of each class at each size minus at the largest, in points (figure 12), a panel per nested method.
 
-    A dot per class, the mean over runs; the line is their median, the band their middle half. The cross marks the class
-    that the largest size costs most.
+    A dot per class, the mean over runs; the line is their median, the band their middle half. Crosses mark
+    the class that the largest size costs most.
     """
     rows = [row for row in rows if (row.study, row.metric) == ("per_class", "top_1") and row.method.startswith("MRL")]
     table = style.table_of(rows, "single classes of nested models")
@@ -60,14 +61,12 @@ def class_accuracy_against_full_width(rows: Sequence[Row]) -> Figure:
     limits = all_axes[0].get_ylim()
     for i, (axes, (_, of_label)) in enumerate(zip(all_axes, lines, strict=True)):
         style.dim_axis(axes, of_label.dim)
-        axes.set_ylabel(
-            "" if i % METHOD_COLUMNS else "class accuracy minus that at the largest size (points)", fontsize=9
-        )
+        axes.set_ylabel("" if i % METHOD_COLUMNS else "class accuracy minus that at full size (points)", fontsize=9)
     all_axes[0].set_ylim(limits)  # differences go below 0
     seeds = table.groupby("label").seed.nunique().max()
     means = f"; means of up to {seeds} seeds" if seeds > 1 else ""
     heading = f"{data_title(table.dataset[0])}: {table.group.nunique():,} classes of {span(table.n)}"
-    return style.finish(figure, f"{heading} validation images each{means}; line: median, band: middle half", [])
+    return style.finish(figure, f"{heading} validation images each{means}; line: median, band: middle half", [LOSER])
 
 
 def _draw_classes(axes: Axes, points: pd.DataFrame, color: str) -> None:
@@ -81,6 +80,6 @@ def _draw_classes(axes: Axes, points: pd.DataFrame, color: str) -> None:
     axes.plot(dims, middle, color="black", linewidth=1.4)
     loser = points.iloc[:, 0].idxmax()
     if (loss := points.loc[loser]).iloc[0] > 0:
-        axes.plot(dims, loss, color="black", linewidth=0.8, linestyle=":", marker="x", markersize=6)
+        axes.plot(dims, loss, color="black", linewidth=0.8, linestyle=":", marker="x", markersize=6, label=LOSER)
         style.annotate(axes, loser, (dims[0], loss.iloc[0]), (4, 6), fontsize=8)
     axes.axhline(0, color="0.4", linewidth=0.8, zorder=1)

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib import colormaps
+from matplotlib import colormaps, patheffects
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter, NullLocator, StrMethodFormatter
+from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullFormatter, NullLocator, StrMethodFormatter
 
 from mrl.errors import UserError
 from mrl.paper import paper_rows
@@ -232,8 +232,8 @@ def cost_axis(axes: Axes, label: str) -> None:
     """Make the horizontal axis a logarithmic one of costs."""
     axes.set_xscale("log")
     costs = np.concatenate([np.asarray(line.get_xdata(), dtype=float) for line in axes.lines])
-    wide = costs.max() > 10 * costs.min()
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if wide else (1, 1.5, 2, 3, 5, 7), numticks=20))
+    usual = LogLocator(subs=(1, 2, 5) if costs.max() > 10 * costs.min() else (1, 1.5, 2, 3, 5, 7), numticks=20)
+    axes.xaxis.set_major_locator(usual if costs.max() > 2 * costs.min() else MaxNLocator(6))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel(label)
@@ -249,8 +249,9 @@ def _limit_percents(axes: Axes) -> None:
 
 
 def annotate(axes: Axes, text: Any, place: tuple[float, float], offset: tuple[float, float], **look: Any) -> None:
-    """Write ``text`` at ``offset`` points from ``place``."""
-    axes.annotate(str(text), place, xytext=offset, textcoords="offset points", **{"fontsize": 7} | look)
+    """Write ``text``, readable on lines and markers, at ``offset`` points from ``place``."""
+    outline: Any = {"path_effects": [patheffects.withStroke(linewidth=2, foreground="white")], "zorder": 10}
+    axes.annotate(str(text), place, xytext=offset, textcoords="offset points", **{"fontsize": 7} | outline | look)
 
 
 def finish(figure: Figure, heading: str, labels: Iterable[str]) -> Figure:

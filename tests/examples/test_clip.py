@@ -1,6 +1,7 @@
 import math
 import re
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ import mrl
 from mrl.model import build_backbone
 
 open_clip = pytest.importorskip("open_clip", reason="needs open_clip: pip install open_clip_torch")
+from open_clip.transformer import TextTransformer  # noqa: E402
+
 from examples import clip  # noqa: E402
 
 COLORS = ("black", "blue", "cyan", "gray", "green", "magenta", "orange", "red", "white", "yellow")
@@ -38,10 +41,8 @@ def test_pairs_count_by_their_weights():
 
 def test_every_block_of_coordinates_and_both_towers_get_gradients():
     texts = clip.tokenize(list(COLORS), None)
-    image, text = (
-        torch.nn.Linear(5, 8),
-        clip.TextTransformer(texts.shape[-1], int(texts.max()) + 1, 16, 2, 1, output_dim=8),
-    )
+    image = torch.nn.Linear(5, 8)
+    text = TextTransformer(texts.shape[-1], int(texts.max()) + 1, 16, 2, 1, output_dim=8)
     towers = clip.Towers(image, text)
     losses = []
 
@@ -119,7 +120,7 @@ def test_every_method_finds_colors_by_name_above_chance(colored, capsys):
                 assert float(small) > lowest
 
 
-def test_what_cannot_be_compared_is_one_sentence(colored, tmp_path, capsys):
+def test_what_cannot_be_compared_is_one_sentence(colored, tmp_path, monkeypatch, capsys):
     (tmp_path / "words.tsv").write_text("class\tname\tsuperclass\nblack\tblack\tdark\n")
     assert clip.main(argv_of(colored, "--words", str(tmp_path / "words.tsv"))) == 2
     assert "has no line for class 'blue'" in capsys.readouterr().err
@@ -127,3 +128,6 @@ def test_what_cannot_be_compared_is_one_sentence(colored, tmp_path, capsys):
         shutil.copytree(colored / "train" / color, tmp_path / "few" / color)
     assert clip.main(argv_of(colored, "--data", str(tmp_path / "few"))) == 2
     assert "has 3 classes; needed are 10" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "open_clip", None)  # as if it was not installed
+    assert clip.main(argv_of(colored)) == 2
+    assert "pip install open_clip_torch" in capsys.readouterr().err

@@ -60,6 +60,7 @@ def test_confusions_show_numbers_and_the_worst_classes_of_many():
     figure = confusions(many, [8], [8], [f"c{i}" for i in range(50)], "digits", np.arange(50) % 2)
     names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     assert len(names) == 20 and {"c40", "c41", "c3", "c7"} <= set(names)
+    assert sorted(text.get_text() for text in figure.axes[0].texts) == ["5"] * 20 + ["8", "9"]
     groups = [int(name[1:]) % 2 for name in names]
     assert groups == sorted(groups), "classes of a group stand together"
     title = figure.get_suptitle().replace("\n", " ")
