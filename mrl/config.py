@@ -231,8 +231,8 @@ class HeadConfig:
     """Share one classifier between all dims (MRL-E) instead of one each (MRL)."""
     scaled: bool = False
     """With head.tied: learn a scale for each dim's logits, and divide the gradient of each column of the classifier by
-    the number of dims that use it (which AdamW does not notice). Not in the paper. It wants about twice the learning
-    rate; docs/RESULTS.md tells what it gained."""
+    the number of dims that use it (which AdamW does not notice). Not in the paper; docs/RESULTS.md tells what it
+    gained."""
     weights: list[float] | None = None
     """Weight of each dim's loss in the sum, smallest dim first. Default: 1 each."""
     self_distillation: float = 0.0
