@@ -249,7 +249,7 @@ def make_model(config: Config, num_classes: int) -> MatryoshkaClassifier:
     about = (wanted.stem_stride, wanted.blurpool, wanted.kwargs, wanted.projection)
     backbone = build_backbone(wanted.backbone, wanted.init, *about)
     dims = None if config.head.nesting_list == "auto" else config.head.nesting_list
-    model = build_model(backbone, num_classes, dims, config.head.tied)
+    model = build_model(backbone, num_classes, dims, config.head.tied, config.head.scaled)
     freeze(model, wanted.trainable)
     return model
 
@@ -271,6 +271,7 @@ def describe(config: Config, model: MatryoshkaClassifier, classes: list[str]) ->
         exif_rotation=config.data.exif_rotation,
         interpolation=config.data.interpolation,
         projection=config.model.projection,
+        scaled=model.head.scaled,
     )
 
 

@@ -27,7 +27,7 @@ def write_sweep(runs: Sequence[Run], out: Path) -> list[Path]:
         head, dims = run.config.head, run.config.head.nesting_list
         scores = last_validation(run.directory)
         trained = list(scores) if dims == "auto" else dims
-        method = method_name(trained, head.tied, head.weights, head.self_distillation)
+        method = method_name(trained, head)
         about = (run.entry.name, method, run.config.optim.lr, run.config.run.seed)
         lines += [(*about, dim, top_1) for dim, top_1 in scores.items()]
     frame = pd.DataFrame(lines, columns=["name", "method", "lr", "seed", "dim", "top_1"])

@@ -87,20 +87,32 @@ class NestedLinear(nn.Module):
         nesting_list: Prefix dims, strictly ascending.
         num_classes: Number of classes C.
         tied: Share one weight ``(C, D)`` and one bias between all dims (MRL-E; algorithm 2 of the paper).
+        scaled: With ``tied``, multiply the logits of each dim by a learned number, at first 1, and divide the gradient
+            of each column of the weight by the number of dims that use it. Not in the paper.
     """
 
-    def __init__(self, nesting_list: Sequence[int], num_classes: int, tied: bool = False):
+    readers: Tensor
+
+    def __init__(self, nesting_list: Sequence[int], num_classes: int, tied: bool = False, scaled: bool = False):
         super().__init__()
         self.nesting_list = check_nesting_list(nesting_list)
         self.num_classes = num_classes
-        self.tied = tied
+        self.tied, self.scaled = tied, scaled
         dims = self.nesting_list[-1:] if tied else self.nesting_list
         self.classifiers = nn.ModuleList(nn.Linear(dim, num_classes) for dim in dims)
+        if scaled:
+            self.log_scales = nn.Parameter(torch.zeros(len(self.nesting_list)))
+            readers = torch.tensor(self.nesting_list)[:, None] > torch.arange(self.nesting_list[-1])
+            self.register_buffer("readers", readers.sum(0).float(), persistent=False)
+            self.classifiers[0].weight.register_hook(lambda gradient: gradient / self.readers)  # type: ignore[operator]
 
     def weights_and_biases(self) -> list[tuple[Tensor, Tensor]]:
         """Return the classifier of each dim of the nesting list: weight ``(C, dim)`` and bias ``(C,)``."""
         layers: Any = [self.classifiers[0]] * len(self.nesting_list) if self.tied else self.classifiers
-        return [(layer.weight[:, :dim], layer.bias) for layer, dim in zip(layers, self.nesting_list, strict=True)]
+        pairs = [(layer.weight[:, :dim], layer.bias) for layer, dim in zip(layers, self.nesting_list, strict=True)]
+        if not self.scaled:
+            return pairs
+        return [(weight * s, bias * s) for (weight, bias), s in zip(pairs, self.log_scales.exp(), strict=True)]
 
     def forward(self, z: Tensor) -> Tensor:
         """Return logits ``(G, B, C)``; coordinates of ``z`` ``(B, D)`` beyond the largest dim are not read."""

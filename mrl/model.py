@@ -61,6 +61,7 @@ class ModelInfo:
     exif_rotation: str = "ignore"  # of models that were saved before this key
     interpolation: str = "bilinear"
     projection: bool = False
+    scaled: bool = False
     format_version: int = FORMAT_VERSION
 
 
@@ -184,12 +185,16 @@ def _upright_rgb(image: Any, exif_rotation: str) -> Any:
 
 
 def build_model(
-    backbone: nn.Module, num_classes: int, nesting_list: Sequence[int] | None = None, tied: bool = False
+    backbone: nn.Module,
+    num_classes: int,
+    nesting_list: Sequence[int] | None = None,
+    tied: bool = False,
+    scaled: bool = False,
 ) -> MatryoshkaClassifier:
     """Put a new nested head on ``backbone``; without a ``nesting_list`` the dims are halvings of its width."""
     width: int = backbone.head_hidden_size  # type: ignore[assignment]
     dims = default_nesting_list(width) if nesting_list is None else check_nesting_list(nesting_list, width)
-    return MatryoshkaClassifier(backbone, NestedLinear(dims, num_classes, tied))
+    return MatryoshkaClassifier(backbone, NestedLinear(dims, num_classes, tied, scaled))
 
 
 def build_backbone(
@@ -324,7 +329,8 @@ def load_head(model: MatryoshkaClassifier, run: Path, classes: Sequence[str]) ->
     """Load the head of a finished run and return True; return False if its classes or sizes differ."""
     info, state = read_saved(run)
     head = model.head
-    if (info.classes, info.nesting_list, info.tied) != (tuple(classes), head.nesting_list, head.tied):
+    theirs = (info.classes, info.nesting_list, info.tied, info.scaled)
+    if theirs != (tuple(classes), head.nesting_list, head.tied, head.scaled):
         return False
     head.load_state_dict(_part(state, "head."))
     return True
@@ -389,7 +395,7 @@ def load(run: str | Path) -> MatryoshkaClassifier:
     """
     info, state = read_saved(Path(run))
     backbone = build_backbone(info.backbone, "scratch", info.stem_stride, info.blurpool, info.kwargs, info.projection)
-    model = build_model(backbone, len(info.classes), info.nesting_list, info.tied)
+    model = build_model(backbone, len(info.classes), info.nesting_list, info.tied, info.scaled)
     check_state(state, model.state_dict(), f"{run}: model.safetensors does not fit model.json")
     model.load_state_dict(state)
     model.info = model._hub_mixin_config = info  # pushed as config.json, which the Hub's client looks for first

@@ -11,10 +11,11 @@ from typing import Any
 
 import pandas as pd
 
+from mrl.config import HeadConfig
 from mrl.errors import UserError
 from mrl.rundir import atomic_write_text
 
-METHODS = ("MRL", "MRL weighted", "MRL distilled", "MRL-E", "MRL-E distilled", "FF", "FF truncated")
+METHODS = ("MRL", "MRL weighted", "MRL distilled", "MRL-E", "MRL-E scaled", "MRL-E distilled", "FF", "FF truncated")
 CLASS_STUDY, CLASSES_FILE = "per_class", "classes.csv"
 DATA_TITLES = {
     **{"digits": "Handwritten digits", "imagenet": "ImageNet-1K", "tiny_imagenet": "Tiny-ImageNet"},
@@ -30,17 +31,15 @@ def data_title(dataset: str) -> str:
     return DATA_TITLES.get(dataset) or dataset.replace("tiny_imagenet", "Tiny-ImageNet").replace("_", " ")
 
 
-def method_name(
-    nesting_list: Sequence[int], tied: bool, weights: Sequence[float] | None = None, self_distillation: float = 0.0
-) -> str:
+def method_name(nesting_list: Sequence[int], head: HeadConfig) -> str:
     """Return the paper's name of a model: "FF" if it has one size, else "MRL-E" if tied, else "MRL".
 
-    " weighted" is added if it was trained with loss ``weights``, and " distilled" if with ``self_distillation``.
+    " scaled", " weighted" and " distilled" are added for `HeadConfig`'s scaled, weights and self_distillation.
     """
     if len(nesting_list) == 1:
         return "FF"
-    name = "MRL-E" if tied else "MRL"
-    return name + (" weighted" if weights is not None else "") + (" distilled" if self_distillation > 0 else "")
+    more = {"scaled": head.scaled, "weighted": head.weights is not None, "distilled": head.self_distillation > 0}
+    return " ".join(["MRL-E" if head.tied else "MRL", *(word for word, is_so in more.items() if is_so)])
 
 
 def method_order(method: str) -> tuple[int, str]:

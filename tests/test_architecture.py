@@ -21,13 +21,13 @@ FLOORS = [
 ]
 # Lines of Python in each folder (not its subfolders). Raise a number only for a new idea.
 BUDGETS = {
-    ".": 530,
-    "mrl": 2924,
-    "mrl/data": 1805,
-    "mrl/training": 726,
+    ".": 531,
+    "mrl": 2947,
+    "mrl/data": 1819,
+    "mrl/training": 733,
     "mrl/retrieval": 855,
-    "mrl/studies": 2598,
-    "mrl/figures": 1267,
+    "mrl/studies": 2601,
+    "mrl/figures": 1273,
     "mrl/interop": 1208,
     "experiments": 790,
     "benchmarks": 1059,

@@ -27,7 +27,7 @@ data: name root val_share backend num_classes missing_classes max_unreadable exi
       min_steps_per_epoch num_workers train_px crop_scale crop_ratio flip
       rand_augment random_erasing mixup cutmix eval_resize_px eval_px interpolation mean std
 model: backbone init blurpool stem_stride trainable projection kwargs
-head: nesting_list tied weights self_distillation
+head: nesting_list tied scaled weights self_distillation
 optim: name lr momentum weight_decay layer_decay warmup_epochs schedule clip_norm
 train: epochs label_smoothing accumulation_steps precision gradient_precision sync_batchnorm cache_views cache_seed
        compile ema_decay eval_every_epochs checkpoint_minutes log_every_steps profile_steps
@@ -200,6 +200,7 @@ def test_the_saved_config_reads_back_equal(tmp_path):
         (["--optim.name", "lion"], ["optim.name", "sgd", "adamw", "lion"]),
         (["--head.nesting_list", "[16, 8]"], ["[16, 8]", "ascending"]),
         (["--head.nesting_list", "[8, 16]", "--head.weights", "[1]"], ["1 loss weights", "[8, 16]"]),
+        (["--head.scaled", "true"], ["head.scaled is True", "unless head.tied"]),
         (["--head.self_distillation", "-1"], ["head.self_distillation is -1", "0 or more"]),
         (["--data.crop_scale", "[0.5, 0.2]"], ["data.crop_scale", "0 < low <= high <= 1"]),
         (["--data.train_px", "[[5, 64]]"], ["data.train_px", "epoch 0"]),

@@ -88,6 +88,21 @@ def test_parameters_are_counted_once_and_the_shared_bias_is_included():
     assert count == {False: (3 + 5 + 8) * 4 + 3 * 4, True: 8 * 4 + 4}
 
 
+def test_a_scaled_head_starts_as_the_shared_one_and_divides_gradients_by_the_prefixes_that_use_a_column():
+    shared, scaled = (NestedLinear([2, 3, 5], 4, tied=True, scaled=is_scaled) for is_scaled in (False, True))
+    scaled.load_state_dict(shared.state_dict() | {"log_scales": torch.zeros(3)})
+    z = torch.randn(6, 7)
+    for head in (shared, scaled):
+        (head(z) ** 2).sum().backward()
+    assert torch.equal(scaled(z), shared(z))
+    weights = [head.classifiers[0].weight.grad for head in (shared, scaled)]
+    torch.testing.assert_close(weights[0] / torch.tensor([3.0, 3, 2, 1, 1]), weights[1])
+    assert torch.equal(*(head.classifiers[0].bias.grad for head in (shared, scaled)))
+    with torch.no_grad():
+        scaled.log_scales.copy_(torch.tensor([0.5, 1, 2]).log())
+    torch.testing.assert_close(scaled(z), shared(z) * torch.tensor([0.5, 1, 2])[:, None, None])
+
+
 def test_a_single_dim_is_the_fixed_feature_model_tied_or_not():
     plain, tied = NestedLinear([5], 4, tied=False), NestedLinear([5], 4, tied=True)
     tied.load_state_dict(plain.state_dict())

@@ -22,6 +22,7 @@ def info_of(model, backbone, **changes):
         "blurpool": False,
         "nesting_list": model.head.nesting_list,
         "tied": model.head.tied,
+        "scaled": model.head.scaled,
         "classes": ("cat", "dog", "eel"),
         "resize_px": 36,
         "crop_px": 32,
@@ -180,10 +181,12 @@ def test_a_projection_keeps_the_pooling_that_was_asked_for():
         torch.testing.assert_close(model.embed(images), expected)
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_a_saved_model_loads_and_encodes_alike(tmp_path, tied):
+@pytest.mark.parametrize(("tied", "scaled"), [(False, False), (True, False), (True, True)])
+def test_a_saved_model_loads_and_encodes_alike(tmp_path, tied, scaled):
     backbone = build_backbone("resnet10t", stem_stride=1, blurpool=True)
-    model = build_model(backbone, 3, [8, 64, 512], tied).eval()
+    model = build_model(backbone, 3, [8, 64, 512], tied, scaled).eval()
+    for scales in [model.head.log_scales.data] if scaled else []:
+        scales.normal_()
     save_model(model, info_of(model, "resnet10t", stem_stride=1, blurpool=True), tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.json", "model.safetensors"]
     loaded = mrl.load(tmp_path)

@@ -4,6 +4,7 @@ import json
 import pandas as pd
 import pytest
 
+from mrl.config import HeadConfig
 from mrl.errors import UserError
 from mrl.results import Source, method_name, read_rows, text_table, write_rows
 
@@ -19,16 +20,17 @@ ROWS = [
 @pytest.mark.parametrize(
     ("head", "name"),
     [
-        (([8, 16], False, None), "MRL"),
-        (([8, 16], True, None), "MRL-E"),
-        (([16], False, None), "FF"),
-        (([16], True, [2.0], 1.0), "FF"),
-        (([8, 16], False, [2.0, 1.0]), "MRL weighted"),
-        (([8, 16], True, None, 1.0), "MRL-E distilled"),
+        (([8, 16], {}), "MRL"),
+        (([8, 16], {"tied": True}), "MRL-E"),
+        (([16], {}), "FF"),
+        (([16], {"tied": True, "weights": [2.0], "self_distillation": 1}), "FF"),
+        (([8, 16], {"weights": [2.0, 1.0]}), "MRL weighted"),
+        (([8, 16], {"tied": True, "self_distillation": 1}), "MRL-E distilled"),
+        (([8, 16], {"tied": True, "scaled": True}), "MRL-E scaled"),
     ],
 )
 def test_the_method_follows_from_the_sizes_the_tie_and_the_loss(head, name):
-    assert method_name(*head) == name
+    assert method_name(head[0], HeadConfig(**head[1])) == name
 
 
 CLASS_NAMES = ["1", "NA", "true", 'a, "b"\nc', "naïve"]

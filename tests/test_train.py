@@ -42,6 +42,7 @@ EVERYTHING = [
     *("--data.mixup", "0.4", "--data.cutmix", "1.0", "--optim.clip_norm", "1.0", "--data.train_px", "[[0,32],[1,40]]"),
     *("--data.random_erasing", "0.5", "--optim.layer_decay", "0.8"),
     *("--model.kwargs", json.dumps({**SMALL, "drop_path_rate": 0.2}), "--head.nesting_list", "auto"),
+    *("--head.scaled", "true"),
 ]
 STEPS = 10  # 2 epochs of 5 steps
 
@@ -426,6 +427,14 @@ def test_self_distillation_moves_the_smaller_prefixes_towards_the_largest(tmp_pa
     without, distilled = weights(tmp_path), weights(tmp_path, "b")
     last = [f"head.classifiers.{g}.weight" for g in range(3)]
     assert [torch.equal(without[name], distilled[name]) for name in last] == [False, False, True]
+
+
+def test_scales_of_the_prefixes_are_trained_and_saved(tmp_path):
+    argv = [*TINY, "--head.tied", "true", "--train.epochs", "1"]
+    assert run(tmp_path, *argv) == run(tmp_path, *argv, "--head.scaled", "true", name="b") == 0
+    assert "head.log_scales" not in weights(tmp_path)
+    assert weights(tmp_path, "b")["head.log_scales"].abs().min() > 0
+    assert mrl.load(tmp_path / "b").head.scaled
 
 
 def test_fault_24_a_model_that_does_not_compile_ends_the_run_with_the_way_out(tmp_path, monkeypatch, capsys):

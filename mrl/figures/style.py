@@ -39,6 +39,7 @@ _LOOKS = {
     **dict.fromkeys(("MRL weighted", "MRL weighted cascade"), (SKY, "8", "-")),
     **dict.fromkeys(("MRL distilled", "MRL distilled cascade"), (INDIGO, "H", "-")),
     **dict.fromkeys(("MRL-E", "MRL-E cascade"), (RED, "s", "--")),
+    **dict.fromkeys(("MRL-E scaled", "MRL-E scaled cascade"), ("#B8860B", "+", "--")),
     **dict.fromkeys(("MRL-E distilled", "MRL-E distilled cascade"), ("#B2182B", "x", "--")),
     "FF": (BLACK, "D", ":"),
     "FF truncated": (GREEN, "v", "-."),
@@ -56,7 +57,7 @@ METHOD_STYLES: dict[str, Style] = {
     name: dict(zip(("color", "marker", "linestyle"), look, strict=True)) for name, look in _LOOKS.items()
 }
 METHOD_STYLES["FF"]["markersize"] = 7  # large: others may cover it
-_TRAINED_WITH = {"weighted": "weighted loss", "distilled": "self-distillation"}
+_TRAINED_WITH = {"scaled": "scaled", "weighted": "weighted loss", "distilled": "self-distillation"}
 METHOD_LABELS = {
     **{
         f"{method} {word}{cascade}": f"{method}{cascade}, {label}"

@@ -35,7 +35,7 @@ def export_folder(run: str | Path, out: str | Path, license: str, results: str |
     config, model = read_config(run / "config.yaml"), load(run)
     info = model.info
     name, dataset = config.run.name, dataset_name(config, len(info.classes))
-    method = method_name(info.nesting_list, info.tied, config.head.weights, config.head.self_distillation)
+    method = method_name(info.nesting_list, config.head)
     fewer_bytes = ""
     if results:
         rows = pd.DataFrame(vars(row) for row in read_rows(results))

@@ -80,8 +80,7 @@ class OpenedRun:
     @property
     def trained_method(self) -> str:
         """Method of the rows of the trained sizes."""
-        wanted = self.config.head
-        return method_name(self.head.nesting_list, self.head.tied, wanted.weights, wanted.self_distillation)
+        return method_name(self.head.nesting_list, self.config.head)
 
     @property
     def method(self) -> str:

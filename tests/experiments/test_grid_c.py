@@ -29,7 +29,7 @@ def test_every_run_of_grid_c_has_the_best_rate_of_the_committed_sweep(grid, grou
             assert {("FF", dim): round(rate, 9) for dim, rate in rates.items()}.items() <= best.items()
         elif not head.self_distillation:
             dim = head.nesting_list[0] if len(head.nesting_list) == 1 else 0
-            assert lr == best[method_name(head.nesting_list, head.tied), dim], run.name
+            assert lr == best[method_name(head.nesting_list, head), dim], run.name
 
 
 def test_self_distillation_has_the_largest_weight_that_costs_no_size_half_a_point(tmp_path):
@@ -41,9 +41,8 @@ def test_self_distillation_has_the_largest_weight_that_costs_no_size_half_a_poin
     for run in runs:
         head, method = run.config.head, "MRL-E" if run.config.head.tied else "MRL"
         plain = sweep[(sweep.method == method) & (sweep.lr == best[method, 0])].set_index("dim").top_1
-        tried = variants[
-            variants.name.str.fullmatch(r"(mrl_e_)?distilled_[\d.]+") & (variants.method == f"{method} distilled")
-        ]
+        tried = variants[variants.name.str.fullmatch(r"(mrl_e_)?distilled_[\d.]+") & (variants.seed == 0)]
+        tried = tried[tried.method == f"{method} distilled"]
         cost = {
             float(name.rpartition("_")[2]): (plain - of_weight.set_index("dim").top_1).max()
             for (name, lr), of_weight in tried.groupby(["name", "lr"])
