@@ -231,7 +231,7 @@ class HeadConfig:
     """Share one classifier between all dims (MRL-E) instead of one each (MRL)."""
     weights: list[float] | None = None
     """Weight of each dim's loss in the sum, smallest dim first. Default: 1 each."""
-    variant: Literal["none", "self_distillation", "orthogonality", "redundancy", "scales", "divided"] = "none"
+    variant: Literal["none", "self_distillation", "orthogonality", "redundancy", "scales", "divided", "scales_divided"] = "none"
     """An experiment."""
     penalty: float = 1.0
     """Weight of the penalty of self_distillation, orthogonality or redundancy."""

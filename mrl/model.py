@@ -184,9 +184,9 @@ def build_model(
     width: int = backbone.head_hidden_size  # type: ignore[assignment]
     dims = default_nesting_list(width) if nesting_list is None else check_nesting_list(nesting_list, width)
     head = NestedLinear(dims, num_classes, tied)
-    if variant == "scales":
+    if "scales" in variant:
         head.scales = nn.Parameter(torch.zeros(len(dims)))
-    if variant == "divided":
+    if "divided" in variant:
         divide_gradient(head)
     return MatryoshkaClassifier(backbone, head)
 
