@@ -232,7 +232,7 @@ class HeadConfig:
     scaled: bool = False
     """With head.tied: learn a scale for each dim's logits, and divide the gradient of each column of the classifier by
     the number of dims that use it (which AdamW does not notice). Not in the paper; docs/RESULTS.md tells what it
-    gained."""
+    gains and costs."""
     weights: list[float] | None = None
     """Weight of each dim's loss in the sum, smallest dim first. Default: 1 each."""
     self_distillation: float = 0.0

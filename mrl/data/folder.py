@@ -254,8 +254,8 @@ def walk(top: str | Path, left_out: LeftOut | None = None) -> Iterator[tuple[str
             left_out.update((TOOLS, name) for name in tools)
         below[:] = sorted(set(below) - set(tools))
         for path in [os.path.join(folder, name) for name in below if os.path.islink(os.path.join(folder, name))]:
-            above = [Path(os.path.realpath(each)) for each in (Path(folder), *Path(folder).parents)]
-            if any(each.is_relative_to(os.path.realpath(path)) for each in above):
+            within = Path(os.path.abspath(path)).parents
+            if any(Path(os.path.realpath(each)).is_relative_to(os.path.realpath(path)) for each in within):
                 raise UserError(f"{path} is a link to {os.path.realpath(path)}, which it is in itself; remove it")
         yield folder, below, sorted(name for name in files if name[0] != ".")
 

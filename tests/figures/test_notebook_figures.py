@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from matplotlib.text import Text
 
 from mrl.figures.deployment import cascade_in_use, retrieval_in_use, size_slider
 from mrl.figures.geometry import (
@@ -205,5 +206,9 @@ def test_blocks_maps_and_cosines_are_drawn_as_given():
 
 def test_names_with_dollar_signs_are_drawn_as_they_are(tmp_path):
     name, photo = "from $5_to_$10", torch.zeros(3, 8, 8)
-    save(neighbor_grid(photo, {8: [(photo, name)]}, name, name), tmp_path / "neighbors")
-    save(confusions(np.ones((1, 2, 2), int), [8], [8], [name, "b"], name), tmp_path / "confusions")
+    neighbors = neighbor_grid(photo, {8: [(photo, name)]}, name, name)
+    pairs = confusions(np.ones((1, 2, 2), int), [8], [8], [name, "b"], name)
+    for figure in (neighbors, pairs):
+        assert all(path.stat().st_size for path in save(figure, tmp_path / "drawn")), "formulas that are none end it"
+        shown = [text for text in figure.findobj(Text) if "$5" in text.get_text()]
+        assert len(shown) >= 2 and not any(text.get_parse_math() for text in shown)
