@@ -67,6 +67,8 @@ def train(config: Config, process: Process) -> int:
     accumulation_steps = config.train.accumulation_steps
     share = (process.rank, process.world_size, accumulation_steps)
     batch_size = cut_batch(config.data.batch_size, num_images, config.data.min_steps_per_epoch, *share[1:])
+    if resumed is not None:  # other processes would cut the batch to another size
+        batch_size = resumed.get("batch_size", batch_size)
     micro_batch_size = len(train_indices(num_images, batch_size, seed, 0, *share)[0])
     steps_per_epoch = num_images // batch_size
     total_steps = config.train.epochs * steps_per_epoch
@@ -81,7 +83,8 @@ def train(config: Config, process: Process) -> int:
         weights_from = saved if config.train.cache_views else "scratch"
         start = dataclasses.replace(config, model=dataclasses.replace(config.model, init=weights_from))
     model = make_model(start, len(classes)).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    head_loaded = resumed is None and init.is_dir() and load_head(model, init, classes)
+    from_run = config.model.init not in ("scratch", "pretrained") and init.is_dir()
+    head_loaded = resumed is None and from_run and load_head(model, init, classes)
     check_fit(model, config, micro_batch_size)
     if config.train.sync_batchnorm:
         model = distributed.sync_batchnorm(model, process)
@@ -91,7 +94,7 @@ def train(config: Config, process: Process) -> int:
         frozen = model.state_dict()
         store = directory.parent / "trunk_cache"
         cache = TrunkCache(model, config, store, config.train.precision, process)
-        model, cached = cache.tail, {split: cache.images(split, some) for split, some in images.items()}
+        model, cached = cache.tail, {split: CachedImages(cache, split, some) for split, some in images.items()}
         for epoch in range(views):
             cached["train"].view(epoch, config.data.px_at(epoch))
         cached["val"].center()
@@ -213,9 +216,8 @@ def train(config: Config, process: Process) -> int:
                     all_sums = distributed.all_reduce_sum(sums.values)
                     if process.is_main:
                         states = {name: part.state_dict() for name, part in parts.items()}
-                        rundir.save_checkpoint(
-                            directory, {"step": step, "sums": all_sums[:3], "data": data_seen, **states}
-                        )
+                        about = {"step": step, "batch_size": batch_size, "sums": all_sums[:3], "data": data_seen}
+                        rundir.save_checkpoint(directory, about | states)
                     saved_at = time.monotonic()
                 if stop:
                     number = signal.Signals(signals.number or signal.SIGTERM)
@@ -283,10 +285,9 @@ def validate(
     model.eval()
     indices = eval_indices(len(images), batch_size, process.rank, process.world_size)
     sums = MetricAccumulator(model.head.nesting_list, process.device)
-    batches, total = images.eval_batches(indices), len(indices)
-    for inputs, labels in progress(
-        batches, show=process.is_main, desc="validate", total=total, unit="batch", leave=False
-    ):
+    batches = images.eval_batches(indices)
+    bar = progress(batches, show=process.is_main, desc="validate", total=len(indices), unit="batch", leave=False)
+    for inputs, labels in bar:
         with in_precision:
             z = model.embed(inputs)
         logits = model.head(z.float())  # in fp32, because many bfloat16 logits are equal

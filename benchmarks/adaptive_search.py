@@ -40,7 +40,7 @@ from mrl.progress import progress
 from mrl.retrieval.rerank import funnel
 from mrl.studies.retrieval import thin_indices
 from mrl.studies.run import OpenedRun, open_run
-from mrl.training.frozen import TrunkCache
+from mrl.training.frozen import CachedImages, TrunkCache
 
 FULL = "faiss full width"
 NPROBE = 16
@@ -65,7 +65,7 @@ def views(run: OpenedRun, num_views: int) -> np.ndarray:
     images = build_data(config.data, config.run.seed, process.device, False, splits=("train",))["train"]
     freeze(run.model, config.model.trainable)
     cache = TrunkCache(run.model, config, run.directory.parent / "trunk_cache", config.train.precision, process)
-    stored, side = cache.images("train", images), cache.shape(config.data.eval_px)[-1]
+    stored, side = CachedImages(cache, "train", images), cache.shape(config.data.eval_px)[-1]
     boxes = [
         (slice(top, top + size), slice(left, left + size))
         for size in range(side, 0, -1)

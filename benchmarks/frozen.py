@@ -28,7 +28,7 @@ from mrl.distributed import Process
 from mrl.engine import good_batch_size
 from mrl.matryoshka import nested_cross_entropy
 from mrl.model import MatryoshkaClassifier, build_backbone, build_model, freeze
-from mrl.training.frozen import TrunkCache, split_frozen
+from mrl.training.frozen import CachedImages, TrunkCache, split_frozen
 
 CASES = [
     ("resnet50", "head"),
@@ -81,7 +81,7 @@ def main() -> None:
         about: dict[str, Any] = {"backbone": backbone, "trainable": trainable, "px": args.px}
         with tempfile.TemporaryDirectory() as store:
             cache = TrunkCache(model, config, Path(store), "fp32", process)
-            cached = cache.images("train", images)
+            cached = CachedImages(cache, "train", images)
             cached.view(0, args.px)
             without = partial(epoch, model, images, args.batch_size, args.px)
             with_cache = partial(epoch, cache.tail, cached, args.batch_size, args.px)

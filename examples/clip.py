@@ -38,7 +38,7 @@ from mrl.config import Config, DataConfig, ModelConfig, images_of_weights
 from mrl.data import build_data
 from mrl.model import build_backbone, build_model, freeze
 from mrl.studies.hierarchy import read_class_table
-from mrl.training.frozen import TrunkCache
+from mrl.training.frozen import CachedImages, TrunkCache
 
 METHODS = ("nested", "truncated", "projected")
 TEMPLATES = ("a photo of a {}", "a picture of the {}", "a small photo of one {}", "{}")
@@ -191,7 +191,7 @@ def load_features(args: argparse.Namespace) -> tuple[dict[str, Tensor], dict[str
     network = build_model(backbone, len(images["train"].classes))
     freeze(network, "head")
     cache = TrunkCache(network, config, args.features, "fp32", process)
-    features = {split: torch.tensor(cache.images(split, images[split]).center()) for split in ("train", "val")}
+    features = {split: torch.tensor(CachedImages(cache, split, images[split]).center()) for split in ("train", "val")}
     return features, {split: images[split].labels for split in images}, images["train"].classes
 
 

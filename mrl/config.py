@@ -241,8 +241,7 @@ class HeadConfig:
 
     def __post_init__(self) -> None:
         if self.nesting_list != "auto":
-            dims = check_nesting_list(self.nesting_list)
-            check_weights(self.weights, dims)
+            check_weights(self.weights, check_nesting_list(self.nesting_list))
         _require(self.tied or not self.scaled, "head.scaled", self.scaled, "false unless head.tied is true")
         _require_at_least(0, "head", self, "self_distillation")
 
@@ -413,7 +412,7 @@ def _parse(description: str, argv: Sequence[str]) -> Config:
         parser.add_class_arguments(section, name)
     try:
         namespace = parser.parse_args(argv)
-        if found := images_of_weights(namespace.model.backbone, namespace.model.init):
+        if found := images_of_weights(namespace.model.backbone, os.path.expanduser(namespace.model.init)):
             parser.set_defaults({f"data.{key}": value for key, value in found.items()})
             shrink = parser.parse_args(argv).data.eval_px / found["eval_px"]
             parser.set_defaults({"data.eval_resize_px": round(shrink * found["eval_resize_px"])})
@@ -457,7 +456,7 @@ def images_of_weights(backbone: str, init: str) -> dict[str, Any]:
     if init == "scratch":
         return {}
     try:
-        if Path(init).is_dir():
+        if init != "pretrained" and Path(init).is_dir():
             info = json.loads((Path(init) / "model.json").read_text())
             mean, std, interpolation = info["mean"], info["std"], info.get("interpolation", "bilinear")
             sizes = {"eval_px": info["crop_px"], "eval_resize_px": info["resize_px"]}

@@ -102,7 +102,7 @@ def run(main: Callable[[], int | None], interrupted: str) -> int:
         message = str(error)
         if not isinstance(error, UserError) and (advice := _advice(error, message)):
             error = UserError(f"{(message or 'out of memory').splitlines()[0].strip(' .')}; {advice}")
-        elif isinstance(error, dist.DistError) or "gloo" in message:
+        elif isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in message):
             error = ElsewhereError(f"lost the connection to another process ({message.splitlines()[0]}); see its error")
         elif not isinstance(error, (UserError, OSError)):
             raise

@@ -98,6 +98,8 @@ class NestedLinear(nn.Module):
         self.nesting_list = check_nesting_list(nesting_list)
         self.num_classes = num_classes
         self.tied, self.scaled = tied, scaled
+        if scaled and not tied:
+            raise UserError("scaled is True, but the classifiers are not tied; allowed: scaled with tied=True")
         dims = self.nesting_list[-1:] if tied else self.nesting_list
         self.classifiers = nn.ModuleList(nn.Linear(dim, num_classes) for dim in dims)
         if scaled:
@@ -143,7 +145,7 @@ def self_distillation(logits: Tensor) -> Tensor:
     Args:
         logits: ``(G, B, C)`` from `NestedLinear`.
     """
-    predictions = F.log_softmax(logits, dim=-1)
+    predictions = F.log_softmax(logits.float(), dim=-1)
     students, teacher = predictions[:-1], predictions[-1].detach()
     divergence = F.kl_div(students, teacher.expand_as(students), reduction="none", log_target=True)
     return F.pad(divergence.sum(-1).mean(-1), (0, 1))

@@ -160,8 +160,7 @@ def hold(path: Path, notice: str = "") -> Iterator[None]:
 
 def save_checkpoint(directory: Path, state: dict[str, Any]) -> None:
     """Write ``state`` to checkpoints/last.pt with `atomic_write`."""
-    content = {"format": CHECKPOINT_FORMAT, **state}
-    atomic_write(checkpoint_path(directory), lambda file: torch.save(content, file))
+    atomic_write(checkpoint_path(directory), lambda file: torch.save({"format": CHECKPOINT_FORMAT, **state}, file))
 
 
 def load_checkpoint(directory: Path) -> dict[str, Any] | None:

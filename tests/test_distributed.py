@@ -103,6 +103,14 @@ def test_a_process_that_waits_for_one_that_is_gone_ends_too(tmp_path, failure, s
     assert failing.strip() == message
 
 
+def test_an_error_about_an_igloo_is_not_a_lost_connection(capsys):
+    def fail():
+        raise UserError("igloo/1.jpg cannot be read as an image")
+
+    assert distributed.run(fail, "interrupted") == 2
+    assert capsys.readouterr().err.strip() == "error: igloo/1.jpg cannot be read as an image"
+
+
 def test_an_image_that_only_one_process_cannot_read_ends_both_with_that_error(make_folder):  # noqa: F811
     root = make_folder(["cat", "dog"], 16, 2)
     [of_main, of_other] = (train_indices(32, 4, 0, 0, rank, 2) for rank in (0, 1))

@@ -184,6 +184,10 @@ def test_a_home_folder_in_a_recipe_is_expanded(tmp_path, monkeypatch):
     found = [config.run.dir, config.data.root, config.model.init]
     assert found == [f"{tmp_path}/{name}" for name in ("runs", "pets", "weights.pt")]
     assert parse_command_line(["--config", "~/recipe.yaml", "--run.dir=~/other"], "").run.dir == f"{tmp_path}/other"
+    (tmp_path / "run").mkdir()
+    about = {"mean": [0.5] * 3, "std": [0.5] * 3, "crop_px": 64, "resize_px": 72}
+    (tmp_path / "run" / "model.json").write_text(json.dumps(about))
+    assert parse_command_line(["--model.init=~/run"], "").data.eval_px == 64, "as the weights were trained"
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,8 @@ def test_parameters_are_counted_once_and_the_shared_bias_is_included():
 def test_a_scaled_head_starts_as_the_shared_one_and_divides_gradients_by_the_prefixes_that_use_a_column():
     shared, scaled = (NestedLinear([2, 3, 5], 4, tied=True, scaled=is_scaled) for is_scaled in (False, True))
     scaled.load_state_dict(shared.state_dict() | {"log_scales": torch.zeros(3)})
+    with pytest.raises(UserError, match="allowed: scaled with tied=True"):
+        NestedLinear([2, 3, 5], 4, scaled=True)
     z = torch.randn(6, 7)
     for head in (shared, scaled):
         (head(z) ** 2).sum().backward()
@@ -142,6 +144,8 @@ def test_self_distillation_is_the_divergence_from_the_largest_prefix_which_it_do
         assert losses[g].item() == pytest.approx(expected, abs=1e-5)
     (gradient,) = torch.autograd.grad(losses.sum(), logits)
     assert gradient[2].abs().max() == 0 < gradient[:2].abs().min()
+    rounded = logits.bfloat16()
+    assert torch.equal(self_distillation(rounded), self_distillation(rounded.float())), "computed in float32"
 
 
 def triplet(a, p, n, margin):

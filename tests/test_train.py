@@ -315,7 +315,7 @@ def interrupted(*args):
             "nested_cross_entropy",
             out_of_memory,
             2,
-            r"error: a GPU ran out of memory \(CUDA out of memory\) on 256 images at a time; raise .*"
+            r"error: a GPU ran out of memory \(CUDA out of memory\) on up to 256 images at a time; raise .*"
             "train.accumulation_steps, now 1.*data.batch_size, now 256.*data.train_px, now 32",
         ),
         ("build_data", interrupted, 130, "interrupted; the last checkpoint, if there is one, is kept"),

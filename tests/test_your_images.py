@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from torchvision.transforms import v2
 import mrl
 import train
 from mrl import embed, engine
-from mrl.config import parse_command_line
+from mrl.config import images_of_weights, parse_command_line
 from mrl.data import build_data
 from mrl.data.folder import list_and_hold_out
 from mrl.data.images import default_workers
@@ -24,6 +25,7 @@ from mrl.errors import UserError
 from mrl.retrieval.embeddings import open_vectors
 from mrl.studies.run import embed_runs, open_run
 from mrl.studies.transfer import TransferImages
+from tests.test_train import stop_at
 
 CPU = torch.device("cpu")
 SMALL = ["--model.backbone", "test_resnet", "--data.train_px", "32", "--data.eval_px", "32", "--data.num_workers", "0"]
@@ -112,7 +114,7 @@ def test_a_run_lists_what_it_held_out_and_is_evaluated_on_exactly_that_when_imag
     argv = argv_of(root, "--data.val_share", "0.2", "--data.batch_size", "32", "--data.min_steps_per_epoch", "8")
     assert train.main([*argv, "--run.dir", str(tmp_path), "--run.name", "a"]) == 0
     printed = capsys.readouterr().out
-    assert "batch cut from 32 to 4 images, so that an epoch of 32 images has 8 steps or more" in printed
+    assert "batch cut from 32 to 4 images, so that an epoch of 32 images has 8 steps" in printed
     assert "steps 0 to 8, 8 an epoch; 4 images a step" in printed
     held_out = json.loads((tmp_path / "a" / "held_out.json").read_text())
     assert len(held_out) == 8 and all((root / name).is_file() for name in held_out)
@@ -128,6 +130,39 @@ def test_a_batch_is_cut_to_what_splits_evenly_and_never_below_one_image_each():
     assert [cut_batch(64, n, 10, 1, 1) for n in (5000, 640, 639, 9)] == [64, 64, 63, 1]
     assert [cut_batch(64, n, 10, 2, 4) for n in (5000, 639, 9)] == [64, 56, 8]
     assert [cut_batch(64, n, 1, 1, 1) for n in (64, 20)] == [64, 20]
+
+
+def test_a_run_keeps_its_cut_batch_when_it_resumes_in_other_shares(tmp_path, monkeypatch, capsys):
+    draw(tmp_path / "pets", cat=20, dog=20)
+    argv = argv_of(tmp_path / "pets", "--data.val_share", "0.2", "--data.batch_size", "32", "--run.dir", str(tmp_path))
+    argv += ["--data.min_steps_per_epoch", "3", "--run.resume", "auto", "--train.epochs", "2"]
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3, signal.SIGTERM)
+        assert train.main([*argv, "--train.accumulation_steps", "4"]) == 143
+    assert train.main(argv) == 0
+    printed = capsys.readouterr().out
+    assert "steps 0 to 8, 4 an epoch; 8 images a step" in printed
+    assert "steps 3 to 8, 4 an epoch; 8 images a step" in printed, "not 10, as a new run would have"
+
+
+def test_folders_called_scratch_or_pretrained_are_no_weights(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("scratch", "pretrained"):
+        (tmp_path / name).mkdir()
+    draw(tmp_path / "pets", cat=4, dog=4)
+    assert train.main([*argv_of("pets", "--data.val_share", "0.5"), "--data.batch_size", "4"]) == 0
+    assert images_of_weights("resnet50", "pretrained")["eval_px"] == 224
+
+
+def test_the_folder_of_the_command_holds_out_the_same_images_as_its_whole_path(tmp_path, monkeypatch):
+    draw(tmp_path / "train", cat=10, dog=10)
+    monkeypatch.chdir(tmp_path)
+    of_path, of_here = (
+        build_data(parse_command_line(argv_of(root, "--data.val_share", "0.2"), "").data, 0, CPU)
+        for root in (tmp_path, ".")
+    )
+    assert of_here["val"].held_out == of_path["val"].held_out
+    assert all((tmp_path / name).is_file() for name in of_here["val"].held_out)
 
 
 def test_as_many_processes_decode_as_a_device_leaves_cores_for(monkeypatch):

@@ -60,9 +60,10 @@ def build_data(
             "use different backends; copy the files again, or give --data.backend folder"
         )
     if data.rand_augment is not None and backend != "folder":
+        way_out = "" if data.name == "digits" else "--data.backend folder, or "
         raise UserError(
             f"data.rand_augment is {data.rand_augment!r}, but only the folder backend, with one image at a time in "
-            "worker processes, can do that; give --data.backend folder, or --data.rand_augment null"
+            f"worker processes, can do that; give {way_out}--data.rand_augment null"
         )
     shared = {field.name for field in dataclasses.fields(Transform)} - {"seed"}
     transform = Transform(seed, **{name: getattr(data, name) for name in shared})
@@ -101,7 +102,7 @@ def build_data(
                 images[split] = FolderImages(found, transform, device, num_workers, way_out)
             images[split].unreadable = unreadable
             if split == "val" and holds_out(data):
-                images[split].held_out = [name[len(str(Path(str(data.root)))) + 1 :] for name in names]
+                images[split].held_out = [os.path.relpath(name, data.root) for name in names]
                 reason += f"; val is held out of train, because {data.root} has no val/"
     if is_main:
         sizes = " + ".join(f"{split} {len(part):,}" for split, part in images.items())
@@ -206,6 +207,8 @@ def align_classes(
         expected, of_expected = [unicode_name(name) for name in classes], "the trained model"
     left_out = LeftOut()
     for split, images in found.items():
+        if not len(images.labels):
+            raise UserError(f"the {split} split of data.root {data.root} has no images")
         absent, extra = (sorted(set(a) - set(b)) for a, b in ((expected, images.classes), (images.classes, expected)))
         if extra or (absent and data.missing_classes == "refuse"):
             hint = "; a training with --data.missing_classes allow goes on, and leaves those out of the metrics"

@@ -160,7 +160,7 @@ def list_and_hold_out(
             f"images to {root}/train and those to validate on to {root}/val, or move other images away"
         )
     found = list_classes(top, "train", show_progress, missing_classes)
-    names = [path[len(str(root)) + 1 :] for path in found.paths]
+    names = [os.path.relpath(path, root) for path in found.paths]
     if held_out is not None:
         is_val = np.isin(names, list(held_out))
     else:

@@ -72,10 +72,8 @@ def read_into_memory(
 def check_memory(num_images: int, px: int, device: torch.device) -> None:
     """Refuse to keep images of ``px`` x ``px`` pixels that do not fit in memory."""
     needed = num_images * 3 * px * px
-    room = {}
-    if hasattr(os, "sysconf"):
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        room["memory per process"] = total / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    room = {"memory per process": total / int(os.environ.get("LOCAL_WORLD_SIZE", 1))}
     if device.type == "cuda":
         room["free GPU memory"] = torch.cuda.mem_get_info(device)[0]
     for where, available in room.items():

@@ -36,7 +36,7 @@ from mrl.retrieval.embeddings import (
     open_embeddings,
 )
 from mrl.studies.classification import Classifier, truncations
-from mrl.training.frozen import Trunk, TrunkCache
+from mrl.training.frozen import CachedImages, Trunk, TrunkCache
 
 if TYPE_CHECKING:
     from mrl.studies.transfer import LabeledFolder, TransferImages
@@ -262,7 +262,7 @@ def embed_runs(
             inputs = folder_images(folders[place], config, process) if place in folders else images[split]
             if force and process.is_main:
                 shutil.rmtree(directory, ignore_errors=True)
-            inputs = cache.images(split, inputs) if cache else inputs
+            inputs = CachedImages(cache, split, inputs) if cache else inputs
             sets[place] = embed_split(directory, wanted[place], inputs, embed, model.width, process, size)
         own = (sets["train"], sets["val"], sets.get("val_flip"))
         opened.append(OpenedRun(run, config, model.cpu(), source, *own, {place: sets[place] for place in folders}))

@@ -100,7 +100,7 @@ def notes(config: Config, device: torch.device, num_images: int, batch_size: int
     if batch_size < data.batch_size:
         found.append(
             f"batch cut from {data.batch_size} to {batch_size} images, so that an epoch of {num_images:,} images has "
-            f"{data.min_steps_per_epoch} steps or more"
+            f"{num_images // batch_size} steps"
         )
     if warmup_epochs < config.optim.warmup_epochs:
         found.append(f"warm-up shortened from {config.optim.warmup_epochs:g} to {warmup_epochs:g} epochs")

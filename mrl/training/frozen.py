@@ -15,6 +15,7 @@ import dataclasses
 import hashlib
 import json
 import math
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,22 +56,18 @@ class Trunk(nn.Module):
         return (out.permute(0, 2, 3, 1) if out.ndim == 4 else out).flatten(1)
 
 
-class _Pooled(nn.Module):
+class _Pooled(nn.Sequential):
     """The tail of a backbone of which at most the projection is trained: pooled vectors in, embeddings out."""
 
     def __init__(self, width: int, projection: Mapping[str, nn.Module]):
-        super().__init__()
+        super().__init__(OrderedDict(projection))
         self.head_hidden_size = width
-        for name, layer in projection.items():
-            self.add_module(name, layer)
 
     def forward_features(self, pooled: Tensor) -> Tensor:
         return pooled
 
     def forward_head(self, pooled: Tensor) -> Tensor:
-        for layer in self.children():
-            pooled = layer(pooled)
-        return pooled
+        return self(pooled)
 
 
 def split_frozen(model: MatryoshkaClassifier, px: int) -> tuple[Trunk, MatryoshkaClassifier]:
@@ -151,7 +148,9 @@ class TrunkCache:
         self.trunk, self.tail = split_frozen(model, config.data.eval_px)
         self.num_views, self.directory, self.process = config.train.cache_views, directory, process
         self.engines: dict[int, FastForward] = {}  # by the side of the images in pixels
-        digest = hashlib.sha256()
+        layers = config.model  # of which the weights do not tell everything
+        about = [layers.backbone, layers.kwargs, layers.stem_stride, layers.blurpool]
+        digest = hashlib.sha256(json.dumps(about).encode())
         for name, tensor in sorted(self.trunk.state_dict().items()):
             digest.update(name.encode() + tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         self.metadata = EmbeddingMetadata(
@@ -167,10 +166,6 @@ class TrunkCache:
             precision=precision,
         )
 
-    def images(self, split: str, images: Images) -> CachedImages:
-        """Return the batches of a split that the tail reads; ``split`` is train, val, or the name of other images."""
-        return CachedImages(self, split, images)
-
     def shape(self, px: int) -> tuple[int, ...]:
         """Return the shape of what the tail reads of one image."""
         with torch.inference_mode():
@@ -181,6 +176,7 @@ class CachedImages:
     """A split as a trunk's outputs, which the tail reads in place of images.
 
     They are computed when they are first asked for. Epoch e reads the crops and flips of epoch ``e % num_views``.
+    ``split`` is train, val, or the name of other images.
     """
 
     def __init__(self, cache: TrunkCache, split: str, images: Images):

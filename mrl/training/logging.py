@@ -189,7 +189,7 @@ def advice(config: Config, world_size: int) -> Iterator[None]:
         if place := out_of_memory(error):
             images = config.data.batch_size // world_size // train.accumulation_steps
             raise UserError(
-                f"{place} ran out of memory ({reason.split('. ')[0]}) on {images} images at a time; "
+                f"{place} ran out of memory ({reason.split('. ')[0]}) on up to {images} images at a time; "
                 f"raise --train.accumulation_steps, now {train.accumulation_steps}, which may change on resume, "
                 f"or lower --data.batch_size, now {config.data.batch_size}, or "
                 f"--data.train_px, now {config.data.train_px}"

@@ -279,6 +279,12 @@ def test_classes_that_lack_images_are_left_out_if_allowed(image_folder, backend,
             build_data(dataclasses.replace(config, missing_classes="allow"), 0, CPU)
 
 
+def test_a_split_without_any_image_is_refused_before_the_training(image_folder):
+    root = image_folder({"train": {"a": 1, "b": 1}, "val": {"a": 0, "b": 0}}, size=(8, 8))
+    with pytest.raises(UserError, match="the val split of data.root .* has no images"):
+        build_data(DataConfig(name="folder", root=str(root), missing_classes="allow"), 0, CPU)
+
+
 def damage(two_classes, *names):
     for name in names:
         (two_classes.root / name).write_bytes(b"no image")

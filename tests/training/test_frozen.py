@@ -87,6 +87,10 @@ def test_a_store_of_other_weights_or_crops_is_not_used(tmp_path):
             (["--data.crop_scale", "[0.5, 1.0]"], ["train_view0"]),  # other crops
             (["--run.seed", "1"], ["train_view0", "val"]),  # other frozen weights, as these are random
             (["--data.eval_px", "24"], ["train_view0", "val"]),
+            (
+                ["--model.kwargs", json.dumps(VIT | {"act_layer": "relu"})],
+                ["train_view0", "val"],
+            ),  # of the same weights
         ]
     ):
         assert run(tmp_path, *argv, *change, name=str(number)) == 0
