@@ -66,9 +66,8 @@ def train(config: Config, process: Process) -> int:
     data_seen = {"num_images": num_images, "classes": classes, "backend": BACKENDS[type(images["train"])]}
     accumulation_steps = config.train.accumulation_steps
     share = (process.rank, process.world_size, accumulation_steps)
-    batch_size = cut_batch(config.data.batch_size, num_images, config.data.min_steps_per_epoch, *share[1:])
-    if resumed is not None:  # other processes would cut the batch to another size
-        batch_size = resumed.get("batch_size", batch_size)
+    cut = cut_batch(config.data.batch_size, num_images, config.data.min_steps_per_epoch, *share[1:])
+    batch_size = resumed.get("batch_size", cut) if resumed else cut  # other processes would cut it to another size
     micro_batch_size = len(train_indices(num_images, batch_size, seed, 0, *share)[0])
     steps_per_epoch = num_images // batch_size
     total_steps = config.train.epochs * steps_per_epoch

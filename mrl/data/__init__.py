@@ -61,10 +61,8 @@ def build_data(
         )
     if data.rand_augment is not None and backend != "folder":
         way_out = "" if data.name == "digits" else "--data.backend folder, or "
-        raise UserError(
-            f"data.rand_augment is {data.rand_augment!r}, but only the folder backend, with one image at a time in "
-            f"worker processes, can do that; give {way_out}--data.rand_augment null"
-        )
+        what = f"data.rand_augment is {data.rand_augment!r}, but only the folder backend can do that"
+        raise UserError(f"{what}; give {way_out}--data.rand_augment null")
     shared = {field.name for field in dataclasses.fields(Transform)} - {"seed"}
     transform = Transform(seed, **{name: getattr(data, name) for name in shared})
     num_workers = default_workers(device) if data.num_workers is None else data.num_workers
