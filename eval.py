@@ -30,6 +30,7 @@ import pandas as pd
 
 from mrl import distributed
 from mrl.config import expand_home
+from mrl.data.folder import unicode_name
 from mrl.distributed import Process
 from mrl.errors import UserError
 from mrl.figures import figures_of, save
@@ -41,7 +42,7 @@ from mrl.results import Row, read_rows, text_table, write_rows
 from mrl.retrieval.search import describe_zero_prefixes
 from mrl.rundir import atomic_write_text, provenance
 from mrl.studies.adaptive_classification import headlines
-from mrl.studies.hierarchy import read_class_table
+from mrl.studies.hierarchy import build_hierarchy, read_class_table
 from mrl.studies.run import OpenedRun, embed_runs
 from mrl.studies.suite import LONG, run_studies
 from mrl.studies.transfer import TransferImages, read_folder, transfer_studies
@@ -58,15 +59,13 @@ SHOWN = {
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the checked command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--runs", nargs="+", metavar="RUN", help="run directories of finished trainings")
     what.add_argument("--redraw", metavar="RESULTS.jsonl", help="draw figures from these rows, without any model")
-    what.add_argument(
-        "--checkpoint", metavar="FILE.pt", help="weights of the paper's authors; takes --data.root etc. too"
-    )
+    weights = "weights of the paper's authors; takes --data.root etc. too"
+    what.add_argument("--checkpoint", metavar="FILE.pt", help=weights)
     parser.add_argument_group(
         "with --runs",
         "--data.root DIR: the folder of the images, if they are elsewhere than in training. --data.backend folder: "
@@ -82,8 +81,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--few_shot", **folders, help="images of any classes, never trained on")
     searched = "queries to find in the training images, or queries and a database; may be repeated"
     add("--retrieval", action="append", **folders, help=searched)
-    renaming = "for other class folder names: a table with the columns folder, trained_class"
-    add("--renaming", metavar="TSV", help=renaming)
+    add("--renaming", metavar="TSV", help="for other class folder names: a table with columns folder, trained_class")
     max_queries = "use N evenly spread queries in all retrieval studies, which is faster; default: all queries"
     add("--max_queries", type=int, metavar="N", help=max_queries)
     add("--skip", nargs="+", choices=LONG, default=[], help="leave out studies that take minutes with 100,000 images")
@@ -91,8 +89,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     precision = "precision of the forward pass; bf16 is faster on hardware that supports it; default: fp32"
     add("--precision", choices=("fp32", "bf16"), default="fp32", help=precision)
     add("--force", action="store_true", help="compute embeddings again, e.g. after image files were replaced")
-    modes = ("disabled", "offline", "online")
-    add("--wandb", choices=modes, default="disabled", help="log results to each run's W&B run too")
+    add("--wandb", choices=("disabled", "offline", "online"), default="disabled", help="log to each run's W&B run too")
     add("--wandb_artifacts", action="store_true", help="upload models and embeddings to W&B too")
     args, settings = parser.parse_known_args(expand_home(argv))
     args.settings = settings
@@ -127,6 +124,8 @@ def evaluate(args: argparse.Namespace, process: Process) -> None:
     distributed.stop()  # what follows, reading images for a picture too, is the main process's alone
     if not process.is_main:
         return
+    for run in opened if superclasses else ():
+        build_hierarchy(run.classes, superclasses or {})  # raises before the studies if the table is of other classes
     for run in opened:
         for images, of_split in (("validation images", run.val), ("training images", run.train)):
             if zeros := describe_zero_prefixes(of_split.vectors, run.dims, images):
@@ -145,7 +144,8 @@ def evaluate(args: argparse.Namespace, process: Process) -> None:
         rows += transfer_studies(run, transfer, process.device, args.max_queries)
         write_rows(rows, out / "results.jsonl")
     show(rows, out, args.title)
-    draw_pictures(next((run for run in opened if len(run.head.nesting_list) > 1), opened[0]), out, process, args.title)
+    shown = next((run for run in opened if len(run.head.nesting_list) > 1), opened[0])
+    draw_pictures(shown, out, process, args.title if shown.source.dataset == opened[0].source.dataset else None)
     print(f"rows: {out / 'results.jsonl'}")
     if args.wandb != "disabled":
         report_evaluation(runs, rows, record, args.wandb, args.wandb_artifacts)
@@ -160,7 +160,7 @@ def name_runs(runs: Sequence[Path]) -> dict[str, Path]:
         if not (run / file).is_file():
             raise UserError(f"{run} has no {file}, so it is not the directory of a run that has saved a model")
     same = Counter(run.name for run in resolved)
-    names = [f"{run.parent.name}/{run.name}" if same[run.name] > 1 else run.name for run in resolved]
+    names = [unicode_name(f"{run.parent.name}/{run.name}" if same[run.name] > 1 else run.name) for run in resolved]
     if len(set(names)) < len(names):
         raise UserError(f"the runs {', '.join(map(str, runs))} share a name, also with their folder; rename one")
     return dict(zip(names, runs, strict=True))

@@ -59,7 +59,7 @@ def embedded(run: OpenedRun, num_views: int, num_queries: int) -> Sets:
 @torch.inference_mode()
 def views(run: OpenedRun, num_views: int) -> np.ndarray:
     """Return the embeddings of ``num_views`` windows of each training image, ``(num_views * N, D)`` float16."""
-    config, process = run.config, distributed.start()
+    config, process = run.config, distributed.Process(0, 1, torch.device("cpu"))
     if not config.train.cache_views:
         raise UserError("--views needs a run whose frozen layers were stored (train.cache_views)")
     images = build_data(config.data, config.run.seed, process.device, False, splits=("train",))["train"]

@@ -24,11 +24,8 @@ def write_sweep(runs: Sequence[Run], out: Path) -> list[Path]:
     """Write one line per run and dim, a figure, and return their paths."""
     lines = []
     for run in runs:
-        head, dims = run.config.head, run.config.head.nesting_list
         scores = last_validation(run.directory)
-        trained = list(scores) if dims == "auto" else dims
-        method = method_name(trained, head)
-        about = (run.entry.name, method, run.config.optim.lr, run.config.run.seed)
+        about = (run.entry.name, method_name(list(scores), run.config.head), run.config.optim.lr, run.config.run.seed)
         lines += [(*about, dim, top_1) for dim, top_1 in scores.items()]
     frame = pd.DataFrame(lines, columns=["name", "method", "lr", "seed", "dim", "top_1"])
     frame = frame.sort_values(["name", "method", "dim", "lr", "seed"])
@@ -41,13 +38,15 @@ def write_sweep(runs: Sequence[Run], out: Path) -> list[Path]:
 @rc_context(style.RC)
 def draw(frame: pd.DataFrame) -> Figure:
     """Draw top-1 over learning rate at the smallest, a middle, and the largest dim that all methods share."""
-    shared = sorted(set.intersection(*(set(some["dim"]) for _, some in frame.groupby("method"))))
+    key = "name" if frame.groupby("method")["name"].nunique().max() > 1 else "method"
+    looks = style.styles_of(frame.assign(label=frame[key]))
+    shared = sorted(set.intersection(*(set(some["dim"]) for _, some in frame.groupby(key))))
     dims = sorted({shared[0], shared[len(shared) // 2], shared[-1]})
     figure = Figure(figsize=(3.6 * len(dims), 3.4), layout="constrained")
     for axes, dim in zip(figure.subplots(1, len(dims), squeeze=False)[0], dims, strict=True):
-        for method, some in frame[frame["dim"] == dim].groupby("method"):
+        for label, some in frame[frame["dim"] == dim].groupby(key):
             by_rate = 100 * some.groupby("lr")["top_1"].mean()
-            look = {**style.METHOD_STYLES[str(method)], "label": style.METHOD_LABELS.get(str(method), method)}
+            look = looks[str(label)] | {"label": style.METHOD_LABELS.get(str(label), label)}
             axes.plot(by_rate.index, by_rate.to_numpy(), **look)
             axes.plot([by_rate.idxmax()], [by_rate.max()], color=look["color"], marker="*", markersize=13)
         axes.set_xscale("log")

@@ -27,8 +27,8 @@ from mrl.errors import UserError
 from mrl.figures import figures_of
 from mrl.figures.accuracy import is_trained, trained_dims
 from mrl.figures.quantization import bytes_table
-from mrl.figures.style import line_labels
-from mrl.results import METHODS, Row, markdown, read_rows, span
+from mrl.figures.style import is_model, line_labels
+from mrl.results import Row, markdown, read_rows, span
 from mrl.rundir import atomic_write_text
 from mrl.studies.claims import CONFIDENCE, MIN_SEEDS, Comparison, Effect, effects, paper_effects
 
@@ -156,7 +156,7 @@ def table_by_size(rows: Sequence[Row], dataset: str, study: str, metric: str) ->
     Sizes at which a nested model was not trained are left out.
     """
     trained, key = trained_dims(rows), (dataset, study, metric, None)
-    shown = [row for row in rows if (row.dataset, row.study, row.metric, row.group) == key and row.method in METHODS]
+    shown = [row for row in rows if (row.dataset, row.study, row.metric, row.group) == key and is_model(row.method)]
     shown = [row for row in shown if is_trained(row, trained)]
     if not shown:
         return ""
@@ -175,7 +175,7 @@ def table_by_size(rows: Sequence[Row], dataset: str, study: str, metric: str) ->
 def measured_effects(rows: Sequence[Row], dataset: str) -> list[Effect]:
     """Return the effects; none if the rows are of one method only, or of several models of one kind and seed."""
     labels = line_labels([row for row in rows if row.dataset == dataset and row.study == "classification"])
-    methods = {method for method, _ in labels if method in METHODS}
+    methods = {method for method, _ in labels if is_model(method)}
     one_line = len({label for (method, _), label in labels.items() if method == "MRL"}) <= 1
     return effects(rows, dataset) if len(methods) > 1 and one_line else []
 
@@ -210,7 +210,8 @@ def table_of_runs(provenance: dict[str, Any]) -> str:
         " ".join([run["recipe"], *(one for one in of_run if one and one not in shared)])
         for run, of_run in zip(runs, settings, strict=True)
     ]
-    frame["commit"] = frame["git_commit"].fillna("unknown").str[:7] + frame["git_dirty"].map(" + changes".__mul__)
+    dirty = frame["git_dirty"].eq(True).map(" + changes".__mul__)  # None without git
+    frame["commit"] = frame["git_commit"].fillna("unknown").str[:7] + dirty
     table = [["recipe", "seeds", "images/s", "training of one run", "hardware", "torch", "commit"]]
     for name, some in frame.groupby("name", sort=False):
         cells = [str(name), ", ".join(map(str, some["seed"])), span(some["images_per_second"], "{:,.0f}".format)]
@@ -228,12 +229,10 @@ def duration(seconds: float) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run from a command line; return the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument(
-        "--results", type=Path, default=RESULTS, help="folder of groups; default: results/tiny_imagenet"
-    )
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False)
+    results = "folder of groups; default: results/tiny_imagenet"
+    parser.add_argument("--results", type=Path, default=RESULTS, help=results)
     parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 if anything would change")
     args = parser.parse_args(argv)
 

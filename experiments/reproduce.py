@@ -219,9 +219,8 @@ def make_subset(data: Path, grid: Grid, out: Path) -> None:
             links = {link: folder}
             if every:
                 link.mkdir(exist_ok=True)
-                names = [
-                    name for i, name in enumerate(sorted(os.listdir(folder))) if (i % every == 0) == (split == "val")
-                ]
+                found = enumerate(sorted(os.listdir(folder)))
+                names = [name for i, name in found if (i % every == 0) == (split == "val")]
                 links = {link / name: folder / name for name in names}
             for path, target in links.items():
                 if not path.is_symlink():
@@ -269,10 +268,10 @@ def train_all(runs: Sequence[Run], jobs: int, command: Sequence[str] = TRAIN) ->
         return f"train.py {ending}; last line of {log}: {lines[-1] if lines else ''}"
 
     total = sum(run.config.train.epochs for run in runs)
+    unfinished = [run for run in runs if not run.is_finished()]  # raises before anything starts
     with StopSignals() as received, ThreadPoolExecutor(jobs) as pool, progress(total=total, unit="epoch") as bar:
-        for run in runs:
-            if not run.is_finished():
-                futures[run.name] = pool.submit(train, run)
+        for run in unfinished:
+            futures[run.name] = pool.submit(train, run)
         while wait(futures.values(), REFRESH_SECONDS).not_done:
             bar.update(sum(run.epochs_done() for run in runs) - bar.n)
     failed = {str(name): reason for name, future in futures.items() if (reason := future.result())}
@@ -361,7 +360,7 @@ def reproduce(args: argparse.Namespace) -> int:
     """Train, evaluate and report; return the exit status."""
     if args.jobs < 1:
         raise UserError(f"--jobs is {args.jobs}; allowed: 1 or more")
-    grid, shipped = read_grid(args.grid), (GRIDS / f"{args.grid}.yaml").is_file()
+    grid, shipped = read_grid(args.grid), args.grid != "digits" and (GRIDS / f"{args.grid}.yaml").is_file()
     runs_dir = args.runs or Path(f"runs/grid_{Path(args.grid).stem}{f'_{args.epochs}_epochs' if args.epochs else ''}")
     data = args.data or (Path("data/tiny_imagenet") if shipped else None)
     root = runs_dir / "data" / grid.subset if grid.subset else data
@@ -379,15 +378,15 @@ def reproduce(args: argparse.Namespace) -> int:
 
     failed, stopped_by = train_all(wanted, args.jobs)
     problems = [f"failed: {name}: {reason}" for name, reason in failed.items()]
+    trial = args.epochs or args.seeds or not shipped
+    out = args.out or (runs_dir / "results" if trial else RESULTS)
+    finished = [run for run in runs if run.is_finished()]
     if stopped_by:
         problems.append("stopped; the same command resumes")
     elif any(entry.lrs for entry in grid.runs):
-        out = args.out or RESULTS / grid.runs[0].group
-        for path in write_sweep([run for run in runs if run.is_finished()], out):
+        for path in write_sweep(finished, args.out or out / grid.runs[0].group) if finished else ():
             print(f"written: {path}")
     else:
-        trial = args.epochs or args.seeds or not shipped
-        out = args.out or (runs_dir / "results" if trial else RESULTS)
         problems += evaluate(grid, runs, args.few_shot, runs_dir / "eval", out)
         for path in write_report(out, DOCUMENTS if out.resolve() == RESULTS else ()):
             print(f"written: {path}")
@@ -398,9 +397,8 @@ def reproduce(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run from a command line; return the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False)
     add = parser.add_argument
     add("--grid", required=True, metavar="NAME|FILE", help="a file name in experiments/grids, or a path")
     add("--list", action="store_true", help="show the runs, their state and the time left; start nothing")

@@ -297,18 +297,17 @@ def warn_if_nested(score: Score, width: int, dim: int, trained: Sequence[int]) -
 def read_array(path: str) -> np.ndarray:
     """Return the array in a .npy file."""
     try:
-        return np.load(path)
+        with open(path, "rb") as file:
+            return np.lib.format.read_array(file)
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{path} cannot be read as a .npy file: {error}") from error
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse and check the command line."""
+    form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        prog="python -m mrl.adapt",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        "python -m mrl.adapt", description=__doc__, formatter_class=form, allow_abbrev=False
     )
     parser.add_argument("--vectors", required=True, metavar="FILE.npy", help="vectors (N, D) of one model, any length")
     parser.add_argument("--labels", metavar="FILE.npy", help="their classes (N,), if there are any")

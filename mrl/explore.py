@@ -89,7 +89,7 @@ def slider_stops(trained: Sequence[int], width: int) -> list[int]:
     [6, 8, 10, 12, 16, 20, 24, 32, 40]
     """
     between = [size << power for size in (2, 3) for power in range(width.bit_length())]
-    return sorted({size for size in between if min(trained) <= 2 * size < 2 * width} | {*trained, width})
+    return sorted({size for size in between if min([*trained, width]) <= 2 * size < 2 * width} | {*trained, width})
 
 
 def int8_codes(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

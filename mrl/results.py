@@ -135,7 +135,7 @@ def read_rows(path: str | Path) -> list[Row]:
     if not path.is_file():
         raise UserError(f"{path} does not exist, so there are no results to read")
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
         if line.strip():
             try:
                 rows.append(Row(**json.loads(line)))  # files that are older than a column lack its key

@@ -174,8 +174,10 @@ def test_files_that_are_something_else_are_refused_and_kept(sets, maps, tmp_path
     assert adapt.main(argv(tmp_path, sets[0])) == 2
     assert path.read_text() == "Dear reader" and "cannot be read as a map" in capsys.readouterr().err
     path.unlink()
+    np.savez(tmp_path / "some.npz", vectors=sets[0])
     for more, message in (
         (("--vectors", tmp_path / "none.npy"), "none.npy cannot be read as a .npy file"),
+        (("--vectors", tmp_path / "some.npz"), "some.npz cannot be read as a .npy file"),
         (("--out", tmp_path / "map.npy"), "allowed: a .safetensors file"),
         (("--dims", 4, 2), "strictly ascending"),
         (("--seed", -1), "--seed is -1"),

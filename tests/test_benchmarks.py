@@ -14,7 +14,7 @@ from mrl.config import Config, DataConfig, HeadConfig, RunConfig, to_yaml
 from mrl.data import build_data
 from mrl.model import ModelInfo, build_backbone, build_model, save_model
 from mrl.results import Source
-from mrl.retrieval.embeddings import embed_split, embeddings_path
+from mrl.retrieval.embeddings import embed_split
 from mrl.rundir import atomic_write_text
 from mrl.studies.run import describe_embeddings
 
@@ -65,7 +65,7 @@ def embedded_run(tmp_path):
     images = build_data(DATA, 0, process.device)
     wanted = describe_embeddings(tmp_path, config, Source("digits", "run", 0, 16, 16, False), classes, [])
     for split in ("train", "val"):
-        place = embeddings_path(tmp_path, split)
+        place = tmp_path / "embeddings" / split
         embed_split(place, wanted[split], images[split], model.embed, 32, process, 256)
     return tmp_path
 
@@ -79,7 +79,7 @@ def test_a_run_is_searched_by_every_index_and_dim(embedded_run, capsys):
     rows = [line for line in lines_of(capsys) if line["measurement"] == "adaptive retrieval"]
     each = [f"{name} at 8, best {n} at 32" for name in ("Flat", "HNSW32", "IVF4,SQ8", "LSHrt") for n in (9, 60)]
     assert [row["name"] for row in rows] == ["faiss full width", *each]
-    of_split = {split: embeddings_path(embedded_run, split) for split in ("train", "val")}
+    of_split = {split: embedded_run / "embeddings" / split for split in ("train", "val")}
     database, queries = (np.load(of_split[split] / "vectors.npy") for split in ("train", "val"))
     some = np.linspace(0, len(queries) - 1, 50).round().astype(int)
     near = database.astype(np.float16).astype(np.float32)

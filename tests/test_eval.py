@@ -211,12 +211,15 @@ def test_runs_of_one_name_are_told_apart_by_their_folder_or_refused(runs, tmp_pa
     a, b, deep = (Path(shutil.copytree(runs / "mrl", tmp_path / folder / "mrl")) for folder in ("a", "b", "deep/a"))
     assert script.name_runs([a, b, runs / "ff"]) == {"a/mrl": a, "b/mrl": b, "ff": runs / "ff"}
     assert "share a name" in refused(capsys, "--runs", str(a), str(deep))
+    other = a.rename(tmp_path / "a" / "cafe\u0301")
+    assert script.name_runs([other]) == {"caf\u00e9": other}, "as rows call it"
     assert "each once" in refused(capsys, "--runs", str(runs / "mrl"), f"{runs}/../runs/mrl")
 
 
 def test_other_mistakes_are_one_sentence(runs, scans, tmp_path, capsys, no_images):
     run, rows, none = ("--runs", str(runs / "ff")), str(runs / "eval" / "results.jsonl"), str(tmp_path / "none")
     (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "others.tsv").write_text("class\tsuperclass\nant\tinsect\n")
     for argv, said in (
         (("--runs", none), "none has no config.yaml"),
         ((*run, "--batch_size", "0"), "--batch_size is 0"),
@@ -229,6 +232,7 @@ def test_other_mistakes_are_one_sentence(runs, scans, tmp_path, capsys, no_image
         ((*run, "--robustness", f"imagenet_r={scans}"), "imagenet_r has 200 class folders"),
         ((*run, "--retrieval", *[str(scans)] * 3), "queries and a database"),
         ((*run, "--renaming", none), "trained_class"),
+        ((*run, "--superclasses", str(tmp_path / "others.tsv")), "none of the 10 classes"),
     ):
         assert said in refused(capsys, *argv)
 

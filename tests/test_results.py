@@ -78,12 +78,13 @@ def changed(**changes):
         (changed(value=50.0), "from 0 to 1"),
         (changed()[:40], "line 2 is not a row"),
         ("[1, 2]", "list"),
+        ("\udc89PNG", "line 2 is not a row"),
     ],
 )
 def test_a_line_that_is_not_a_row_is_refused_with_its_number(tmp_path, line, said):
     path = tmp_path / "results.jsonl"
     write_rows(ROWS[:1], path)
-    path.write_text(path.read_text() + line + "\n")
+    path.write_text(path.read_text() + line + "\n", errors="surrogateescape")
     with pytest.raises(UserError, match=said) as error:
         read_rows(path)
     assert "line 2" in str(error.value) or said == "from 0 to 1"

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from mrl.figures import style
 from mrl.paper import paper_rows
-from mrl.results import METHODS, Row
+from mrl.results import Row
 
 LINEAR, NEAREST, RETRIEVAL = ("classification", "top_1"), ("retrieval", "top_1"), ("retrieval", "map@10")
 CLASSES = ("hierarchy", "top_1")
@@ -45,7 +45,7 @@ def is_trained(row: Any, trained: Trained) -> bool:
 
 
 def by_dim(rows: Sequence[Row], name: str) -> Figure:
-    """Draw one of the figures in `PANELS`, at trained sizes; "baselines" shows all methods, the others `METHODS`.
+    """Draw one of the figures in `PANELS`, at trained sizes; "baselines" shows all methods, the others models only.
 
     "accuracy_by_dim" has the line of PCA too, the baseline that is hardest to beat.
     """
@@ -54,8 +54,8 @@ def by_dim(rows: Sequence[Row], name: str) -> Figure:
         rows = [*rows, *class_accuracy(rows)]
     rows = [row for row in rows if (row.study, row.metric.removesuffix("_std")) in panels and row.group is None]
     rows = [row for row in rows if is_trained(row, trained)]
-    known = [row for row in rows if row.method in METHODS]
-    shown = [row for row in rows if row.method in (*METHODS, "FF PCA")] if name == "accuracy_by_dim" else known
+    known = [row for row in rows if style.is_model(row.method)]
+    shown = known + [row for row in rows if row.method == "FF PCA"] if name == "accuracy_by_dim" else known
     if name == "baselines" and len(known) == len(rows):
         raise style.NothingToDraw("there are no rows of baselines")
     return _draw(rows if name == "baselines" else shown, panels)

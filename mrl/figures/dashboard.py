@@ -28,18 +28,15 @@ def dashboard(points: pd.DataFrame, charts: Mapping[str, Mapping[str, Sequence[s
             with "by method" is a mean over runs.
     """
     figure = Figure(figsize=(11, 2.3 * len(charts)), layout="constrained")
-    for part, (section, titles) in zip(
-        figure.subfigures(len(charts), 1, squeeze=False).flat, charts.items(), strict=True
-    ):
+    parts = figure.subfigures(len(charts), 1, squeeze=False).flat
+    for part, (section, titles) in zip(parts, charts.items(), strict=True):
         part.suptitle(section, x=0.01, ha="left", weight="bold")
         for axes, (title, metrics) in zip(part.subplots(1, len(titles)), titles.items(), strict=True):
             prefixes = "[0-9]+" if metrics[0].endswith("/") else ""
             pattern = "|".join(re.escape(metric) + prefixes for metric in metrics)
-            shown = points[points.metric.str.fullmatch(pattern)].rename(
-                columns={"method" if "by method" in title else "run": "name"}
-            )
-            draw = _draw_prefixes if prefixes else _draw_metrics
-            draw(axes, shown)
+            names = {"method" if "by method" in title else "run": "name"}
+            shown = points[points.metric.str.fullmatch(pattern)].rename(columns=names)
+            (_draw_prefixes if prefixes else _draw_metrics)(axes, shown)
             by_dim = metrics[0].startswith("eval/")
             axes.set(title=title, xlabel="dim" if by_dim else "training step")
             if by_dim:
@@ -52,7 +49,7 @@ def dashboard(points: pd.DataFrame, charts: Mapping[str, Mapping[str, Sequence[s
 
 def _draw_prefixes(axes: Axes, shown: pd.DataFrame) -> None:
     """Draw a line for each run and prefix, in the color of its size."""
-    shown = shown.assign(dim=shown.metric.str.rpartition("/")[2].astype(int))
+    shown = shown.assign(dim=shown.metric.str.rsplit("/").str[-1].astype(int))
     dims, names = sorted(shown.dim.unique()), list(shown["name"].unique())
     for (name, dim), line in shown.groupby(["name", "dim"]):
         color = colormaps["viridis"](0.92 * dims.index(dim) / max(1, len(dims) - 1))
@@ -62,8 +59,7 @@ def _draw_prefixes(axes: Axes, shown: pd.DataFrame) -> None:
 
 def _draw_metrics(axes: Axes, shown: pd.DataFrame) -> None:
     """Draw a line for each run or method and metric; markers show lines of one point."""
-    lines = shown.groupby(["name", "metric"], sort=False)
-    for place, ((name, metric), line) in enumerate(lines):
+    for place, ((name, metric), line) in enumerate(shown.groupby(["name", "metric"], sort=False)):
         label = name if shown.metric.nunique() < 2 else f"{name} {metric.removeprefix('eval/')}"
         look: style.Style = {"color": COLORS[place % len(COLORS)], "linestyle": LINES[place % len(LINES)]}
         if metric.startswith("eval/"):

@@ -105,9 +105,8 @@ def pictures_of(run: OpenedRun, device: torch.device) -> dict[str, Figure]:
     query = telling_queries(found, labels[taken], run.train.labels, num_queries=1)[0]
     title = f"{run.source.title}: training images nearest to a validation image, of {len(taken):,} the one whose"
     figures = {"neighbors": neighbors_of(run, found, query, taken, f"{title} neighbors improve most; dashed: wrong")}
-    counts = confusion_counts(
-        predict(run.val.vectors, run.classifiers, device=device).classes, labels, len(run.classes)
-    )
+    predicted = predict(run.val.vectors, run.classifiers, device=device).classes
+    counts = confusion_counts(predicted, labels, len(run.classes))
     ends = sorted({run.dims[0], run.dims[-1]})
     return figures | {"confusions": confusions(counts, run.dims, ends, run.classes, run.source.title)}
 

@@ -19,7 +19,7 @@ from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullFormatt
 
 from mrl.errors import UserError
 from mrl.paper import paper_rows
-from mrl.results import Row, data_title, span
+from mrl.results import METHODS, Row, data_title, span
 
 Style = dict[str, Any]
 # Every function that draws is decorated with `matplotlib.rc_context(RC)`.
@@ -86,6 +86,11 @@ def metric_label(metric: str) -> str:
     if metric.startswith("top_1"):  # few-shot too
         return "top-1 accuracy (%)"
     return f"{metric.replace('map', 'mAP')} (%)"
+
+
+def is_model(method: str) -> bool:
+    """Whether rows of a method are of a trained model at its sizes, or cut to them, and of no baseline."""
+    return method.startswith("MRL") or method in METHODS
 
 
 def line_labels(rows: Sequence[Row]) -> dict[tuple[str, str], str]:

@@ -27,7 +27,8 @@ from mrl.config import read_config
 from mrl.errors import UserError
 from mrl.figures import figures_of
 from mrl.figures.dashboard import dashboard
-from mrl.results import METHODS, Row
+from mrl.figures.style import is_model
+from mrl.results import Row
 from mrl.rundir import read_metrics
 from mrl.training.logging import start_wandb
 
@@ -83,7 +84,7 @@ def report_evaluation(
         config = read_config(directory / "config.yaml")
         of_run = [row for row in rows if row.run == name]
         methods = {row.method for row in of_run if row.study == "classification"}
-        method = next(filter(methods.__contains__, METHODS), "")
+        method = min(filter(is_model, methods), default="")
         about = {"eval_method": method, "eval_provenance": dict(record)} | dataclasses.asdict(config)
         own_dataset = of_run[0].dataset
         settings = dataclasses.asdict(config.wandb) | {"name": name, "mode": mode, "job_type": "eval"}
@@ -130,7 +131,7 @@ def _log_by_dim(run: Any, rows: Sequence[Row]) -> None:
     by_dim: dict[int, dict[str, float]] = {}
     for row in rows:
         metric = BY_DIM.get((row.study, row.metric))
-        if metric and row.dim is not None and row.method in METHODS:
+        if metric and row.dim is not None and is_model(row.method):
             truncated = "truncated_" if row.method == "FF truncated" else ""
             by_dim.setdefault(row.dim, {})[f"eval/{truncated}{metric}"] = row.value
     run.define_metric("eval/dim", hidden=True)
@@ -199,7 +200,7 @@ def offline_points(runs: Sequence[Path]) -> pd.DataFrame:
             numbers = {key: value for key, value in row.items() if isinstance(value, int | float)} if x else {}
             about = {"run": directory.name, "method": method, "x": x}
             points += [about | {"metric": key, "value": value} for key, value in numbers.items()]
-    return pd.DataFrame(points)
+    return pd.DataFrame(points, columns=["run", "method", "x", "metric", "value"])
 
 
 def build_workspace(entity: str, project: str, name: str) -> Any:

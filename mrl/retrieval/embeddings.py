@@ -54,11 +54,6 @@ class EmbeddingSet:
     metadata: EmbeddingMetadata
 
 
-def embeddings_path(run: Path, split: str, flip: bool = False) -> Path:
-    """Return the directory of a split's embeddings in a run directory."""
-    return run / "embeddings" / (f"{split}_flip" if flip else split)
-
-
 def file_sha256(path: Path) -> str:
     """Return the SHA-256 of a file's content, in hexadecimal."""
     digest = hashlib.sha256()
@@ -86,7 +81,7 @@ def open_embeddings(directory: Path, metadata: EmbeddingMetadata) -> EmbeddingSe
     try:
         vectors = np.load(directory / "vectors.npy", mmap_mode="r")
         return EmbeddingSet(vectors, np.load(directory / "labels.npy"), metadata)
-    except (OSError, ValueError):  # a file is gone or cut short
+    except (OSError, ValueError, EOFError):  # a file is gone or cut short
         return None
 
 
@@ -295,7 +290,7 @@ def open_vectors(path: str | Path) -> VectorFile:
     try:
         lines = path.with_suffix(".ids.txt").read_bytes().split(b"\n")[:-1]
         vectors = np.load(path, mmap_mode="r")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{path} cannot be read as vectors of python -m mrl.embed: {error}") from error
     ids = [os.fsdecode(line) for line in lines]
     if metadata is None or len(vectors) != len(ids) or classes_sha256(ids) != metadata.classes_sha256:

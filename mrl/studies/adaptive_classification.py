@@ -86,11 +86,11 @@ def _check_confidence(confidence: np.ndarray) -> np.ndarray:
 def splits(num_images: int, num_splits: int = NUM_SPLITS) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield indices to fit on and the remaining indices to report on, for each random split.
 
-    Fits use 10,000 images, or a fifth if there are fewer than 50,000. Split i is the same for every model.
+    Fits use 10,000 images, or a fifth (at least one) of fewer than 50,000. Split i is the same for every model.
     """
-    if num_images < 5:
-        raise UserError(f"a cascade needs 5 or more validation images to fit thresholds, but there are {num_images}")
-    num_fit = 10_000 if num_images >= 50_000 else num_images // 5
+    if num_images < 2:
+        raise UserError(f"a cascade needs 2 or more validation images to fit thresholds, but there are {num_images}")
+    num_fit = 10_000 if num_images >= 50_000 else max(1, num_images // 5)
     for split in range(num_splits):
         order = np.random.default_rng(split).permutation(num_images)
         yield np.sort(order[:num_fit]), np.sort(order[num_fit:])
@@ -122,7 +122,7 @@ def cascade(
         scores.append([(correct[g, test].mean(), sizes[g].mean(), sizes.cumsum()[g].mean()) for g in chosen])
     n, rows = len(test), []
     for cap, of_cap in zip(dims[1:], np.transpose(scores, (1, 2, 0)).tolist(), strict=True):
-        (top_1, used, tried), (top_1_std, used_std, _) = map(statistics.mean, of_cap), map(std, of_cap)
+        (top_1, used, tried), (top_1_std, used_std, _) = map(statistics.mean, of_cap), map(statistics.stdev, of_cap)
         rows += [
             source.row(STUDY, name, "top_1", top_1, n, dim=cap, expected_dim=used),
             source.row(STUDY, name, "top_1_std", top_1_std, n, dim=cap, expected_dim=used_std),
@@ -130,7 +130,7 @@ def cascade(
         ]
     for dim, of_dim in zip(dims[:-1], np.transpose(fitted).tolist(), strict=True):
         rows.append(source.row(STUDY, name, "threshold", statistics.mean(of_dim), n, dim=dim))
-        rows.append(source.row(STUDY, name, "threshold_std", std(of_dim), n, dim=dim))
+        rows.append(source.row(STUDY, name, "threshold_std", statistics.stdev(of_dim), n, dim=dim))
     return rows
 
 
@@ -138,16 +138,11 @@ def fixed_feature(correct: np.ndarray, dim: int, source: Source, num_splits: int
     """Return rows "top_1", "top_1_std" of a fixed-feature model, ``correct`` ``(N,)``, on the splits of `cascade`."""
     tests = [test for _, test in splits(len(correct), num_splits)]
     accuracies = [float(correct[test].mean()) for test in tests]
-    values = {"top_1": (statistics.mean(accuracies), float(dim)), "top_1_std": (std(accuracies), 0.0)}
+    values = {"top_1": (statistics.mean(accuracies), float(dim)), "top_1_std": (statistics.stdev(accuracies), 0.0)}
     return [
         source.row(STUDY, "FF", metric, value, len(tests[0]), dim=dim, expected_dim=expected)
         for metric, (value, expected) in values.items()
     ]
-
-
-def std(values: Sequence[float]) -> float:
-    """Return the sample standard deviation; 0 for a single value."""
-    return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def dims_saved(rows: Sequence[Row], method: str) -> dict[int, float | None]:

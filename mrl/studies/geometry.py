@@ -61,8 +61,7 @@ def cosines(
     sides = [torch.from_numpy(np.array(vectors[pairs], dtype=np.float32)) for pairs in kinds]  # (P, 2, D)
     found = {}
     for dim in dims:
-        unit = [unit_prefix(z, dim).double() for z in sides]
-        positive, random = (z.prod(dim=1).sum(dim=1).clamp(-1, 1).numpy() for z in unit)
+        positive, random = (unit_prefix(z, dim).double().prod(dim=1).sum(dim=1).clamp(-1, 1).numpy() for z in sides)
         found[dim] = positive, random
     return found
 

@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -218,13 +218,11 @@ def group_classes(
     clusters, score = _cluster(means, num_groups)
     at_random = max(_cluster(rng.permuted(means, axis=0), num_groups)[1] for _ in range(NUM_SHUFFLES))
     superclass_of, first = pd.factorize(clusters)  # numbers groups by their first class
-    names = []
-    for group in range(len(first)):
-        names.append(shown([classes[c] for c in np.flatnonzero(superclass_of == group).tolist()]))
+    members = [[classes[c] for c in np.flatnonzero(superclass_of == group).tolist()] for group in range(len(first))]
     note = f"{_sizes(superclass_of)}, by direction of their mean training embeddings; "
     note += "structure" if score > at_random else "no group structure: other groups are as close to a class as its own"
     note += f" (silhouette {score:.2f}, at random up to {at_random:.2f})"
-    return Hierarchy(superclass_of.astype(np.int64), tuple(names), note)
+    return Hierarchy(superclass_of.astype(np.int64), tuple(map(shown, members)), note)
 
 
 def _cluster(means: np.ndarray, num_groups: int) -> tuple[np.ndarray, float]:
@@ -283,10 +281,14 @@ def knowledge(
     """Return rows "top_1", "superclass_top_1" and "shuffled_superclass_top_1" of study "prefix_knowledge" at each size.
 
     A superclass is easier than its classes whatever a model has learned. The last metric shows by how much: it is the
-    mean over ``num_shuffles`` random groups of the same sizes. Arguments as in `hierarchy`.
+    mean over ``num_shuffles`` random groups of the same sizes. Images of classes without a superclass do not count.
+    Arguments as in `hierarchy`.
     """
     rng = np.random.default_rng(0)
-    shuffled = np.stack([rng.permutation(groups.superclass_of) for _ in range(num_shuffles)])
+    grouped = groups.superclass_of != OUTSIDE
+    predictions, labels = predictions[:, grouped[labels]], labels[grouped[labels]]
+    shuffled = np.tile(groups.superclass_of, (num_shuffles, 1))
+    shuffled[:, grouped] = [rng.permutation(groups.superclass_of[grouped]) for _ in range(num_shuffles)]
     rows = []
     for dim, of_size in zip(dims, predictions, strict=True):
         for metric, right in (
@@ -353,13 +355,10 @@ def describe_confusions(confusions: np.ndarray, dims: Sequence[int], names: Sequ
         return f"Nothing is confused at {dims[0]} dims."
     of = groups.superclass_of
     inside = [bool(of[a] == of[b] != OUTSIDE) for a, b in pairs]
-    columns: dict[str, Sequence[object]] = {
-        "class": [names[a] for a, _ in pairs],
-        "taken for": [names[b] for _, b in pairs],
-    }
+    columns: dict[str, Any] = {"class": [names[a] for a, _ in pairs], "taken for": [names[b] for _, b in pairs]}
     columns |= {f"at {dims[g]}": [int(wrong[g][pair]) for pair in pairs] for g in (0, -1)}
     columns["group"] = ["the same" if same else "another" for same in inside]
-    share = (of[:, None] == of)[~np.eye(len(of), dtype=bool)].mean()
+    share = ((of[:, None] == of) & (of != OUTSIDE))[~np.eye(len(of), dtype=bool)].mean()
     return (
         f"{pd.DataFrame(columns).to_string(index=False)}\n\nOf the {len(pairs)} most frequent confusions at {dims[0]} "
         f"dims, {sum(inside)} are between classes of one group; of all pairs of classes, {share:.0%} are."

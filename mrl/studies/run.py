@@ -31,7 +31,6 @@ from mrl.retrieval.embeddings import (
     EmbeddingSet,
     classes_sha256,
     embed_split,
-    embeddings_path,
     file_sha256,
     open_embeddings,
 )
@@ -310,8 +309,8 @@ def describe_embeddings(
         classes_sha256=classes_sha256(classes),
         precision=precision,
     )
-    views = [("train", False), ("val", False)] + ([("val", True)] if config.data.flip else [])
-    wanted = {embeddings_path(run, split, flip).name: replace(of_val, split=split, flip=flip) for split, flip in views}
+    wanted = {split: replace(of_val, split=split) for split in ("train", "val")}
+    wanted |= {"val_flip": replace(of_val, flip=True)} if config.data.flip else {}
     for folder in folders:
         # Two folders may have the same name; their files tell them apart.
         files = [str(Path(path).relative_to(folder.path)) for path in folder.listed.paths]

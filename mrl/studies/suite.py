@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-import numpy as np
 import torch
 
+from mrl.adapt import MIN_VECTORS
 from mrl.matryoshka import default_nesting_list
 from mrl.results import Row
 from mrl.retrieval.quantization import faiss_installed
@@ -39,12 +39,12 @@ def run_studies(
     dims, width, source = run.head.nesting_list, run.val.vectors.shape[1], run.source
     method = run.trained_method
     classifiers = run.head.weights_and_biases()
-    vectors, labels = run.val.vectors, np.asarray(run.val.labels)
+    vectors, labels = run.val.vectors, run.val.labels
     sets = (vectors, labels, run.train.vectors, run.train.labels)
 
     rows = classification(vectors, labels, classifiers, source, method, device=device)
     # The paper's table 29 tests doubling sizes whatever the nesting list was.
-    between = {*default_nesting_list(width), *interpolated_dims(dims)} if len(dims) > 1 else set()
+    between = {dim for dim in (*default_nesting_list(width), *interpolated_dims(dims)) if dims[0] < dim < dims[-1]}
     by_method: dict[str, Sequence[int]] = {method: sorted({*dims, *between})}
     if dims == (width,):
         by_method["FF truncated"] = run.dims
@@ -75,12 +75,12 @@ def run_studies(
         rows += hierarchy(single.classes, labels, dims, table, source, method)
         rows += within_superclasses(vectors, labels, classifiers, table, source, method, device=device)
 
-    if len(by_method.get("FF truncated", ())) > 1 and "baselines" not in skip:
-        sizes = by_method["FF truncated"]
+    if len(sizes := by_method.get("FF truncated", ())) > 1 and "baselines" not in skip:
         rows += retrieval_baselines(
             *sets, sizes, source, max_queries=max_queries, device=device, code="quantization" not in skip
         )
-        rows += learned_baselines(*sets, sizes, source, max_queries=max_queries, device=device)
+        if len(run.train.labels) >= MIN_VECTORS:
+            rows += learned_baselines(*sets, sizes, source, max_queries=max_queries, device=device)
         of_train = (run.train.vectors, run.train.labels)
         rows += classification_baselines(*of_train, vectors, labels, classifiers[0], sizes, source, device=device)
     return rows

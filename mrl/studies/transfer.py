@@ -88,9 +88,8 @@ def read_folder(option: str, text: str) -> LabeledFolder:
     if not path or not folder.is_dir():
         raise UserError(f"{option} {text}: {path!r} is not a folder; give one that holds a folder of images per class")
     own_name = f"{folder.parent.name}_{folder.name}" if folder.name in GENERAL_NAMES else folder.name
-    return LabeledFolder(
-        unicode_name(own_name) if kind == OTHER else kind, kind, folder, list_images(folder.parent, folder.name)
-    )
+    name = unicode_name(own_name) if kind == OTHER else kind
+    return LabeledFolder(name, kind, folder, list_images(folder.parent, folder.name))
 
 
 @dataclass(frozen=True)
@@ -195,6 +194,8 @@ def with_images(run: OpenedRun, root: str | None = os.environ.get("MRL_PICTURES"
     number = sum(len(folder.listed.paths) for folder in folders.values())
     embed = FastForward(Trunk(run.model.backbone, whole=True).eval(), number, lambda _: None)
     images = {split: folder_images(folder, run.config, alone) for split, folder in folders.items()}
+    if images["train"].classes != images["val"].classes:
+        raise UserError(f"{root}/train and {root}/val hold different classes; give both the same class folders")
     sets = {}
     for split, folder in folders.items():
         directory, metadata = run.directory / "embeddings" / folder.place, wanted[folder.place]

@@ -74,11 +74,12 @@ def test_other_metadata_is_computed_again(tmp_path, field):
     assert open_embeddings(tmp_path / "val", METADATA) is None
 
 
+@pytest.mark.parametrize("kept", [-10, 0])
 @pytest.mark.parametrize("file", ["vectors.npy", "labels.npy", "metadata.json"])
-def test_a_file_cut_short_is_computed_again(tmp_path, file):
+def test_a_file_cut_short_is_computed_again(tmp_path, file, kept):
     run(tmp_path / "val", Images(9))
     path = tmp_path / "val" / file
-    path.write_bytes(path.read_bytes()[:-10])
+    path.write_bytes(path.read_bytes()[:kept])
     images = Images(9)
     assert_right(run(tmp_path / "val", images), images)
     assert len(images.reads) == 9

@@ -85,7 +85,7 @@ def values(rows, method="MRL cascade"):
 
 
 def test_splits_are_disjoint_complete_and_of_the_papers_size():
-    for num_images, num_fit in ((50_000, 10_000), (60_000, 10_000), (10_000, 2_000), (7, 1)):
+    for num_images, num_fit in ((50_000, 10_000), (60_000, 10_000), (10_000, 2_000), (7, 1), (2, 1)):
         found = list(splits(num_images, 2))
         for fit, test in found:
             assert len(fit) == num_fit
@@ -93,8 +93,8 @@ def test_splits_are_disjoint_complete_and_of_the_papers_size():
         if num_images > 7:
             assert not np.array_equal(found[0][0], found[1][0])
     assert len(list(splits(10))) == 30
-    with pytest.raises(UserError, match="there are 4"):
-        next(splits(4))
+    with pytest.raises(UserError, match="there are 1"):
+        next(splits(1))
 
 
 def test_the_cascade_equals_a_loop_over_splits_caps_and_images():

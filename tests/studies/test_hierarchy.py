@@ -252,6 +252,9 @@ def test_knowledge_of_classes_groups_and_random_groups():
     # Of two random pairs of four classes, a wrong class is the partner of the right one in a third of all cases.
     assert found["shuffled_superclass_top_1", None, 2] == pytest.approx(1 / 3, abs=0.03)
     assert found["shuffled_superclass_top_1", None, 8] == pytest.approx(0.75 + 0.25 / 3, abs=0.01)
+    rows = knowledge(predictions, labels, [2, 8], Hierarchy(np.array([0, 0, -1, -1]), ("ab",)), SOURCE, "MRL")
+    assert {row.n for row in rows} == {2}, "of classes c and d nothing is known"
+    assert [row.value for row in rows] == [0, 1, 1, 1, 1, 1]
 
 
 def test_confusions_are_counted_and_needed_sizes_hand_worked():
@@ -285,5 +288,6 @@ def test_frequent_confusions_are_listed_with_their_groups():
         ["d", "c", "4", "0", "another"],
         ["b", "c", "3", "0", "another"],
     ]
-    assert "Of the 3 most frequent confusions at 8 dims, 1 are between classes of one group" in text
+    assert "Of the 3 most frequent confusions at 8 dims, 1 are between classes of one group; of all pairs" in text
+    assert "of classes, 17% are." in text, "one of six pairs: classes without a group are of none"
     assert describe_confusions(counts[::-1] * 0, [8, 32], list("abcd"), groups) == "Nothing is confused at 8 dims."

@@ -214,3 +214,6 @@ def test_images_of_another_folder_take_the_place_of_the_runs_own(run, scans, tmp
     assert "8 images of cups/train and 7 of cups/val, of 2 classes" in str(shown)
     monkeypatch.setattr(opened.model.backbone, "forward_features", None)
     with_images(opened, str(tmp_path / "cups"))  # embedded once
+    (tmp_path / "cups" / "val" / "7").rename(tmp_path / "cups" / "val" / "8")
+    with pytest.raises(UserError, match="hold different classes"):
+        with_images(opened, str(tmp_path / "cups"))

@@ -30,6 +30,7 @@ def make_run(trained):
     [
         ((8, 14, 20, 26, 32), {8, 11, 14, 16, 17, 20, 23, 26, 29, 32}),  # evenly spaced, as in the paper's table 29
         ((8, 16, 32), {8, 12, 16, 24, 32}),
+        ((16, 24), {16, 20, 24}),  # neither below nor beyond what was trained
     ],
 )
 def test_retrieval_is_scored_at_trained_doubling_and_half_way_sizes(trained, scored):
