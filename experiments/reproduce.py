@@ -1,7 +1,7 @@
 """Train a grid of models, evaluate them, and report which of the paper's effects hold.
 
     python -m experiments.reproduce --grid b --list                 # the runs, their state, the time left
-    python -m experiments.reproduce --grid b --jobs 2               # the small grid: 2 CPU cores, about two hours
+    python -m experiments.reproduce --grid b --jobs 2               # the small grid: 2 CPU cores, about four hours
     python -m experiments.reproduce --grid c_sweep --jobs 2         # learning rates for fine-tuning a last layer
     python -m experiments.reproduce --grid a --jobs 2               # the large grid: one GPU, two runs at a time
     python -m experiments.reproduce --grid b --epochs 1 --seeds 0   # a trial; its results stay beside the runs

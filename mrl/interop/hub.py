@@ -36,7 +36,6 @@ def export_folder(run: str | Path, out: str | Path, license: str, results: str |
     info = model.info
     name, dataset = config.run.name, dataset_name(config, len(info.classes))
     method = method_name(info.nesting_list, config.head)
-    fewer_bytes = ""
     if results:
         rows = pd.DataFrame(vars(row) for row in read_rows(results))
         own = rows[(rows.run == name) & (rows.method == method) & (rows.dataset == dataset)]
@@ -44,8 +43,11 @@ def export_folder(run: str | Path, out: str | Path, license: str, results: str |
         if accuracies.empty:
             found = f"its runs are {sorted(rows.run.unique())}"
             raise UserError(f"{results} holds no top-1 of the run {name!r} ({method}) on {dataset}; {found}")
+    elif top_1 := last_validation(run):
+        accuracies, fewer_bytes = pd.DataFrame({"top-1": top_1}).sort_index(), ""
+        source = "the last validation of the training"
     else:
-        accuracies, source = _last_validation(run), "the last validation of the training"
+        raise UserError(f"{run}/metrics.jsonl holds no validation; give the rows of eval.py with --results")
     metadata = ModelCardData(
         license=license,
         tags=["matryoshka", "image-feature-extraction"],
@@ -138,14 +140,6 @@ def push_to_hub(folder: Path, repo_id: str, private: bool = False) -> str:
     except Exception as error:  # the Hub's client raises errors of many kinds
         raise UserError(f"{folder} could not be pushed to {repo_id!r} ({error}); first: hf auth login") from error
     return str(address)
-
-
-def _last_validation(run: Path) -> pd.DataFrame:
-    """Return the accuracies, as `_evaluated`, of the last validation during training."""
-    top_1 = last_validation(run)
-    if not top_1:
-        raise UserError(f"{run}/metrics.jsonl holds no validation; give the rows of eval.py with --results")
-    return pd.DataFrame({"top-1": top_1}).sort_index()
 
 
 def _evaluated(own: pd.DataFrame) -> pd.DataFrame:

@@ -97,7 +97,8 @@ def report_evaluation(
                 for figure, picture in figures[dataset].items():
                     suffix = "" if dataset == own_dataset else f" {dataset}"
                     content[f"eval/figures/{figure}{suffix}"] = wandb.Image(picture)
-            run.log(content, step=_next_step(directory), commit=True)
+            trained = read_metrics(directory)  # the history of the W&B run goes on in an evaluation
+            run.log(content, step=trained[-1]["step"] + 1 if trained else 0, commit=True)
             _log_by_dim(run, [row for row in of_run if row.dataset == own_dataset])
             if artifacts:
                 _log_artifacts(run, directory, name.replace("/", "-"))
@@ -110,12 +111,6 @@ def _draw(rows: Sequence[Row], dataset: str) -> dict[str, Any]:
         figure.savefig(file := io.BytesIO(), dpi=110)
         pictures[name] = Image.open(file)
     return pictures
-
-
-def _next_step(directory: Path) -> int:
-    """Return the step after the last one of training, so that the history of the W&B run goes on in an evaluation."""
-    rows = read_metrics(directory)
-    return rows[-1]["step"] + 1 if rows else 0
 
 
 def _table(rows: Sequence[Row], study: str) -> Any:

@@ -11,7 +11,7 @@ from mrl.results import Source, read_rows, write_rows
 RUN = {
     **{"recipe": "tiny_imagenet_mrl", "settings": "--train.epochs 2", "seed": 0, "hardware": "a CPU"},
     **{"images_per_second": 1234.5, "data_wait": 0.01, "seconds": 3660.0, "torch": "2.14.1"},
-    **{"git_commit": "0123456789abcdef", "git_dirty": False},
+    **{"git_commit": "0123456789abcdef", "git_dirty": None},  # None: not known, as without git
 }
 FF = RUN | {"recipe": "ff", "settings": "--train.epochs 2 --data.train_px [[0, 32], [3, 48]]", "seconds": 100.0}
 DOCUMENT = """# Title

@@ -162,6 +162,8 @@ def test_all_methods_have_styles_of_their_own_beside_baselines_and_titles_name_t
     assert len({container.lines[0].get_marker() for container in figure.axes[0].containers}) == len(methods)
     assert len(legend(figure)) == len(methods) and heading(figure) == "my photos: 50 images"
     assert len(legend(FIGURES["accuracy_by_dim"](rows))) == len([*METHODS, "FF PCA"])
+    both = rows_of(ACCURACY, {8: 0.5, 16: 0.6}, "MRL weighted distilled")  # a model without a style
+    assert legend(FIGURES["accuracy_by_dim"](both)) == ["MRL weighted distilled"]
     assert data_title("tiny_imagenet") == "Tiny-ImageNet" and data_title("tiny_imagenet_100") == "Tiny-ImageNet 100"
 
 

@@ -1,9 +1,9 @@
 import doctest
+import importlib
 
 import numpy as np
 import pytest
 
-from mrl.retrieval import metrics
 from mrl.retrieval.metrics import hits, mflops_per_query, num_relevant, retrieval_metrics
 
 # Two queries worked by hand; the first has 3 relevant images, the second 10.
@@ -52,6 +52,11 @@ def test_costs_of_the_papers_tables(num_rows, shortlist_dim, stages, published):
 # at every size from there up. RAIVNLab/MRL 9ab343f, Visualization/Adaptive Retrieval/PLOTS - Sheet6.csv, Sheet8.csv.
 
 
-def test_examples_in_the_docstrings_are_right():
-    failed, tried = doctest.testmod(metrics)
-    assert (failed, tried > 3) == (0, True)
+WITH_EXAMPLES = ["config", "explore", "matryoshka", "data.transforms", "retrieval.embeddings", "retrieval.metrics"]
+WITH_EXAMPLES += ["training.optim", "studies.adaptive_retrieval", "studies.geometry", "studies.retrieval"]
+
+
+@pytest.mark.parametrize("name", WITH_EXAMPLES)
+def test_examples_in_the_docstrings_are_right(name):
+    failed, tried = doctest.testmod(importlib.import_module(f"mrl.{name}"))
+    assert (failed, tried > 0) == (0, True)
