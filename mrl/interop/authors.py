@@ -23,15 +23,7 @@ from torch import Tensor
 from mrl.config import DataConfig, parse_command_line, to_yaml
 from mrl.errors import UserError
 from mrl.matryoshka import default_nesting_list
-from mrl.model import (
-    BlurConv2d,
-    MatryoshkaClassifier,
-    ModelInfo,
-    build_backbone,
-    build_model,
-    check_state,
-    save_model,
-)
+from mrl.model import BlurConv2d, MatryoshkaClassifier, ModelInfo, build_backbone, build_model, check_state, save_model
 from mrl.retrieval.embeddings import file_sha256
 from mrl.rundir import atomic_write_text, provenance
 

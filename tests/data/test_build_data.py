@@ -95,10 +95,7 @@ def test_an_image_is_the_same_in_any_batch_on_any_process_and_after_a_resume(bui
     whole, _ = stacked(train.train_batches([np.arange(7)], 4, 32))
     single, _ = stacked(train.train_batches([np.array([index]) for index in range(7)], 4, 32))
     torch.testing.assert_close(whole, single, atol=1e-5, rtol=0)
-    for shares in (
-        [train_indices(7, 6, 3, 4, rank, 2) for rank in (0, 1)],
-        [train_indices(7, 2, 3, 4, start_step=1)],
-    ):
+    for shares in ([train_indices(7, 6, 3, 4, rank, 2) for rank in (0, 1)], [train_indices(7, 2, 3, 4, start_step=1)]):
         batches = [batch for share in shares for batch in share]
         found, _ = stacked([batch for share in shares for batch in train.train_batches(share, 4, 32)])
         torch.testing.assert_close(found, whole[np.concatenate(batches)], atol=1e-5, rtol=0)

@@ -273,10 +273,7 @@ def test_cascades_are_drawn_by_expected_dim_with_bars_over_splits_and_caps_above
     ff = cascade_rows("FF", {8: (0.6, 8), 32: (0.75, 32)}, run="ff")
     figure = FIGURES["cascade"](rows + ff)
     [axes] = figure.axes
-    assert drawn(axes) == {
-        "MRL cascade": ([10, 16, 24], [70, 80, 82]),
-        "FF (one model per size)": ([8, 32], [60, 75]),
-    }
+    assert drawn(axes) == {"MRL cascade": ([10, 16, 24], [70, 80, 82]), "FF (one model per size)": ([8, 32], [60, 75])}
     across, along = (bar.get_segments()[0] for bar in axes.containers[0].lines[2])
     np.testing.assert_allclose([across, along], [[[8, 70], [12, 70]], [[10, 69], [10, 71]]])
     assert [text.get_text() for text in axes.texts] == ["≤16", "≤32", "≤64"]

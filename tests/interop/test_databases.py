@@ -88,13 +88,7 @@ def test_what_faiss_refuses_is_one_sentence(arrays, monkeypatch):
     broken[7, 3] = np.nan
     for vectors, dim, factory, refine, message in (
         (database, 8, "PQ3", "Flat", r"'PQ3' at 8 dims .* 300 vectors \(.* multiple of the number of subquantizers"),
-        (
-            database,
-            8,
-            "IVF1024,Flat",
-            "Flat",
-            r"for 300 vectors \(Number of training points \(300\) should",
-        ),
+        (database, 8, "IVF1024,Flat", "Flat", r"for 300 vectors \(Number of training points \(300\) should"),
         (database, 8, "Flat", "Half", r"refine 'Half' at 32 .*\(could not parse index string Half\)"),
         (broken, 8, "Flat", "Flat", r"vector 7 holds NaN or infinity"),
         (database, 33, "Flat", "Flat", r"\[33\]; allowed: one or more of 1 to 32"),

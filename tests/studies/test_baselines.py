@@ -8,12 +8,7 @@ from mrl import adapt
 from mrl.adapt import principal_components
 from mrl.results import Source
 from mrl.studies import baselines
-from mrl.studies.baselines import (
-    classification_baselines,
-    fit_linear_probe,
-    learned_baselines,
-    retrieval_baselines,
-)
+from mrl.studies.baselines import classification_baselines, fit_linear_probe, learned_baselines, retrieval_baselines
 from mrl.studies.retrieval import retrieval
 
 SOURCE = Source("digits", "ff", 3, 32, 28, False)
