@@ -101,7 +101,7 @@ def list_images(folder: Path, max_unreadable: float, exif_rotation: str, process
     if not folder.is_dir():
         raise UserError(f"--images {folder} is not a folder")
     left_out = LeftOut()
-    paths = [f"{folder}/{name}" for name in find_images(folder, left_out, show_progress=True)]
+    paths = [f"{folder}/{name}" for name in find_images(folder, left_out, show_progress=process.is_main)]
     if not paths:
         raise UserError(f"--images {folder} holds no images; allowed: {' '.join(IMAGE_EXTENSIONS)}")
     if max_unreadable > 0:
@@ -109,7 +109,7 @@ def list_images(folder: Path, max_unreadable: float, exif_rotation: str, process
         how = max_unreadable, exif_rotation, cores_per_process()
         listed, reasons = leave_out_unreadable(listed, str(folder), *how, show_progress=process.is_main)
         paths, left_out = listed.paths, listed.left_out
-        if process.is_main:
+        if process.is_main and reasons:
             print(*reasons, sep="\n", file=sys.stderr)
     return paths, left_out
 

@@ -71,6 +71,7 @@ def of_vectors(path: str, moved_to: str | None) -> Collection:
 def of_run(path: str, moved_to: str | None) -> Collection:
     """Return the validation images of a run."""
     run = open_run(path, moved_to)
+    run.images("val", np.array([0]))  # reads the files once, before many threads ask for pictures
     folders = [run.classes[label] for label in run.val.labels]
     names = [f"{folder}, validation image {index}" for index, folder in enumerate(folders)]
     trained = run.head.nesting_list

@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     targets = parser.add_subparsers(dest="target", required=True, metavar="TARGET")
     add = {name: targets.add_parser(name, help=text, description=text).add_argument for name, text in TARGETS.items()}
     for target in TARGETS:
-        add[target]("--run", required=True, help="a run directory of train.py, or a folder exported for the Hub")
+        add[target]("--run", required=True, help="a run directory or, except for hub, a folder exported for the Hub")
         add[target]("--out", required=True, help="where the export goes")
     add["hub"]("--license", required=True, help="of the weights, as the Hub spells it: mit, cc-by-nc-4.0, ...")
     add["hub"]("--results", metavar="JSONL", help="rows of eval.py; default: the run's last validation")

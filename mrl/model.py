@@ -167,8 +167,7 @@ class MatryoshkaClassifier(
     ) -> MatryoshkaClassifier:
         if Path(model_id).is_dir():
             return load(model_id)
-        keys = ("revision", "cache_dir", "force_download", "local_files_only", "token")
-        where = {key: given[key] for key in keys}
+        where = {key: given[key] for key in ("revision", "cache_dir", "force_download", "local_files_only", "token")}
         return load(snapshot_download(model_id, allow_patterns=[*HUB_FILES], **where))
 
     def train(self, mode: bool = True) -> MatryoshkaClassifier:

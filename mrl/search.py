@@ -50,8 +50,9 @@ def search(args: argparse.Namespace) -> None:
         if dim not in trained:
             warnings.warn(f"{dim} dims were not trained; trained are {trained}", stacklevel=2)
     folder = database.folder(args.images)
-    itself = os.path.relpath(Path(args.image).resolve(), folder.resolve())
-    left_out = database.ids.index(itself) if args.exclude_query and itself in database.ids else None
+    top, image = folder.resolve(), Path(os.path.abspath(args.image))
+    itself = [image.resolve(), *(top / image.relative_to(up) for up in image.parents if up.resolve() == top)]  # a link
+    left_out = [i for i, name in enumerate(database.ids) if args.exclude_query and top / name in itself]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "prefixes are all zero")  # said below
         found = exact_search(query, vectors, min(args.k + 1, len(vectors)), dims, progress=True)
@@ -61,7 +62,7 @@ def search(args: argparse.Namespace) -> None:
     for dim, (indices, scores) in found.items():
         is_zero = not np.any(query[0, :dim])
         print(f"{args.image} at {dim} dims{': its prefix is all zero, so it has no neighbors' if is_zero else ''}")
-        kept = np.any(vectors[indices[0], :dim], axis=1) & (indices[0] != left_out) & (not is_zero)
+        kept = np.any(vectors[indices[0], :dim], axis=1) & ~np.isin(indices[0], left_out) & (not is_zero)
         names = [database.ids[index] for index in indices[0][kept][: args.k]]
         longest = max((len(folder_of(name)) for name in names), default=0)
         pictures[dim] = []

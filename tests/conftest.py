@@ -1,6 +1,5 @@
 import importlib.util
 import json
-import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,12 +19,10 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 
 
 def pytest_collection_modifyitems(items):
-    shared = Path(os.environ.get("MRL_SHARED_DATA", REPOSITORY.parent / "shared" / "data"))
     missing = {
         "gpu": None if torch.cuda.is_available() else "needs a CUDA device",
         "ffcv": None if importlib.util.find_spec("ffcv") else "needs FFCV: make ffcv",
         "chromium": None if CHROMIUM else "needs Chromium: apt-get install chromium",
-        "shared": None if shared.is_dir() else f"needs real images in {shared} (or $MRL_SHARED_DATA)",
     }
     for item in items:
         for marker, reason in missing.items():

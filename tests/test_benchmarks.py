@@ -10,16 +10,10 @@ from benchmarks import training_step
 from benchmarks.authors_loop import build_authors_model, summed_losses
 from benchmarks.timing import Timed
 from mrl import distributed, nested_cross_entropy
-from mrl.config import Config, DataConfig, HeadConfig, RunConfig, to_yaml
 from mrl.data import build_data
-from mrl.model import ModelInfo, build_backbone, build_model, save_model
-from mrl.results import Source
-from mrl.retrieval.embeddings import embed_split
-from mrl.rundir import atomic_write_text
-from mrl.studies.run import describe_embeddings
-
-DATA = DataConfig(name="digits", train_px=16, eval_resize_px=16, eval_px=16)
-VIT = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
+from mrl.model import build_backbone, build_model
+from mrl.studies.run import embed_runs
+from mrl.studies.transfer import TransferImages
 
 
 def lines_of(capsys):
@@ -54,20 +48,11 @@ def test_the_training_step_benchmark_prints_a_row_for_every_contender(capsys, mo
 
 
 @pytest.fixture
-def embedded_run(tmp_path):
+def embedded_run(tmp_path, make_digits_run):
     """An untrained run on digits with the embeddings that eval.py leaves."""
-    classes, dims, process = tuple("0123456789"), (8, 16, 32), distributed.start()
-    model = build_model(build_backbone("vit_tiny_patch16_224", "scratch", 4, False, VIT), 10, dims).eval()
-    info = ModelInfo("vit_tiny_patch16_224", VIT, 4, False, dims, False, classes, 16, 16, DATA.mean, DATA.std)
-    save_model(model, info, tmp_path)
-    config = Config(run=RunConfig(name="run"), data=DATA, head=HeadConfig(nesting_list=list(dims)))
-    atomic_write_text(tmp_path / "config.yaml", to_yaml(config))
-    images = build_data(DATA, 0, process.device)
-    wanted = describe_embeddings(tmp_path, config, Source("digits", "run", 0, 16, 16, False), classes, [])
-    for split in ("train", "val"):
-        place = tmp_path / "embeddings" / split
-        embed_split(place, wanted[split], images[split], model.embed, 32, process, 256)
-    return tmp_path
+    run = make_digits_run(tmp_path / "run", (8, 16, 32))
+    embed_runs({"run": run}, TransferImages(), None, False, distributed.start())
+    return run
 
 
 def test_a_run_is_searched_by_every_index_and_dim(embedded_run, capsys):

@@ -155,15 +155,18 @@ def test_search_prints_and_draws_the_neighbors_of_every_size(saved_run, pictures
         assert vectors.with_name(f"drawn{suffix}").stat().st_size > 1000
 
 
-def test_the_query_is_left_out_on_request_wherever_it_lies(pictures, vectors, tmp_path, capsys):
+def test_the_query_is_left_out_on_request_wherever_it_lies(pictures, vectors, folder, tmp_path, capsys):
     found = []
+    (folder / "2.png").rename(tmp_path / "real.png")
+    (folder / "2.png").symlink_to(tmp_path / "real.png")
+    linked = ["--exclude_query", "--images", folder, "--image", folder / "2.png"]
     twin = shutil.copy(pictures.paths[2], tmp_path / "copy.png")  # not among the vectors, so its twin is found
-    for more in ([], ["--exclude_query"], ["--exclude_query", "--image", twin]):
+    for more in ([], ["--exclude_query"], ["--exclude_query", "--image", twin], linked):
         assert search.main(search_argv(vectors, pictures, "--dims", 96, "--k", 7, *more)) == 0
         printed = capsys.readouterr().out.splitlines()
         found.append([line.split()[-1] for line in printed if line.startswith("   ")])
     assert len(found[0]) == 7 and found[0][0] == "2.png" and found[2] == found[0]
-    assert found[1] == found[0][1:]
+    assert found[1] == found[3] == found[0][1:]
 
 
 def test_all_zero_prefixes_are_counted_and_have_no_neighbors(saved_run, pictures, tmp_path, monkeypatch, capsys):

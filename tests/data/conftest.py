@@ -11,16 +11,7 @@ from mrl.data.transforms import Transform
 
 @pytest.fixture
 def transform():
-    return Transform(
-        seed=5,
-        crop_scale=(0.25, 1.0),
-        crop_ratio=(3 / 4, 4 / 3),
-        flip=True,
-        eval_resize_px=48,
-        eval_px=40,
-        mean=(0.4, 0.5, 0.6),
-        std=(0.2, 0.25, 0.3),
-    )
+    return Transform(5, (0.25, 1.0), (3 / 4, 4 / 3), True, 48, 40, (0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
 
 
 @pytest.fixture

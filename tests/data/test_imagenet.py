@@ -92,13 +92,6 @@ def test_kaggles_layout_is_found_from_its_top_and_from_within(flat):
         assert lists["val"].paths[0] == f"{inside}/val/{name_of(2)}.JPEG"
 
 
-def test_a_class_index_is_what_pretrained_classifiers_take_it_for():
-    from timm.data import ImageNetInfo
-
-    wnids = ImageNetInfo().label_names()
-    assert len(wnids) == 1000 and wnids == sorted(wnids)
-
-
 def refused(root, split="val"):
     with pytest.raises(UserError) as raised:
         list_imagenet(root, split)

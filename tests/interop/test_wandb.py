@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import signal
 import time
 from pathlib import Path
@@ -16,8 +15,7 @@ from mrl.figures.dashboard import dashboard
 from mrl.interop.wandb import BY_DIM, CHARTS, logged_values, offline_points, offline_records, report_evaluation
 from mrl.interop.wandb import main as workspace
 from mrl.results import Source
-from mrl.training.logging import Tracker
-from tests.test_train import TINY
+from tests.test_train import TINY, stop_at
 
 wandb = pytest.importorskip("wandb")
 
@@ -111,15 +109,7 @@ def test_history_steps_go_on_over_sittings_of_training_and_evaluations(tmp_path,
     """The steps are those of training; the validation at the end of an epoch joins the last row of the epoch."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     argv = [*TINY, "--wandb.mode", "offline", "--run.dir", str(tmp_path), "--run.name", "a", "--run.resume", "auto"]
-    advance, done = Tracker.advance, []
-
-    def advance_and_stop(self):
-        advance(self)
-        done.append(1)
-        if len(done) == 7:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(Tracker, "advance", advance_and_stop)
+    stop_at(monkeypatch, 7, signal.SIGTERM)
     assert train.main(argv) == 143 and train.main(argv) == 0
     with (tmp_path / "a" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 13, "lo')  # as a killed run leaves it

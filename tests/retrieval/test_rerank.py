@@ -71,13 +71,6 @@ def test_fault_25_equal_scores_come_by_lower_index(shortlist, block_bytes, monke
         np.testing.assert_array_equal(rerank(queries, originals[which], shortlist, width), expected)
 
 
-def test_fault_19_the_prefix_is_taken_first_and_normalized_after(vectors, shortlist):
-    changed = [each.copy() for each in vectors]
-    for each in changed:
-        each[:, 8:] *= np.linspace(-50, 50, 40)
-    np.testing.assert_array_equal(rerank(*changed, shortlist, 8), rerank(*vectors, shortlist, 8))
-
-
 def test_a_funnel_is_its_steps_by_hand(vectors):
     stages = [(8, 500), (16, 20), (48, 5)]
     indices, scores = funnel_search(*vectors, 4, stages)
