@@ -23,13 +23,13 @@ FLOORS = [
 BUDGETS = {
     ".": 531,
     "mrl": 2947,
-    "mrl/data": 1819,
-    "mrl/training": 733,
-    "mrl/retrieval": 855,
-    "mrl/studies": 2601,
+    "mrl/data": 1818,
+    "mrl/training": 729,
+    "mrl/retrieval": 850,
+    "mrl/studies": 2593,
     "mrl/figures": 1274,
-    "mrl/interop": 1208,
-    "experiments": 790,
+    "mrl/interop": 1190,
+    "experiments": 785,
     "benchmarks": 1059,
 }
 FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names}
