@@ -19,6 +19,10 @@ N, WIDTH, TRAINED = 40, 24, [6, 24]
 QUERY, ZERO = 7, 11
 
 
+def test_the_slider_of_vectors_cut_below_the_smallest_trained_size_ends_with_all_of_them():
+    assert explore.slider_stops([], 8) == [4, 6, 8]
+
+
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     """The page of forty images in three folders with random vectors, two of which begin with zeros."""

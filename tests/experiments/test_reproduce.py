@@ -11,10 +11,12 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
 from experiments import reproduce
+from experiments.learning_rates import draw
 from experiments.reproduce import list_runs, main, make_subset, plan, read_grid, slot_environments, train_all
 from mrl.config import to_yaml
 from mrl.errors import UserError
@@ -255,7 +257,7 @@ def test_a_sweep_writes_accuracy_by_learning_rate_and_the_best_rates(tmp_path, m
 
     def train_quickly(runs, jobs):
         for run in runs:
-            run.directory.mkdir(parents=True)
+            run.directory.mkdir(parents=True, exist_ok=True)
             dims, lr = run.config.head.nesting_list, run.config.optim.lr
             top_1 = {f"top_1/{dim}": 0.9 - abs(math.log10(lr * dim)) / 9 for dim in dims}
             (run.directory / "metrics.jsonl").write_text(json.dumps({"epoch": 1} | top_1) + "\n")
@@ -271,6 +273,20 @@ def test_a_sweep_writes_accuracy_by_learning_rate_and_the_best_rates(tmp_path, m
     assert len(frame) == 3 * 3 + 2 * 3 and (tmp_path / "out" / "learning_rates.png").stat().st_size > 10_000
     found = best_rates(tmp_path / "out" / "learning_rates.csv")
     assert found == {("FF", 8): 0.1, ("FF", 32): 0.03, ("MRL", 0): 0.1}
+    assert main(grid_argv(tmp_path, sweep.replace("0.03", "0.02"))) == 0  # runs of this folder, with others
+    assert len(pd.read_csv(tmp_path / "runs" / "results" / "digits" / "learning_rates.csv")) == len(frame), "a trial"
+    variants = frame.assign(name=np.where(frame["lr"] > 0.02, "mrl_new", "mrl_old"))[frame["method"] == "MRL"]
+    labels = [text.get_text() for text in draw(variants).legends[0].get_texts()]
+    assert labels == ["mrl_new", "mrl_old"], "variants of one method have lines of their own"
+
+
+def test_a_sweep_whose_runs_all_fail_keeps_the_results_of_the_last(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(reproduce, "train_all", lambda runs, jobs: ({run.name: "no weights" for run in runs}, 0))
+    (tmp_path / "learning_rates.csv").write_text("kept")
+    sweep = DIGITS.replace("seeds: [0]}", "seeds: [0], lrs: [0.1, 0.03]}")
+    assert main([*grid_argv(tmp_path, sweep), "--out", str(tmp_path)]) == 1
+    assert (tmp_path / "learning_rates.csv").read_text() == "kept"
+    assert "failed: mrl_lr0.1_seed0: no weights" in capsys.readouterr().err
 
 
 def test_one_command_trains_evaluates_and_reports(tmp_path, capfd):
