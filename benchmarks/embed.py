@@ -79,7 +79,10 @@ def main() -> None:
     resize_px = round(own["eval_resize_px"] * args.px / own["eval_px"])
     scale = own["mean"], own["std"], "apply", own["interpolation"]
     info = ModelInfo(args.backbone, {}, 4, False, (8,), False, (), resize_px, args.px, *scale)
-    paths = [f"{args.images}/{name}" for name in find_images(args.images, LeftOut())][: args.num_images]
+    names = find_images(args.images, LeftOut()) if Path(args.images).is_dir() else []
+    paths = [f"{args.images}/{name}" for name in names][: args.num_images]
+    if len(paths) < max(args.batch_sizes):
+        raise SystemExit(f"error: --images {args.images}: {len(paths)} images; a batch is {max(args.batch_sizes)}")
     model = build_model(build_backbone(args.backbone), 2).to(memory_format=torch.channels_last)
     trunk = Trunk(model.backbone, whole=True).eval()
     for workers in args.workers:
@@ -93,8 +96,7 @@ def main() -> None:
             runs["mrl.embed"] = partial(our_pass, images, forwards[fastest], batch_size, model.width)
             timed = take_turns(runs, args.repeats)
             for name, run in timed.items():
-                cosine = F.cosine_similarity(run.answer, timed["PyTorch"].answer).min()
-                assert cosine > 0.9999, f"{name} gives other vectors"
+                assert F.cosine_similarity(run.answer, timed["PyTorch"].answer).min() > 0.9999, f"{name}: other vectors"
                 about = {"backbone": args.backbone, "px": args.px, "batch_size": batch_size, "workers": workers}
                 speed = ratios(f"speed_vs {fastest}", timed[fastest].seconds, run.seconds)
                 report("embed", name=name, images_per_second=rate(len(paths), run), **speed, **about)

@@ -123,7 +123,6 @@ def main() -> None:
     parser.add_argument("--num_workers", type=int, default=cores_per_process(), help="decoding processes or threads")
     parser.add_argument("--repeats", type=int, default=5, help="counted repeats")
     args = parser.parse_args()
-
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     px, batch_size, num_workers = args.memory_px, args.memory_batch_size, args.num_workers
     transform = Transform(0, *CROP, CONFIG.flip, px, px, CONFIG.mean, CONFIG.std)

@@ -125,7 +125,7 @@ def peak_memory(build: Callable[[], Step]) -> tuple[Step, int | None]:
 
 def compare(args: argparse.Namespace, steps: dict[str, Step], memory: dict[str, int | None], **about: Any) -> None:
     """Time the steps, and report each beside the plain classifier and the authors' loop."""
-    timed = take_turns(steps, args.repeats, args.inner)
+    timed = take_turns(steps, args.repeats, args.inner) if steps else {}
     for name, own in timed.items():
         line = about | {"images_per_second": rate(about["batch_size"], own), "peak_memory_mib": memory.get(name)}
         for key, other in (("plain", "plain"), ("authors", AUTHORS)):
@@ -149,7 +149,6 @@ def main(argv: list[str] | None = None) -> None:
     add("--repeats", type=int, default=10, help="counted repeats")
     add("--inner", type=int, default=3, help="steps per repeat and contender")
     args = parser.parse_args(argv)
-
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cudnn.benchmark = True  # this and the next line as in train.py
     torch.set_float32_matmul_precision("high")

@@ -10,12 +10,14 @@ only to score the result: is the nearest training image of a validation image of
 from __future__ import annotations
 
 import argparse
+import sys
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mrl
+from mrl import distributed
 from mrl.config import DataConfig
 from mrl.data import Images, build_data
 from mrl.data.transforms import eval_indices, train_indices
@@ -49,7 +51,8 @@ def one_nn(network: nn.Module, images: dict[str, Images], dims: tuple[int, ...])
     return ", ".join(f"{(labels[nearest[:, 0]] == truth).mean():.4f} @{dim}" for dim, (nearest, _) in found.items())
 
 
-def main() -> None:
+def main() -> int:
+    """Train from a command line; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", metavar="DIR", help="folder with train/ and val/; default: handwritten digits")
     parser.add_argument("--px", type=int, default=32, help="side of the images in pixels; default: 32")
@@ -57,6 +60,11 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=10, help="passes over the training images; default: 10")
     parser.add_argument("--batch_size", type=int, default=128, help="pairs per step; default: 128")
     args = parser.parse_args()
+    return distributed.run(lambda: pair_crops(args), "stopped")
+
+
+def pair_crops(args: argparse.Namespace) -> None:
+    """Train on pairs of crops; print the 1-NN accuracy before and after."""
     torch.manual_seed(0)
     data = DataConfig(
         name="folder" if args.images else "digits",
@@ -94,4 +102,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -74,7 +74,8 @@ def embed_folder(args: argparse.Namespace, process: Process) -> None:
         trained_dims=list(info.nesting_list),
     )
     if already_there(out, metadata, dim) and not args.force:
-        print(f"{out} already holds the vectors of these {len(ids):,} images by this model")
+        if process.is_main:
+            print(f"{out} already holds the vectors of these {len(ids):,} images by this model")
         return
     model.to(process.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     model.warn_if_untrained(dim)
@@ -156,8 +157,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """Embed from a command line; return the exit status."""
-    interrupted = "interrupted; the same command resumes the pass"
-    return distributed.run(lambda: embed_folder(parse(argv), distributed.start()), interrupted)
+    return distributed.run(lambda: embed_folder(parse(argv), distributed.start()), "stopped; the same command resumes")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Benchmarks compare things that compute the same, and run on a machine without a GPU."""
 
 import json
+import time
 
 import numpy as np
 import pytest
@@ -33,6 +34,10 @@ def test_the_authors_loop_sums_the_same_losses_of_the_same_model():
 
 
 def test_the_training_step_benchmark_prints_a_row_for_every_contender(capsys, monkeypatch):
+    def timed(steps, repeats, inner):  # each takes twice as long as the one before
+        return {name: Timed([2.0**i], [0.0], step()) for i, (name, step) in enumerate(steps.items())}
+
+    monkeypatch.setattr(training_step, "take_turns", timed)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     argv = ["--backbone", "test_resnet", "--px", "32", "--batch_sizes", "2", "4", "--num_classes", "5", "--blurpool"]
     training_step.main([*argv, "--repeats", "1", "--inner", "1", "--head_batch_size", "8"])
@@ -44,7 +49,45 @@ def test_the_training_step_benchmark_prints_a_row_for_every_contender(capsys, mo
     for row in rows:
         assert row["images_per_second"] > 0 and row["cpu"] and row["torch"]
         assert row["name"] != "plain" or row["speed_vs_plain"] == 1
-    assert rows[0]["speed_vs_authors"] == pytest.approx(1 / rows[4]["speed_vs_plain"], rel=0.01)
+    assert (rows[0]["speed_vs_authors"], rows[4]["speed_vs_plain"]) == (16, 0.062)
+
+
+def test_a_batch_that_no_contender_can_hold_is_said_and_the_next_is_measured(capsys, monkeypatch):
+    def full():
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+
+    def contenders(args, dims, images, *_):
+        return dict.fromkeys(("plain", "MRL"), full if len(images) == 4 else lambda: lambda: time.sleep(0.001))
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(training_step, "contenders", contenders)
+    argv = ["--backbone", "test_resnet", "--px", "32", "--batch_sizes", "4", "2", "--num_classes", "5"]
+    training_step.main([*argv, "--repeats", "1", "--inner", "1", "--head_batch_size", "8"])
+    printed = capsys.readouterr()
+    assert printed.err.count("with batch size 4 in bf16 exceeds the GPU memory") == 2
+    rows = [json.loads(line) for line in printed.out.splitlines()]
+    assert {row["batch_size"] for row in rows if row["measurement"] == "training step"} == {2}
+
+
+@pytest.mark.parametrize("folder", ["none", ""])
+def test_a_folder_without_images_is_not_timed(folder, monkeypatch, tmp_path):
+    from benchmarks import embed
+
+    monkeypatch.setattr("sys.argv", ["embed", "--images", str(tmp_path / folder)])
+    with pytest.raises(SystemExit, match=r"^error: --images .*: 0 images; a batch is 32$"):
+        embed.main()
+
+
+def test_the_searches_that_are_compared_find_the_same(monkeypatch, capsys):
+    pytest.importorskip("faiss")
+    from benchmarks import search
+
+    sizes = "--rows 300 --width 32 --queries 9 --rerank_queries 20 --ks 3 --shortlist_size 40 --repeats 1"
+    monkeypatch.setattr("sys.argv", ["search", *sizes.split()])
+    search.main()
+    rows = lines_of(capsys)
+    same = [value for row in rows for key, value in row.items() if key.startswith("same_")]
+    assert {row["measurement"] for row in rows} == {"3 sizes", "rerank"} and min(same) > 0.98
 
 
 @pytest.fixture

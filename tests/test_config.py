@@ -21,6 +21,7 @@ from mrl.training.augmentation import make_augmentation
 from mrl.training.optim import build_optimizer
 from train import describe, make_model
 
+ROOT = RECIPES.parent
 FIELDS = """
 run: name dir seed resume
 data: name root val_share backend num_classes missing_classes max_unreadable exif_rotation batch_size
@@ -136,14 +137,30 @@ def commands(document):
     return [line.split("\037")[:-1] for line in done.stdout.splitlines()]
 
 
-COMMANDS = commands("docs/REPRODUCING.md")
-DOCUMENTED = [words[words.index("train.py") + 1 :] for words in COMMANDS if "train.py" in words]
+@functools.cache
+def documented():
+    """The commands of REPRODUCING.md, and the arguments of those of train.py."""
+    found = commands("docs/REPRODUCING.md")
+    return found, [words[words.index("train.py") + 1 :] for words in found if "train.py" in words]
+
+
+@pytest.mark.parametrize(
+    "path", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda path: path.name
+)
+def test_every_documented_option_exists(path):
+    sections = dataclasses.fields(Config)
+    known = {f"{s.name}.{f.name}" for s in sections for f in dataclasses.fields(s.default_factory)} | {"config", "help"}
+    text = path.read_text().replace("\\\n", " ")
+    for name, rest in re.findall(r"python (?:-m )?([\w./]+)([^\n`#|]*)", text):
+        source = (ROOT / (name if name.endswith(".py") else f"{name.replace('.', '/')}.py")).read_text()
+        for option in re.findall(r"--([\w.]+)", rest):
+            assert option in known or f'"--{option}"' in source, (name, option)
 
 
 def test_every_documented_command_is_understood_and_its_model_built(build):
-    for words in DOCUMENTED:
+    for words in documented()[1]:
         assert build(parse(*words)).head.nesting_list
-    for words in COMMANDS:
+    for words in documented()[0]:
         if words[0] == "-m":
             assert importlib.util.find_spec(words[1])
         else:
@@ -151,7 +168,7 @@ def test_every_documented_command_is_understood_and_its_model_built(build):
 
 
 def test_the_documented_commands_are_the_papers_ablations():
-    configs = [parse(*words) for words in DOCUMENTED]
+    configs = [parse(*words) for words in documented()[1]]
     assert len({config.run.name for config in configs}) == len(configs), "one would refuse the directory of another"
     lists = [config.head.nesting_list for config in configs]
     doubling = [8, 16, 32, 64, 128, 256, 512, 1024, 2048]

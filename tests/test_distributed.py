@@ -6,11 +6,12 @@ import threading
 import time
 from datetime import timedelta
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from mrl import distributed
+from mrl import distributed, embed
 from mrl.data.transforms import train_indices
 from mrl.distributed import Process
 from mrl.errors import UserError
@@ -139,6 +140,16 @@ def test_torchrun_shows_the_error_of_all_but_the_first_process_of_a_machine(tmp_
     assert distributed.run(fail, "interrupted") == 2
     assert capsys.readouterr().err == ("" if local_rank == 3 else "\nerror: mine\n")
     assert (tmp_path / "error.json").exists() == (local_rank is not None)
+
+
+def test_two_processes_embed_a_folder_as_one_does_and_one_of_them_tells(saved_run, pictures, tmp_path):
+    argv = ["--run", str(saved_run), "--images", str(pictures.folder), "--num_workers", "0", "--out"]
+    assert embed.main([*argv, str(tmp_path / "one.npy")]) == 0
+    for name, told in (("a", "7 images x 96 dims"), ("b", "already holds the vectors")):
+        (tmp_path / name).mkdir()
+        statuses, logs = fork_two(tmp_path / name, lambda rank: embed.main([*argv, str(tmp_path / "two.npy")]))
+        assert statuses == [0, 0] and sum(told in log for log in logs) == 1
+    np.testing.assert_allclose(*(np.load(tmp_path / f"{name}.npy") for name in ("one", "two")), atol=1e-6)
 
 
 def test_unusable_data_leaves_no_run_directory(make_folder, capsys):  # noqa: F811

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -130,7 +131,36 @@ def test_all_zero_prefixes_are_counted(runs, no_pictures, monkeypatch, capsys):
     assert counted == [f"{name}: all-zero prefixes: 3 at 8 dims" for name in ("mrl", "ff")]
 
 
-def test_a_run_s_validation_images_can_be_explored(runs, capsys):
+def test_options_reach_the_embedding_pass_the_studies_and_wandb(runs, tmp_path, no_pictures, monkeypatch):
+    lines = [f"{digit}\t{'odd' if digit % 2 else 'even'}\n" for digit in range(10)]
+    (tmp_path / "table.tsv").write_text("class\tsuperclass\n" + "".join(lines))
+    seen, embed = [], script.embed_runs
+
+    def embed_runs(runs, transfer, size, force, process, precision, settings):
+        seen.append((size, force, precision))
+        return embed(runs, transfer, size, False, process)
+
+    monkeypatch.setattr(script, "embed_runs", embed_runs)
+    monkeypatch.setattr(script, "run_studies", lambda run, device, table, *_: seen.append(table) or [])
+    monkeypatch.setattr(script, "report_evaluation", lambda *given: seen.append(given))
+    argv = ["--runs", str(runs / "mrl"), "--batch_size", "7", "--force", "--precision", "bf16"]
+    argv += ["--superclasses", str(tmp_path / "table.tsv"), "--wandb", "offline", "--wandb_artifacts"]
+    assert script.main(argv) == 0
+    how, table, (named, rows, record, mode, artifacts) = seen
+    assert how == (7, True, "bf16") and table["3"] == "odd" and record["precision"] == "bf16"
+    assert named == {"mrl": runs / "mrl"} and (rows, mode, artifacts) == ([], "offline", True)
+
+
+def test_a_run_s_validation_images_can_be_explored(runs, capsys, monkeypatch):
+    listed, build = [], run_module.build_data
+
+    def slowly(*given):
+        listed.append(given[4])
+        time.sleep(0.2)
+        return build(*given)
+
+    monkeypatch.setattr(run_module, "build_data", slowly)
+    monkeypatch.setattr(explore, "cores_per_process", lambda: 4)
     assert explore.main(["--run", str(runs / "mrl"), "--max_images", "30"]) == 0
     printed = capsys.readouterr().out
     assert f"{runs / 'mrl' / 'explore.html'}: 30 images" in printed and "30 of 355 images, chosen" in printed
@@ -141,6 +171,7 @@ def test_a_run_s_validation_images_can_be_explored(runs, capsys):
     for name, folder in zip(content["names"], content["folderOf"], strict=True):
         digit, index = name.split(", validation image ")
         assert digit == content["folders"][folder] == str(run.val.labels[int(index)])
+    assert listed == [("val",)], "once, before many threads ask for pictures"
 
 
 def test_a_study_that_fails_loses_no_rows_of_the_runs_before(runs, no_pictures, monkeypatch, capsys):
@@ -301,12 +332,16 @@ def test_fewer_queries_and_skipped_studies_change_no_other_row(runs, no_pictures
 
 
 def test_redraw_needs_the_rows_alone_and_gives_each_data_set_its_figures(
-    finished, tmp_path, no_images, no_pictures, capsys
+    finished, tmp_path, no_images, no_pictures, capsys, monkeypatch
 ):
     rows = [row for row in read_rows(finished / "eval" / "results.jsonl") if row.study in ("retrieval", "oracle")]
     both = [*rows, *(dataclasses.replace(row, dataset="tiny_imagenet") for row in rows)]
     write_rows(both, tmp_path / "results.jsonl")
-    assert script.main(["--redraw", str(tmp_path / "results.jsonl"), "--out", str(tmp_path / "there")]) == 0
+    titles, figures = [], script.figures_of
+    monkeypatch.setattr(script, "figures_of", lambda of: titles.append({row.dataset for row in of}) or figures(of))
+    argv = ["--redraw", str(tmp_path / "results.jsonl"), "--out", str(tmp_path / "there"), "--title", "my digits"]
+    assert script.main(argv) == 0
+    assert titles == [{"my digits"}, {"tiny_imagenet"}]
     names = {Path(line).name for line in capsys.readouterr().out.splitlines() if line.startswith("figure: ")}
     of_digits = {name for name in names if name.endswith("_digits.png")}
     assert {"accuracy_by_dim_digits.png", "first_correct_digits.png"} <= of_digits

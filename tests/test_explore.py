@@ -12,6 +12,7 @@ from PIL import Image
 
 import mrl
 from mrl import explore
+from mrl.adapt import Map
 from mrl.retrieval.embeddings import EmbeddingMetadata, classes_sha256, write_vectors
 from tests.conftest import CHROMIUM
 
@@ -128,3 +129,15 @@ def test_a_page_is_kept_small_by_a_seeded_choice(page, tmp_path, capsys):
         assert "9 of 40 images, chosen at random with seed 0" in capsys.readouterr().out
         chosen.append(content(tmp_path / out)["names"])
     assert chosen[0] == chosen[1] == sorted(chosen[0], key=ids.index) and len(set(chosen[0])) == 9
+
+
+def test_a_map_changes_the_vectors_and_the_sizes_of_the_slider(page, tmp_path):
+    path, _, vectors = page
+    mapping = Map(np.random.default_rng(1).normal(size=(8, WIDTH)).astype(np.float32), (2, 8))
+    mapping.save(tmp_path / "m.safetensors")
+    argv = ["--vectors", path.with_name("v.npy"), "--map", tmp_path / "m.safetensors", "--out", tmp_path / "x.html"]
+    assert explore.main([str(part) for part in argv]) == 0
+    data = content(tmp_path / "x.html")
+    steps = np.array(data["steps"])
+    codes = np.frombuffer(explore.base64.b64decode(data["codes"]), np.int8).reshape(N, 8)
+    assert (np.abs(codes * steps - mapping(vectors)) <= 0.501 * steps).all() and data["trained"] == [2, 8]

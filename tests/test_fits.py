@@ -140,24 +140,6 @@ def test_the_moving_average_warms_up_and_both_models_are_validated(tmp_path, cap
     assert all(torch.equal(value, average[key]) for key, value in weights(tmp_path).items()), "the average is saved"
 
 
-def test_normalization_comes_from_the_weights_unless_given(saved_run):
-    """timm's vit_tiny expects 0.5; a run's own is in its model.json."""
-    half, imagenet = (0.5, 0.5, 0.5), (0.485, 0.456, 0.406)
-    vit = ["--model.backbone", "vit_tiny_patch16_224"]
-    assert config_of(*vit).data.mean == imagenet
-    assert config_of(*vit, "--model.init", "pretrained").data.mean == half
-    assert config_of(*vit, "--model.init", "weights.safetensors").data.std == half
-    given = config_of(*vit, "--model.init", "pretrained", "--data.mean", "[0.4, 0.4, 0.4]").data
-    assert given.mean == (0.4, 0.4, 0.4) and given.std == half
-    path = saved_run / "model.json"
-    content = path.read_text()
-    path.write_text(json.dumps(json.loads(content) | {"mean": [0.1, 0.2, 0.3]}))
-    try:
-        assert config_of("--model.init", str(saved_run)).data.mean == (0.1, 0.2, 0.3)
-    finally:
-        path.write_text(content)
-
-
 def test_settings_that_were_changed_or_work_badly_are_said(monkeypatch):
     def found(*argv, device="cpu", batch_size=64, warmup_epochs=2):
         config = config_of("--data.batch_size", "64", "--optim.warmup_epochs", "2", *argv)
@@ -187,7 +169,8 @@ def test_a_home_folder_in_a_recipe_is_expanded(tmp_path, monkeypatch):
     (tmp_path / "run").mkdir()
     about = {"mean": [0.5] * 3, "std": [0.5] * 3, "crop_px": 64, "resize_px": 72}
     (tmp_path / "run" / "model.json").write_text(json.dumps(about))
-    assert parse_command_line(["--model.init=~/run"], "").data.eval_px == 64, "as the weights were trained"
+    found = parse_command_line(["--model.init=~/run"], "").data
+    assert (found.eval_px, found.mean) == (64, (0.5, 0.5, 0.5)), "as the weights were trained"
 
 
 @pytest.mark.parametrize(

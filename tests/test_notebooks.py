@@ -108,3 +108,23 @@ def test_they_run_on_other_runs_and_draw(tmp_path, monkeypatch):
     printed = "".join(text for cell in done for output in cell["outputs"] for text in output.get("text", []))
     assert printed.count("mrl: MRL of test_resnet on my digits, sizes 8, 16, 32, 96") >= len(NOTEBOOKS)
     assert str(REPOSITORY) not in (tmp_path / "done.ipynb").read_text()
+
+
+def test_options_become_variables_that_the_notebooks_read_with_absolute_paths(tmp_path, monkeypatch):
+    import notebooks.execute as module
+
+    given = []
+
+    def execute(source, target, environment):
+        given.append(environment)
+        target.touch()
+
+    monkeypatch.setattr(module, "execute", execute)
+    options = {"run": "a", "other_run": "b", "superclasses": "t", "pictures": "p", "credit": "me", "title": "mine"}
+    argv = [word for key, value in options.items() for word in (f"--{key}", value)]
+    monkeypatch.setattr("sys.argv", ["execute", *argv, "--out", str(tmp_path)])
+    module.main()
+    sources = [*NOTEBOOKS, *(REPOSITORY / "mrl").rglob("*.py")]
+    read = set(re.findall(r"MRL_[A-Z_]+", "".join(path.read_text() for path in sources)))
+    assert len(given) == len(NOTEBOOKS) and given[0].keys() <= read and len(given[0]) == len(options)
+    assert (given[0]["MRL_PICTURES"], given[0]["MRL_CREDIT"]) == (str(Path("p").resolve()), "me")

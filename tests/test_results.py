@@ -87,7 +87,7 @@ def test_a_line_that_is_not_a_row_is_refused_with_its_number(tmp_path, line, sai
     path.write_text(path.read_text() + line + "\n", errors="surrogateescape")
     with pytest.raises(UserError, match=said) as error:
         read_rows(path)
-    assert "line 2" in str(error.value) or said == "from 0 to 1"
+    assert "line 2" in str(error.value)
 
 
 def test_rows_written_before_a_column_existed_have_none_in_it(tmp_path):

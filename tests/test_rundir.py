@@ -1,10 +1,10 @@
+import contextlib
 import io
 import json
 import multiprocessing
 import os
 import subprocess
 import time
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from types import SimpleNamespace
 
@@ -197,6 +197,8 @@ def test_provenance_keeps_every_start(tmp_path):
 
 
 def test_provenance_names_the_commit_and_whether_files_differ_from_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
+
     def git(*argv):
         identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
         subprocess.run(["git", "-C", str(tmp_path), *identity, *argv], check=True, capture_output=True)
@@ -217,17 +219,12 @@ def test_provenance_names_the_commit_and_whether_files_differ_from_it(tmp_path, 
     assert found() == (None, None)
 
 
-def test_a_process_that_waits_for_another_says_so_once_and_goes_on(tmp_path, capsys):
-    def wait():
-        with hold(tmp_path, "waiting for another"):
-            return True
-
-    with ThreadPoolExecutor(1) as pool:
-        with hold(tmp_path):
-            waiting = pool.submit(wait)
-            time.sleep(0.7)
-            assert not waiting.done() and capsys.readouterr().out.count("waiting for another") == 1
-        assert waiting.result(timeout=10)
+def test_a_process_that_waits_for_another_says_so_once_and_goes_on(tmp_path, monkeypatch, capsys):
+    slept, other = [], contextlib.ExitStack()
+    other.enter_context(hold(tmp_path))
+    monkeypatch.setattr(time, "sleep", lambda seconds: slept.append(seconds) or (len(slept) == 3 and other.close()))
+    with hold(tmp_path, "waiting for another"):
+        assert len(slept) == 3 and capsys.readouterr().out.count("waiting for another") == 1
 
 
 def test_metrics_are_read_without_half_a_line_and_the_last_validation_is_that_of_the_last_row_with_one(tmp_path):

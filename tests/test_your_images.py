@@ -209,7 +209,7 @@ def test_images_are_resized_as_the_weights_expect_by_training_preprocess_and_tor
         torch.testing.assert_close(batch[0], expected, atol=1e-5, rtol=0)
 
 
-def test_sizes_and_interpolation_come_from_the_weights_unless_given(saved_run):
+def test_sizes_interpolation_and_normalization_come_from_the_weights_unless_given(saved_run):
     def data(*argv):
         return parse_command_line(argv, "").data
 
@@ -223,6 +223,8 @@ def test_sizes_and_interpolation_come_from_the_weights_unless_given(saved_run):
     assert (smaller.eval_px, smaller.eval_resize_px) == (140, 160)  # the same share of the image
     untrained = data(*lite, "scratch")
     assert (untrained.interpolation, untrained.train_px, untrained.eval_px) == ("bilinear", [(0, 160), (32, 192)], 224)
+    mixed = data(*lite, "weights.pt", "--data.mean", "[0.4, 0.4, 0.4]")
+    assert (mixed.mean, mixed.std, untrained.mean) == ((0.4,) * 3, (0.5,) * 3, (0.485, 0.456, 0.406))
     of_run = data("--model.init", str(saved_run))
     assert (of_run.eval_resize_px, of_run.eval_px, of_run.interpolation) == (36, 32, "bilinear")
 

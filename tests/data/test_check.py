@@ -26,3 +26,13 @@ def test_a_tree_that_no_training_takes_is_a_fault_too(two_classes, tmp_path, cap
     assert main([str(two_classes.root)]) == 1
     assert "the classes of train and val differ: only in train: b; only in val: c" in capsys.readouterr().out
     assert main([str(tmp_path / "gone")]) == 2 and "is not a folder" in capsys.readouterr().err
+
+
+def test_imagenets_flat_validation_images_are_checked_with_their_classes(image_folder, capsys):
+    root = image_folder({split: {"n01440764": 1, "n01443537": 1} for split in ("train", "val")})
+    for folder in sorted((root / "val").iterdir()):
+        (folder / "0.png").rename(root / "val" / f"{folder.name}.png")
+        folder.rmdir()
+    assert main([str(root)]) == 1
+    (root / "val_wnids.txt").write_text("n01440764.png n01440764\nn01443537.png n01443537\n")
+    assert main([str(root), "--name", "imagenet"]) == 0

@@ -7,6 +7,7 @@ import re
 import signal
 import threading
 import time
+from multiprocessing import shared_memory
 from pathlib import Path
 
 import numpy as np
@@ -237,12 +238,13 @@ def ctrl_c(root, monkeypatch):
     "spoil", [text_instead_of_an_image, an_image_that_would_shrink_to_nothing, a_full_disk, ctrl_c]
 )
 def test_a_failure_is_named_and_leaves_nothing(root, monkeypatch, capsys, spoil):
-    shared_memory = set(os.listdir("/dev/shm"))
+    made, real = [], shared_memory.SharedMemory
+    monkeypatch.setattr(shared_memory, "SharedMemory", lambda *of, **how: made.append(real(*of, **how)) or made[-1])
     message = spoil(root, monkeypatch)
     assert main(["--root", str(root), "--split", "train"]) == (130 if spoil is ctrl_c else 2)
     error = capsys.readouterr().err
     assert re.search(message, error) and error.count("\n") == 2
-    assert names(root) == [] and set(os.listdir("/dev/shm")) <= shared_memory
+    assert names(root) == [] and not [one for one in made if (Path("/dev/shm") / one.name).exists()]
 
 
 def test_the_remains_of_a_killed_writer_are_replaced_and_a_finished_file_is_kept(root, capsys):

@@ -96,6 +96,7 @@ def test_classes_one_or_more_folders_deeper_are_refused_with_the_tree_they_shoul
     assert list_images(tmp_path / "d", "train").classes == ["a", "b"]
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("later", [("cat", "dog"), ("bird", "eel/indoors")])
 def test_classes_below_several_folders_are_said_because_they_may_be_meant(tmp_path, later):
     first, second = later
@@ -234,6 +235,7 @@ def test_images_are_turned_upright_or_taken_as_stored(tmp_path, extension, orien
     np.testing.assert_allclose(as_stored.numpy(), stored.transpose(2, 0, 1), atol=3)
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_blocks": 1}], ids=str)
 def test_a_jpeg_without_its_end_marker_is_read_and_one_without_pixels_is_not(tmp_path, options):
     path, noise = tmp_path / "x.jpg", np.random.default_rng(0).integers(0, 256, (80, 100, 3), dtype=np.uint8)

@@ -131,3 +131,31 @@ def test_what_cannot_be_compared_is_one_sentence(colored, tmp_path, monkeypatch,
     monkeypatch.setitem(sys.modules, "open_clip", None)  # as if it was not installed
     assert clip.main(argv_of(colored)) == 2
     assert "pip install open_clip_torch" in capsys.readouterr().err
+
+
+def test_weights_reach_the_training_of_captions_with_superclasses(colored, tmp_path, monkeypatch, capsys):
+    seen, compare = [], clip.compare
+
+    def spy(pairs, images, dims, rates, weights, **rest):
+        seen.append((pairs.weights.tolist(), weights))
+        return compare(pairs, images, dims, rates, weights, **rest)
+
+    monkeypatch.setattr(clip, "compare", spy)
+    lines = [f"{color}\t{color}\t{'dark' if i < 5 else 'light'}\n" for i, color in enumerate(COLORS)]
+    (tmp_path / "words.tsv").write_text("class\tname\tsuperclass\n" + "".join(lines))
+    argv = [
+        "--words",
+        str(tmp_path / "words.tsv"),
+        "--dims",
+        "4",
+        "16",
+        "--lrs",
+        "0.01",
+        "--seeds",
+        "0",
+        "--steps",
+        "1",
+    ]
+    assert clip.main(argv_of(colored, *argv, "--dim_weights", "1", "4", "--group_weight", "0.5")) == 0
+    assert seen == [([1.0] * 4 + [0.5] * 4, [1.0, 4.0])]
+    assert "knowing the superclass alone: top-1" in capsys.readouterr().out

@@ -2,6 +2,7 @@ import dataclasses
 import json
 import shutil
 import sys
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -129,12 +130,13 @@ def test_the_card_can_take_its_numbers_from_the_rows_of_an_evaluation(saved_run,
         card([Source("pets", "other", 0, 36, 32, False).row("oracle", "MRL", "top_1", 1, 5)])
 
 
-def test_a_folder_with_other_files_is_refused_and_an_earlier_export_is_replaced(saved_run, folder, tmp_path):
+def test_a_folder_with_other_files_is_refused_and_an_earlier_export_is_replaced(saved_run, tmp_path):
     (tmp_path / "README.md").write_text("mine")
     for taken in (tmp_path, saved_run):
         with pytest.raises(UserError, match="not of an earlier export"):
             hub.export_folder(saved_run, taken, "mit")
     assert (tmp_path / "README.md").read_text() == "mine"
+    folder = hub.export_folder(saved_run, tmp_path / "mine", "mit")
     hub.export_folder(saved_run, folder, "cc-by-4.0")
     assert "license: cc-by-4.0" in (folder / "README.md").read_text()
     content = json.loads((folder / "model.json").read_text())
@@ -153,3 +155,19 @@ def test_the_command_writes_the_folder_or_prints_an_error_and_returns_2(saved_ru
     monkeypatch.delitem(sys.modules, "mrl.interop.sentence_transformers", raising=False)
     assert export.main(["sentence_transformers", "--run", str(saved_run), "--out", str(tmp_path / "st")]) == 2
     assert "pip install 'sentence-transformers>=5.4'" in capsys.readouterr().err
+
+
+def test_the_command_takes_rows_and_uploads_only_the_files_of_an_export(saved_run, tmp_path, monkeypatch):
+    calls = []
+    api = SimpleNamespace(
+        create_repo=lambda name, **how: calls.append((name, how)) or "address",
+        upload_folder=lambda **how: calls.append(how),
+    )
+    monkeypatch.setattr(hub, "HfApi", lambda: api)
+    row = Source("pets", "small", 0, 36, 32, False).row("classification", "MRL", "top_1", 0.25, 5, dim=8)
+    write_rows([row], tmp_path / "results.jsonl")
+    argv = ["hub", "--run", str(saved_run), "--license", "mit", "--out", str(tmp_path / "out"), "--push", "me/small"]
+    assert export.main([*argv, "--private", "--results", str(tmp_path / "results.jsonl")]) == 0
+    assert "| 8 | 32 | 25.00 |" in (tmp_path / "out" / "README.md").read_text()
+    assert calls[0] == ("me/small", {"private": True, "exist_ok": True})
+    assert calls[1]["allow_patterns"] == list(hub.UPLOADED)

@@ -1,13 +1,16 @@
 """Evaluations in W&B, read back from the files that W&B itself writes offline."""
 
 import dataclasses
+import io
 import json
 import signal
 import time
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
+from PIL import Image
 
 import train
 from mrl.config import Config, DataConfig, RunConfig, WandbConfig, to_yaml
@@ -119,7 +122,8 @@ def test_history_steps_go_on_over_sittings_of_training_and_evaluations(tmp_path,
     assert [row["_step"] for row in history] == [2, 4, 5, 6, 8, 10, 11, 12, 13]
     assert [row["step"] for row in history[:6]] == [2, 4, 5, 6, 8, 10]
     assert all(("top_1/8" in row) == (row["_step"] in (5, 10)) for row in history[:6])
-    assert len(found["ids"]) == 3 and len(set(found["ids"])) == 1
+    assert len(found["ids"]) == 3 and set(found["ids"]) == {(tmp_path / "a" / "wandb_id").read_text()}
+    assert {"lr", "images_per_second", "data_wait", "top_1/32"} <= set().union(*history)
     assert not [artifact for artifact in found["artifacts"] if artifact.type in ("model", "embeddings")]
     points = offline_points([tmp_path / "a"])
     steps = points[points.metric == "loss/8"]
@@ -131,6 +135,17 @@ def test_history_steps_go_on_over_sittings_of_training_and_evaluations(tmp_path,
     assert [axes.get_title() for axes in panels] == list(CHARTS["Accuracy by dim"])
     [line] = panels[0].lines
     assert list(line.get_xdata()) == [8, 16] and list(line.get_ydata()) == list(by_dim.value)
+    assert workspace(["--runs", str(tmp_path / "a"), "--picture", str(tmp_path / "x.png")]) == 0
+    assert Image.open(tmp_path / "x.png").size[0] == 1100
+
+
+def test_charts_of_what_was_not_logged_stay_empty():
+    """Of a run without a validation or evaluation, and of one that ended before its first row."""
+    points = pd.DataFrame({"run": "a", "method": "a", "x": [2, 4], "metric": "loss/8", "value": [2.0, 1.0]})
+    for some, titles in ((points, {"training loss of each prefix"}), (points[:0], set())):
+        figure = dashboard(some, CHARTS)
+        assert {axes.get_title() for part in figure.subfigs for axes in part.axes if axes.lines} == titles
+        figure.savefig(io.BytesIO())
 
 
 def test_the_workspace_charts_what_training_and_evaluation_log_and_needs_no_login(capsys):

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ from mrl.matryoshka import NestedLinear
 from mrl.results import Source
 from mrl.retrieval.embeddings import EmbeddingMetadata, EmbeddingSet
 from mrl.studies.run import OpenedRun
-from mrl.studies.suite import run_studies
+from mrl.studies.suite import LONG, run_studies
 
 
 def make_run(trained):
@@ -56,3 +57,16 @@ def test_all_methods_of_a_retrieval_table_have_the_same_queries(max_queries, n, 
     assert coded == {(method, dim) for method in ("MRL", "FF truncated", "FF PCA") for dim in (8, 16, 32)} | {
         ("FF", 32)
     }
+
+
+def test_a_table_of_superclasses_has_rows_and_below_20_training_images_no_map_is_learned():
+    cpu, table = torch.device("cpu"), {"a": "first", "b": "first", "c": "second"}
+    rows = run_studies(make_run((8, 32)), cpu, table, skip=LONG)
+    metrics = {row.metric for row in rows if row.study == "hierarchy"}
+    assert metrics == {"superclass_top_1", "top_1", "top_1_within"}
+    learned = {"FF supervised map", "FF unsupervised map"}
+    for number, expected in ((19, set()), (20, learned)):
+        run = make_run((32,))
+        few = EmbeddingSet(run.train.vectors[:number], run.train.labels[:number], run.train.metadata)
+        methods = {row.method for row in run_studies(replace(run, train=few), cpu, skip=["quantization"])}
+        assert "FF PCA" in methods and methods & learned == expected
