@@ -244,7 +244,7 @@ def test_a_failure_is_named_and_leaves_nothing(root, monkeypatch, capsys, spoil)
     assert main(["--root", str(root), "--split", "train"]) == (130 if spoil is ctrl_c else 2)
     error = capsys.readouterr().err
     assert re.search(message, error) and error.count("\n") == 2
-    assert names(root) == [] and not [one for one in made if (Path("/dev/shm") / one.name).exists()]
+    assert names(root) == [] and made and not [one for one in made if (Path("/dev/shm") / one.name).exists()]
 
 
 def test_the_remains_of_a_killed_writer_are_replaced_and_a_finished_file_is_kept(root, capsys):

@@ -143,19 +143,8 @@ def test_weights_reach_the_training_of_captions_with_superclasses(colored, tmp_p
     monkeypatch.setattr(clip, "compare", spy)
     lines = [f"{color}\t{color}\t{'dark' if i < 5 else 'light'}\n" for i, color in enumerate(COLORS)]
     (tmp_path / "words.tsv").write_text("class\tname\tsuperclass\n" + "".join(lines))
-    argv = [
-        "--words",
-        str(tmp_path / "words.tsv"),
-        "--dims",
-        "4",
-        "16",
-        "--lrs",
-        "0.01",
-        "--seeds",
-        "0",
-        "--steps",
-        "1",
-    ]
+    few = "--dims 4 16 --lrs 0.01 --seeds 0 --steps 1"
+    argv = ["--words", str(tmp_path / "words.tsv"), *few.split()]
     assert clip.main(argv_of(colored, *argv, "--dim_weights", "1", "4", "--group_weight", "0.5")) == 0
     assert seen == [([1.0] * 4 + [0.5] * 4, [1.0, 4.0])]
     assert "knowing the superclass alone: top-1" in capsys.readouterr().out
