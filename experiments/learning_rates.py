@@ -52,7 +52,7 @@ def draw(frame: pd.DataFrame) -> Figure:
         axes.set_xscale("log")
         axes.set_xticks(rates := sorted(frame["lr"].unique()), [f"{rate:g}" for rate in rates], rotation=45)
         axes.set_xticks([], minor=True)
-        axes.set(title=f"{dim} dims", xlabel="peak learning rate", ylabel="top-1 (%)")
+        axes.set(title=f"{dim} dims", xlabel="peak learning rate", ylabel="top-1 (%)", ymargin=0.12)
     figure.suptitle("held-out training images; a star is the best rate", fontsize="medium")
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
