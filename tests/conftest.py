@@ -60,11 +60,9 @@ def make_saved_run(tmp_path_factory):
         dims = dims or (8, 16, 32, network.head_hidden_size)
         model = build_model(network, 3, dims)
         with torch.no_grad():
-            for parameter in network.parameters():
-                if (
-                    parameter.ndim == 1
-                ):  # timm starts branches at 0 or nearly: a network without them would embed the same
-                    parameter.uniform_(0.5, 1.5)
+            # timm starts branches at 0 or nearly: a network without them would embed the same
+            for parameter in (parameter for parameter in network.parameters() if parameter.ndim == 1):
+                parameter.uniform_(0.5, 1.5)
             model.train()(torch.randn(16, 3, 32, 32))
         settings = {"num_classes": 3, "eval_resize_px": 36, "eval_px": 32}
         config = Config(
@@ -90,10 +88,8 @@ def make_saved_run(tmp_path_factory):
 @pytest.fixture(scope="session")
 def make_digits_run():
     """A run directory of a ViT of one block, 32 wide, for the digits; it was never trained."""
-    name, kwargs = (
-        "vit_tiny_patch16_224",
-        {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2},
-    )
+    name = "vit_tiny_patch16_224"
+    kwargs = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
     data = DataConfig(name="digits", batch_size=64, train_px=16, eval_resize_px=16, eval_px=16, num_workers=0)
 
     def make(directory, nesting_list, seed=0):
