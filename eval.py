@@ -8,8 +8,8 @@
     python eval.py --redraw runs/eval/results.jsonl                # figures again, from the rows alone
     python eval.py --checkpoint r50_mrl1_e0_ff2048.pt --data.root DIR      # a checkpoint of the authors
 
-Embeddings stay in each run directory and are used again as long as the model, the images and their size
-are the same. After Ctrl-C, the same command continues the embedding pass.
+Embeddings stay in each run directory and are used again as long as the model, the image size, and the names of the
+classes are the same; if the images have changed, give --force. After Ctrl-C, the same command continues the pass.
 """
 
 from __future__ import annotations

@@ -66,7 +66,8 @@ def train(config: Config, process: Process) -> int:
     data_seen = {"num_images": num_images, "classes": classes, "backend": BACKENDS[type(images["train"])]}
     accumulation_steps = config.train.accumulation_steps
     share = (process.rank, process.world_size, accumulation_steps)
-    cut = cut_batch(config.data.batch_size, num_images, config.data.min_steps_per_epoch, *share[1:])
+    splits = accumulation_steps * (1 + (config.data.mixup + config.data.cutmix > 0))  # they take images in pairs
+    cut = cut_batch(config.data.batch_size, num_images, config.data.min_steps_per_epoch, process.world_size, splits)
     batch_size = resumed.get("batch_size", cut) if resumed else cut  # other processes would cut it to another size
     micro_batch_size = len(train_indices(num_images, batch_size, seed, 0, *share)[0])
     steps_per_epoch = num_images // batch_size
@@ -139,9 +140,8 @@ def train(config: Config, process: Process) -> int:
             tracker.start_wandb(config.wandb, config.run.name, dataclasses.asdict(config))
         if process.is_main:
             rundir.record_start(directory, step, process.world_size, micro_batch_size)
-        tied = " tied" if model.head.tied else ""
         tracker.log_line(
-            f"{directory}: {config.model.backbone} on {device.type}, prefixes {list(dims)}{tied}; "
+            f"{directory}: {config.model.backbone} on {device.type}, prefixes {list(dims)}{' tied' * model.head.tied}; "
             f"steps {step} to {total_steps}, {steps_per_epoch} an epoch; {batch_size} images a step = "
             f"{process.world_size} processes x {accumulation_steps} micro-batches x {micro_batch_size}"
         )

@@ -40,7 +40,7 @@ def draw(frame: pd.DataFrame) -> Figure:
     """Draw top-1 over learning rate at the smallest, a middle, and the largest dim that all methods share."""
     key = "name" if frame.groupby("method")["name"].nunique().max() > 1 else "method"
     looks = style.styles_of(frame.assign(label=frame[key]))
-    shared = sorted(set.intersection(*(set(some["dim"]) for _, some in frame.groupby(key))))
+    shared = sorted(set.intersection(*(set(some["dim"]) for _, some in frame.groupby(key))) or set(frame["dim"]))
     dims = sorted({shared[0], shared[len(shared) // 2], shared[-1]})
     figure = Figure(figsize=(3.6 * len(dims), 3.4), layout="constrained")
     for axes, dim in zip(figure.subplots(1, len(dims), squeeze=False)[0], dims, strict=True):

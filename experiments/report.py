@@ -176,7 +176,7 @@ def measured_effects(rows: Sequence[Row], dataset: str) -> list[Effect]:
     """Return the effects; none if the rows are of one method only, or of several models of one kind and seed."""
     labels = line_labels([row for row in rows if row.dataset == dataset and row.study == "classification"])
     methods = {method for method, _ in labels if is_model(method)}
-    one_line = len({label for (method, _), label in labels.items() if method == "MRL"}) <= 1
+    one_line = len(set(labels.values())) == len({method for method, _ in labels})
     return effects(rows, dataset) if len(methods) > 1 and one_line else []
 
 

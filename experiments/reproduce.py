@@ -248,15 +248,19 @@ def train_all(runs: Sequence[Run], jobs: int, command: Sequence[str] = TRAIN) ->
             return None
         slot, started, log = slots.get(), time.monotonic(), run.directory / "train.log"
         tqdm.write(f"{run.name} {'resumes' if run.rows() else 'starts'}; log: {log}")
-        run.directory.mkdir(parents=True, exist_ok=True)
-        with log.open("ab") as file:
-            process = subprocess.Popen([*command, *run.argv], stdout=file, stderr=file, env=os.environ | slot)
-            while process.poll() is None and not received:
-                time.sleep(POLL_SECONDS)
-            if received:
-                process.terminate()
-            code = process.wait()
-        slots.put(slot)
+        try:
+            run.directory.mkdir(parents=True, exist_ok=True)
+            with log.open("ab") as file:
+                process = subprocess.Popen([*command, *run.argv], stdout=file, stderr=file, env=os.environ | slot)
+                while process.poll() is None and not received:
+                    time.sleep(POLL_SECONDS)
+                if received:
+                    process.terminate()
+                code = process.wait()
+        except OSError as error:  # e.g. a full disk
+            return str(error)
+        finally:
+            slots.put(slot)
         with (run.directory / "attempts.jsonl").open("a", encoding="utf-8") as attempts:
             attempts.write(json.dumps({"seconds": round(time.monotonic() - started, 3), "exit": code}) + "\n")
         finished = code == 0 and run.is_finished()

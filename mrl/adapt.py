@@ -61,7 +61,7 @@ class Map:
         Raises:
             UserError: The vectors are not a matrix of width D.
         """
-        vectors = vectors.numpy(force=True) if isinstance(vectors, Tensor) else vectors
+        vectors = vectors.float().numpy(force=True) if isinstance(vectors, Tensor) else vectors
         size, width = self.weight.shape
         if vectors.ndim != 2 or vectors.shape[1] != width:
             raise UserError(f"the map takes vectors (N, {width}), but these are {vectors.shape}")

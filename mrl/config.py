@@ -464,7 +464,7 @@ def images_of_weights(backbone: str, init: str) -> dict[str, Any]:
             mean, std, interpolation = described.mean, described.std, described.interpolation
             interpolation = "bilinear" if interpolation == "bilinear" else "bicubic"
             px = described.input_size[-1]
-            sizes = {"train_px": px, "eval_px": px, "eval_resize_px": math.floor(px / described.crop_pct)}
+            sizes = {"train_px": px, "eval_px": px, "eval_resize_px": max(px, math.floor(px / described.crop_pct))}
         else:
             return {}
         return {"mean": mean, "std": std, "interpolation": interpolation, **sizes}

@@ -43,6 +43,7 @@ from mrl.retrieval.embeddings import (
     file_sha256,
     files_sha256,
     open_vectors,
+    read_metadata,
     write_vectors,
 )
 from mrl.retrieval.search import describe_zero_prefixes
@@ -103,6 +104,8 @@ def list_images(folder: Path, max_unreadable: float, exif_rotation: str, process
         raise UserError(f"--images {folder} is not a folder")
     left_out = LeftOut()
     paths = [f"{folder}/{name}" for name in find_images(folder, left_out, show_progress=process.is_main)]
+    if broken := [path for path in paths if "\n" in path]:  # .ids.txt has a line for each
+        raise UserError(f"the name {broken[0]!a} has a line break; rename it")
     if not paths:
         raise UserError(f"--images {folder} holds no images; allowed: {' '.join(IMAGE_EXTENSIONS)}")
     if max_unreadable > 0:
@@ -117,8 +120,9 @@ def list_images(folder: Path, max_unreadable: float, exif_rotation: str, process
 
 def already_there(out: Path, metadata: EmbeddingMetadata, dim: int) -> bool:
     """Return whether ``out`` holds exactly these vectors; other vectors of this tool are replaced."""
-    if out.exists() and not out.with_suffix(".json").exists():
-        raise UserError(f"{out} exists and was not written by this tool; give another --out or remove it")
+    for path in (out, about := out.with_suffix(".json")):
+        if path.exists() and read_metadata(about) is None:
+            raise UserError(f"{path} exists and was not written by this tool; give another --out or remove it")
     try:
         found = open_vectors(out)
     except UserError:

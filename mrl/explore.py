@@ -106,9 +106,15 @@ def agreement(vectors: np.ndarray, k: int, dims: Sequence[int]) -> list[float]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "prefixes are all zero")  # they share nothing
         found = exact_search(vectors, vectors, k + 1, [*dims, width])
-    true, shares = found[width][0], []
+
+    def others(indices: np.ndarray) -> np.ndarray:  # (N, k), without the image or else the farthest
+        drop = indices == itself
+        drop[~drop.any(axis=1), -1] = True
+        return indices[~drop].reshape(len(indices), k)
+
+    true, shares = others(found[width][0]), []
     for dim in dims:
-        indices = np.where(np.any(vectors[:, :dim], axis=1)[:, None] & (found[dim][0] != itself), found[dim][0], -1)
+        indices = np.where(np.any(vectors[:, :dim], axis=1)[:, None], others(found[dim][0]), -1)
         shares.append(float((indices[:, :, None] == true[:, None, :]).sum() / (k * len(vectors))))
     return shares
 

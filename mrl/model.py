@@ -159,14 +159,10 @@ class MatryoshkaClassifier(
             atomic_write_text(save_directory / "README.md", self.card)
 
     @classmethod
-    def _from_pretrained(
-        cls,
-        *,
-        model_id: str,
-        **given: Any,  # also entries of config.json; `load` reads model.json
-    ) -> MatryoshkaClassifier:
+    def _from_pretrained(cls, *, model_id: str, **given: Any) -> MatryoshkaClassifier:
         if Path(model_id).is_dir():
             return load(model_id)
+        # `given` also has the entries of config.json; `load` reads model.json
         where = {key: given[key] for key in ("revision", "cache_dir", "force_download", "local_files_only", "token")}
         return load(snapshot_download(model_id, allow_patterns=[*HUB_FILES], **where))
 
@@ -222,7 +218,8 @@ def build_backbone(
     if projection:
         add_projection(backbone, kwargs or {})
     if source is not None and source.is_dir():
-        _load_run(backbone, source, {"stem_stride": stem_stride, "blurpool": blurpool, "projection": projection})
+        changes = {"stem_stride": stem_stride, "blurpool": blurpool, "projection": projection, "kwargs": kwargs or {}}
+        _load_run(backbone, source, {"backbone": name, **changes})
     return backbone
 
 
@@ -308,12 +305,18 @@ def _load_weights_file(backbone: nn.Module, path: Path) -> None:
     backbone.load_state_dict(state)
 
 
-def _load_run(backbone: nn.Module, run: Path, changes: dict[str, Any]) -> None:
-    """Load the backbone of a finished run; ``changes`` to it keep all names, so they must be equal to the run's."""
+def _load_run(backbone: nn.Module, run: Path, settings: dict[str, Any]) -> None:
+    """Load the backbone of a finished run; settings that can change while all names stay must be equal to the run's."""
+
+    def of_output(setting: Any) -> Any:  # the tag of weights, dropout, and image sizes may differ
+        if isinstance(setting, dict):
+            return {key: value for key, value in setting.items() if "drop" not in key and "img_size" not in key}
+        return str(setting).partition(".")[0]
+
     info, state = read_saved(run)
-    for key, value in changes.items():
+    for key, value in settings.items():
         theirs = getattr(info, key)
-        if theirs != value:
+        if of_output(theirs) != of_output(value):
             raise UserError(f"model.init: the run {run} has model.{key} {theirs}, not {value}; use the same")
     state = _part(state, "backbone.")
     check_state(state, backbone.state_dict(), f"model.init: the run {run} holds another backbone")
@@ -360,13 +363,14 @@ def freeze(model: MatryoshkaClassifier, trainable: str | Sequence[str]) -> None:
 
 
 def save_model(
-    model: MatryoshkaClassifier, info: ModelInfo, directory: Path, frozen: Mapping[str, Tensor] | None = None
+    model: MatryoshkaClassifier, info: ModelInfo, directory: Path, frozen: dict[str, Tensor] | None = None
 ) -> None:
     """Write model.safetensors and model.json, which `load` reads.
 
     ``frozen`` holds entries that ``model`` lacks if it is only the tail of a network (see `mrl.training.frozen`).
     """
-    content = save({key: value.contiguous() for key, value in {**(frozen or {}), **model.state_dict()}.items()})
+    # Copies, because safetensors refuses a parameter with two names; timm's CoaT has some.
+    content = save({key: value.contiguous().clone() for key, value in ((frozen or {}) | model.state_dict()).items()})
     atomic_write(directory / "model.safetensors", lambda file: file.write(content))
     atomic_write_text(directory / "model.json", json.dumps(dataclasses.asdict(info), indent=2) + "\n")
 
@@ -413,16 +417,8 @@ class BlurConv2d(nn.Conv2d):
     blur: Tensor
 
     def __init__(self, conv: nn.Conv2d):
-        super().__init__(
-            conv.in_channels,
-            conv.out_channels,
-            conv.kernel_size,  # type: ignore[arg-type]
-            conv.stride,  # type: ignore[arg-type]
-            conv.padding,  # type: ignore[arg-type]
-            conv.dilation,  # type: ignore[arg-type]
-            conv.groups,
-            conv.bias is not None,
-        )
+        shape = (conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation)
+        super().__init__(*shape, conv.groups, conv.bias is not None)  # type: ignore[arg-type]
         self.weight, self.bias = conv.weight, conv.bias
         line = torch.tensor([1.0, 2.0, 1.0]) / 4
         kernel = torch.outer(line, line).expand(conv.in_channels, 1, 3, 3).clone()

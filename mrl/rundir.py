@@ -30,9 +30,9 @@ SECONDS_OF_ORPHANS = 6.0  # workers of a killed run end within five seconds
 
 # Settings that may change when a run is resumed: they say where and how, not what is computed.
 RESUME_OVERRIDABLE = {
-    *("run.resume", "run.dir", "data.root", "data.num_workers", "wandb.mode", "wandb.project", "wandb.entity"),
-    *("train.accumulation_steps", "train.gradient_precision", "train.compile"),
-    *("train.checkpoint_minutes", "train.log_every_steps", "train.profile_steps"),
+    *("run.resume", "run.dir", "run.name", "data.root", "data.num_workers"),
+    *("wandb.mode", "wandb.project", "wandb.entity", "train.accumulation_steps", "train.gradient_precision"),
+    *("train.compile", "train.checkpoint_minutes", "train.log_every_steps", "train.profile_steps"),
     "data.backend",  # check_data compares the one in use
 }
 # Values in effect for runs that are older than these settings, where they are not today's defaults.

@@ -75,6 +75,7 @@ def test_a_map_is_one_matrix_whatever_the_lengths_of_the_vectors(kind, sets, map
     lengths = np.random.default_rng(0).uniform(0.1, 9, (450, 1)).astype(np.float32)
     mapped = mapping(train)
     np.testing.assert_allclose(mapping(torch.from_numpy(lengths * train)), mapped, atol=1e-5)
+    np.testing.assert_allclose(mapping(torch.from_numpy(train).bfloat16()), mapped, atol=0.02)
     expected = train @ mapping.weight.T
     np.testing.assert_allclose(mapped, expected / np.linalg.norm(expected, axis=1, keepdims=True), atol=1e-5)
     mapping.save(tmp_path / "map.safetensors")

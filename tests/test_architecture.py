@@ -19,17 +19,17 @@ FLOORS = [
     ("figures", "interop"),
     ("train", "eval", "export", "embed", "search", "explore"),
 ]
-# Lines of Python in each folder (not its subfolders). Raise a number only for a new idea.
+# Lines of Python in each folder (not its subfolders). Raise a number only for a new idea or a mended defect.
 BUDGETS = {
     ".": 531,
-    "mrl": 2947,
+    "mrl": 2953,
     "mrl/data": 1818,
     "mrl/training": 729,
-    "mrl/retrieval": 850,
-    "mrl/studies": 2593,
-    "mrl/figures": 1274,
-    "mrl/interop": 1190,
-    "experiments": 785,
+    "mrl/retrieval": 852,
+    "mrl/studies": 2601,
+    "mrl/figures": 1275,
+    "mrl/interop": 1197,
+    "experiments": 789,
     "benchmarks": 1059,
 }
 FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names}

@@ -124,13 +124,18 @@ def test_a_shorter_file_replaces_a_longer_one_and_is_searched_up_to_its_size(sav
 
 def test_what_cannot_be_embedded_is_named_and_nothing_is_written(saved_run, folder, tmp_path, capsys):
     np.save(tmp_path / "mine.npy", np.zeros(3))
+    (tmp_path / "coco.json").write_text('{"images": []}')
     (tmp_path / "empty").mkdir()
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "letter.jpg").write_text("Dear reader")
+    (tmp_path / "poems").mkdir()
+    (tmp_path / "poems" / "two\nlines.jpg").write_text("")
     for argv, message in (
         (embed_argv(saved_run, folder, tmp_path / "mine.npy"), "mine.npy exists and was not written by this tool"),
+        (embed_argv(saved_run, folder, tmp_path / "coco.npy"), "coco.json exists and was not written by this tool"),
         (embed_argv(saved_run, folder, tmp_path / "v.npy", "--dim", 97), "97 dims of an embedding of width 96"),
         (embed_argv(saved_run, tmp_path / "letters", tmp_path / "v.npy"), "letter.jpg cannot be read as an image"),
+        (embed_argv(saved_run, tmp_path / "poems", tmp_path / "v.npy"), "two\\nlines.jpg' has a line break; rename it"),
         (embed_argv(saved_run, tmp_path / "nowhere", tmp_path / "v.npy"), "is not a folder"),
         (embed_argv(saved_run, tmp_path / "empty", tmp_path / "v.npy"), "holds no images"),
         (embed_argv("someone/small", folder, tmp_path / "v.npy"), "someone/small has no model.json"),
@@ -138,6 +143,7 @@ def test_what_cannot_be_embedded_is_named_and_nothing_is_written(saved_run, fold
         assert embed.main(argv) == 2
         assert message in capsys.readouterr().err
     assert not list(tmp_path.glob("v.json")) and not list(tmp_path.glob("v.npy"))
+    assert (tmp_path / "coco.json").read_text() == '{"images": []}'
 
 
 def test_search_prints_and_draws_the_neighbors_of_every_size(saved_run, pictures, vectors, capsys):

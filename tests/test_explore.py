@@ -111,6 +111,10 @@ def test_codes_are_within_half_a_step_of_the_vectors_and_agreement_reaches_one(p
     assert data["agreement"][4] == pytest.approx(shared / (12 * N)) and data["agreement"][-1] == 1
 
 
+def test_copies_of_an_image_agree_in_all_of_its_neighbors():
+    assert explore.agreement(np.ones((20, 4), np.float32), 12, [2, 4]) == [1, 1]
+
+
 def test_the_page_asks_for_nothing_and_holds_any_name(page):
     path, ids, _ = page
     text, data = path.read_text(), content(path)

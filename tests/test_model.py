@@ -246,12 +246,31 @@ def test_a_backbone_can_start_from_another_run(tmp_path):
     save_model(model, info_of(model, "resnet10t", stem_stride=1), tmp_path)
     backbone = build_backbone("resnet10t", init=str(tmp_path), stem_stride=1)
     assert all(torch.equal(value, backbone.state_dict()[key]) for key, value in model.backbone.state_dict().items())
-    with pytest.raises(UserError, match="another backbone"):
+    with pytest.raises(UserError, match=r"model\.backbone resnet10t, not resnet14t"):
         build_backbone("resnet14t", init=str(tmp_path), stem_stride=1)
+    with pytest.raises(UserError, match=r"model\.kwargs {}, not {'act_layer': 'elu'}"):
+        build_backbone("resnet10t", init=str(tmp_path), stem_stride=1, kwargs={"act_layer": "elu"})
+    kwargs = {"drop_path_rate": 0.1}
+    again = build_backbone("resnet10t.c3_in1k", init=str(tmp_path), stem_stride=1, kwargs=kwargs).state_dict()
+    assert all(torch.equal(value, again[key]) for key, value in model.backbone.state_dict().items())
+    kwargs = {"img_size": 64}
+    vit = build_model(build_backbone("test_vit", kwargs=kwargs), 3, [64])
+    (tmp_path / "vit").mkdir()
+    save_model(vit, info_of(vit, "test_vit", kwargs=kwargs), tmp_path / "vit")
+    with pytest.raises(UserError, match=r"another backbone: it has other shapes for 1 entries, e\.g\. \['pos_embed'\]"):
+        build_backbone("test_vit", init=str(tmp_path / "vit"), kwargs={"img_size": 32})
     with pytest.raises(UserError, match=r"model\.blurpool False, not True"):
         build_backbone("resnet10t", init=str(tmp_path), stem_stride=1, blurpool=True)
     with pytest.raises(UserError, match=r"model\.stem_stride 1, not 2"):
         build_backbone("resnet10t", init=str(tmp_path), stem_stride=2)
+
+
+def test_a_backbone_that_uses_a_module_in_two_places_is_saved(tmp_path):
+    model = build_model(build_backbone("coat_lite_tiny"), 3, (8, 320)).eval()
+    save_model(model, info_of(model, "coat_lite_tiny"), tmp_path)
+    images = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        torch.testing.assert_close(mrl.load(tmp_path).embed(images), model.embed(images))
 
 
 def test_preprocess_reads_pil_images_as_files_are_read(tmp_path):

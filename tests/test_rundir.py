@@ -58,6 +58,7 @@ def test_resuming_refuses_other_settings_but_not_another_way_to_compute_the_same
     open_run(tmp_path, CONFIG)
     save_checkpoint(tmp_path, {"step": 3})
     resume(tmp_path, CONFIG.replace("never", "auto"))
+    resume(tmp_path, CONFIG.replace("name: a", "name: b"))  # the folder was renamed
     resume(tmp_path, CONFIG + "train: {compile: true, accumulation_steps: 2, sync_batchnorm: false}\n")
     with pytest.raises(UserError, match=r"\(optim\.lr was 0\.1, now 0\.2\)"):
         resume(tmp_path, CONFIG.replace("0.1", "0.2"))

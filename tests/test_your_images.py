@@ -81,10 +81,11 @@ def test_a_share_of_every_class_is_held_out_the_same_whatever_else_there_is(wher
     assert numbers != list(range(10)) and numbers != list(range(40, 50))
 
 
-@pytest.mark.parametrize("inside", ["validation", "Valid", "test"])
+@pytest.mark.parametrize("inside", ["validation", "Valid", "test", "Train, Test", "Train, Val", "train, Val"])
 def test_splits_under_other_names_are_not_taken_for_classes(tmp_path, inside):
+    beside, _, inside = inside.rpartition(", ")
     touch(tmp_path / inside, cat=2)
-    touch(tmp_path / "cats", a=2)
+    touch(tmp_path / (beside or "cats"), a=2)
     with pytest.raises(UserError, match=f"{tmp_path} holds {inside}; allowed: class folders, or train/ and val/"):
         list_and_hold_out(tmp_path, 0.2)
 
@@ -143,6 +144,15 @@ def test_a_run_keeps_its_cut_batch_when_it_resumes_in_other_shares(tmp_path, mon
     printed = capsys.readouterr().out
     assert "steps 0 to 8, 4 an epoch; 8 images a step" in printed
     assert "steps 3 to 8, 4 an epoch; 8 images a step" in printed, "not 10, as a new run would have"
+
+
+def test_a_batch_that_is_cut_has_pairs_of_images_for_mixup(tmp_path, capsys):
+    draw(tmp_path / "pets", cat=20, dog=20)
+    argv = argv_of(tmp_path / "pets", "--data.val_share", "0.2", "--data.batch_size", "32", "--run.dir", str(tmp_path))
+    assert train.main([*argv, "--data.min_steps_per_epoch", "3", "--data.mixup", "0.2"]) == 0
+    assert "3 an epoch; 10 images a step" in capsys.readouterr().out
+    assert train.main([*argv, "--data.min_steps_per_epoch", "2", "--data.cutmix", "1", "--run.name", "b"]) == 0
+    assert "2 an epoch; 16 images a step" in capsys.readouterr().out
 
 
 def test_folders_called_scratch_or_pretrained_are_no_weights(tmp_path, monkeypatch):
@@ -227,6 +237,7 @@ def test_sizes_interpolation_and_normalization_come_from_the_weights_unless_give
     assert (mixed.mean, mixed.std, untrained.mean) == ((0.4,) * 3, (0.5,) * 3, (0.485, 0.456, 0.406))
     of_run = data("--model.init", str(saved_run))
     assert (of_run.eval_resize_px, of_run.eval_px, of_run.interpolation) == (36, 32, "bilinear")
+    assert images_of_weights("volo_d4_448", "pretrained")["eval_resize_px"] == 448  # timm: 448 / 1.15
 
 
 def test_embed_gives_the_vectors_of_encode_by_onnx_runtime_too(saved_run, pictures, tmp_path, monkeypatch, capsys):

@@ -151,10 +151,10 @@ def list_and_hold_out(
     if not root.is_dir():
         raise UserError(f"data.root is {str(root)!r}, which is not a folder; allowed: a folder of class folders")
     top = root / "train" if (root / "train").is_dir() else root
-    others = sorted(path.name for path in root.iterdir() if path.is_dir() and path.name.lower() in OTHER_SPLITS)
-    if top == root and (root / "test").is_dir():
-        others += ["test"]
-    if others:
+    folders = {path.name.lower(): path.name for path in root.iterdir() if path.is_dir()}
+    wrong = {*OTHER_SPLITS, *(["test"] if top == root else [])}
+    wrong |= {"val"} if "train" in folders and not (root / "val").is_dir() else set()  # Train/ and Val/
+    if others := sorted(folders[name] for name in wrong & folders.keys()):
         raise UserError(
             f"{root} holds {' and '.join(others)}; allowed: class folders, or train/ and val/; rename the training "
             f"images to {root}/train and those to validate on to {root}/val, or move other images away"

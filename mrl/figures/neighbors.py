@@ -105,10 +105,11 @@ def pictures_of(run: OpenedRun, device: torch.device) -> dict[str, Figure]:
     query = telling_queries(found, labels[taken], run.train.labels, num_queries=1)[0]
     title = f"{run.source.title}: training images nearest to a validation image, of {len(taken):,} the one whose"
     figures = {"neighbors": neighbors_of(run, found, query, taken, f"{title} neighbors improve most; dashed: wrong")}
-    predicted = predict(run.val.vectors, run.classifiers, device=device).classes
-    counts = confusion_counts(predicted, labels, len(run.classes))
     ends = sorted({run.dims[0], run.dims[-1]})
-    return figures | {"confusions": confusions(counts, run.dims, ends, run.classes, run.source.title)}
+    ends_of = [run.dims.index(dim) for dim in ends]
+    predicted = predict(run.val.vectors, run.classifiers, device=device).classes[ends_of]
+    counts = confusion_counts(predicted, labels, len(run.classes))
+    return figures | {"confusions": confusions(counts, ends, ends, run.classes, run.source.title)}
 
 
 def _panels(lines: int, columns: int) -> tuple[Figure, np.ndarray]:

@@ -8,6 +8,7 @@ import pandas as pd
 from huggingface_hub import EvalResult, HfApi, ModelCardData
 
 from mrl.config import read_config
+from mrl.data.folder import unicode_name
 from mrl.errors import UserError
 from mrl.model import HUB_FILES, PAPER, load
 from mrl.results import markdown, method_name, read_rows
@@ -34,11 +35,13 @@ def export_folder(run: str | Path, out: str | Path, license: str, results: str |
     run, out = Path(run), Path(out)
     config, model = read_config(run / "config.yaml"), load(run)
     info = model.info
-    name, dataset = config.run.name, dataset_name(config, len(info.classes))
+    place, dataset = run.resolve(), dataset_name(config, len(info.classes))
+    name = unicode_name(place.name)
     method = method_name(info.nesting_list, config.head)
     if results:
         rows = pd.DataFrame(vars(row) for row in read_rows(results))
-        own = rows[(rows.run == name) & (rows.method == method) & (rows.dataset == dataset)]
+        of_run = rows.run.isin([name, unicode_name(f"{place.parent.name}/{place.name}")])  # as eval.py names runs
+        own = rows[of_run & (rows.method == method) & (rows.dataset == dataset)]
         accuracies, fewer_bytes, source = _evaluated(own), _fewer_bytes(own), "eval.py"
         if accuracies.empty:
             found = f"its runs are {sorted(rows.run.unique())}"
@@ -70,6 +73,12 @@ def export_folder(run: str | Path, out: str | Path, license: str, results: str |
     init = Path(config.model.init).name  # "scratch", "pretrained", or what it started from, without the folders
     changes = {", BlurPool": info.blurpool, ", small stem": info.stem_stride != 4, ", projection": info.projection}
     network = f"timm {info.backbone}{''.join(name for name, made in changes.items() if made)}"
+    recipe = f"""Trained layers: {layers}
+- Optimizer: {optim.name}, learning rate {optim.lr} ({optim.schedule} schedule), layer decay \
+{optim.layer_decay}, weight decay {optim.weight_decay}
+- Length: {config.train.epochs} epochs of batch {config.data.batch_size}{cut}, seed {config.run.seed}"""
+    if (record := run / "provenance.json").is_file() and '"imported_from"' in record.read_text(encoding="utf-8"):
+        init, recipe = "those of the imported checkpoint", "The checkpoint does not tell how it was trained"
     model.card = f"""---
 {metadata.to_yaml()}
 ---
@@ -111,10 +120,7 @@ product. After every further cut, scale again.{untrained}
 - Data: {dataset}, {len(info.classes)} classes ({", ".join(info.classes[:3])}, ...)
 - Network: {network}, initial weights: {init}
 - Trained dims: {dims}; {"one shared classifier" if info.tied else "a classifier each"}
-- Trained layers: {layers}
-- Optimizer: {optim.name}, learning rate {optim.lr} ({optim.schedule} schedule), layer decay \
-{optim.layer_decay}, weight decay {optim.weight_decay}
-- Length: {config.train.epochs} epochs of batch {config.data.batch_size}{cut}, seed {config.run.seed}
+- {recipe}
 
 ## License of the weights
 

@@ -28,7 +28,7 @@ def export_backbone(run: str | Path, out: str | Path) -> str:
             f"{run} has {change}, which timm's {info.backbone} does not have, so timm would compute other embeddings; "
             "use mrl.load or the ONNX export"
         )
-    content = save({key: value.contiguous() for key, value in model.backbone.state_dict().items()})
+    content = save({key: value.contiguous().clone() for key, value in model.backbone.state_dict().items()})
     atomic_write(Path(out), lambda file: file.write(content))
     kwargs = "".join(f", {key}={value!r}" for key, value in info.kwargs.items())
     num_classes = model.width if info.projection else 0

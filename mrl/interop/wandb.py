@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import io
 import json
+import re
 import struct
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -101,7 +102,7 @@ def report_evaluation(
             run.log(content, step=trained[-1]["step"] + 1 if trained else 0, commit=True)
             _log_by_dim(run, [row for row in of_run if row.dataset == own_dataset])
             if artifacts:
-                _log_artifacts(run, directory, name.replace("/", "-"))
+                _log_artifacts(run, directory, re.sub(r"[^a-zA-Z0-9_.-]+", "-", name))
 
 
 def _draw(rows: Sequence[Row], dataset: str) -> dict[str, Any]:

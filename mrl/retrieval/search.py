@@ -142,10 +142,12 @@ def count_zero_prefixes(vectors: np.ndarray, dims: Sequence[int]) -> dict[int, i
 
     Features after a ReLU are never negative and often zero, so that small prefixes may be all zero.
     """
-    zero, counts = np.arange(len(vectors)), {}
-    for dim in sorted(dims):
-        zero = zero[~np.any(vectors[zero, :dim], axis=1)]
-        counts[dim] = len(zero)
+    counts = dict.fromkeys(sorted(dims), 0)
+    for start in range(0, len(vectors), 65536):  # of a file, few in memory
+        rows = vectors[start : start + 65536]
+        for dim in counts:
+            rows = rows[~np.any(rows[:, :dim], axis=1)]
+            counts[dim] += len(rows)
     return counts
 
 

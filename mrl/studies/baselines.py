@@ -6,6 +6,7 @@ prefixes scores every baseline too.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -86,19 +87,20 @@ def learned_baselines(
 ) -> list[Row]:
     """Return rows of the `retrieval` study at each size for three linear maps learned from stored embeddings.
 
-    "FF LDA" is scikit-learn's with shrinkage, up to C - 1 dims. "FF supervised map" and "FF unsupervised map" are those
-    of `mrl.adapt.fit` with and without labels, one of each for the run's seed. All are fit on the database; arguments
-    as in `retrieval_baselines`.
+    "FF LDA" is scikit-learn's with shrinkage, not centered, up to C - 1 dims. "FF supervised map" and "FF unsupervised
+    map" are those of `mrl.adapt.fit` with and without labels, one of each for the run's seed. All are fit on the
+    database; arguments as in `retrieval_baselines`.
     """
     from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
-    lda = LinearDiscriminantAnalysis(solver="eigen", shrinkage="auto").fit(database, database_labels)
     fit_map = partial(fit, database, dims=dims, seed=source.seed, device=device, show_progress=True)
-    methods: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-        "FF LDA": lda.transform,
-        "FF supervised map": fit_map(database_labels),
-        "FF unsupervised map": fit_map(),
-    }
+    methods: dict[str, Callable[[np.ndarray], np.ndarray]] = {}
+    try:
+        lda = LinearDiscriminantAnalysis(solver="eigen", shrinkage="auto").fit(database, database_labels)
+        methods["FF LDA"] = lda.transform
+    except ValueError as error:  # also numpy's LinAlgError: one class, or too few images of each
+        warnings.warn(f"{source.run}: FF LDA is left out: {error}", stacklevel=2)
+    methods |= {"FF supervised map": fit_map(database_labels), "FF unsupervised map": fit_map()}
     rows = []
     for method, transform in methods.items():
         arrays = (transform(queries), query_labels, transform(database), database_labels)

@@ -98,7 +98,12 @@ class OpenedRun:
         if split not in self._images:
             check_place(self.source.run, self.config)
             cpu, held_out = torch.device("cpu"), read_held_out(self.directory)
-            self._images.update(build_data(self.config.data, 0, cpu, False, (split,), self.classes, held_out))
+            data = replace(self.config.data, num_workers=0)  # a picture is not worth a process
+            found = build_data(data, 0, cpu, False, (split,), self.classes, held_out)[split]
+            if not np.array_equal(found.labels, (self.train if split == "train" else self.val).labels):
+                again = f"embed them: python eval.py --runs {self.directory} --force"
+                raise UserError(f"run {self.source.run}: the {split} images have changed since the evaluation; {again}")
+            self._images[split] = found
         [(images, _)] = self._images[split].eval_batches([np.asarray(indices)])
         return images
 
@@ -110,12 +115,11 @@ class OpenedRun:
 
     def __str__(self) -> str:
         train, val, number = len(self.train.labels), len(self.val.labels), len(self.image_classes or self.classes)
-        trained_on, images = self.source.dataset, f"{train:,} training and {val:,} validation images"
+        trained_on = name = self.source.dataset
+        images = f"{train:,} training and {val:,} validation images"
         if self.image_classes:
             trained_on = dataset_name(self.config, len(self.classes))
-            images = (
-                f"shown are {train:,} images of {self.source.dataset}/train and {val:,} of {self.source.dataset}/val,"
-            )
+            images = f"shown are {train:,} images of {name}/train and {val:,} of {name}/val,"
         return (
             f"{self.source.run}: {self.method} of {self.config.model.backbone} on {trained_on}, "
             f"sizes {', '.join(map(str, self.dims))}; {images} of {number:,} classes"
@@ -216,9 +220,7 @@ def embed_runs(
         classes = model.info.classes
         source = _source(name, config, classes)  # data keep their name when they move
         if classes_of.setdefault(source.dataset, classes) != classes:
-            raise UserError(
-                f"run {name} and an earlier one name their data {source.dataset!r}, but their classes differ"
-            )
+            raise UserError(f"run {name} and an earlier one call their data {source.dataset!r}, but classes differ")
         wanted = describe_embeddings(run, config, source, classes, list(folders.values()), precision)
         given = read_config(run / "config.yaml", settings).data
         config = place_images(run, config, given.root if any("data.root" in word for word in settings) else None)

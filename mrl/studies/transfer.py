@@ -120,9 +120,13 @@ class TransferImages:
                 raise UserError(f"{folder.path} has the name of the run's data, {dataset!r}; rename the folder")
         for folder, *database in [[folder] for folder in self.robustness] + list(self.retrieval):
             self.class_indices(folder, database, classes)
+        known = [(folder, train) for folder in (*self.robustness, *self.few_shot)]
+        known += [(queries, database[0].path if database else train) for queries, *database in self.retrieval]
+        for folder, images in known:
+            if images is not None and images.resolve() == folder.path.resolve():
+                why = "the run was trained on these images" if images == train else "each query would find itself"
+                raise UserError(f"{folder.path}: {why}; give others")
         for folder in self.few_shot:
-            if train is not None and train.resolve() == folder.path.resolve():
-                raise UserError(f"--few_shot {folder.path}: the run was trained on these images; give others")
             counts = folder.listed.labels.bincount()
             if len(counts) < 2 or counts.min() < 2:
                 raise UserError(

@@ -111,11 +111,12 @@ def test_the_marked_parts_of_a_document_are_replaced(results, tmp_path):
         write_report(results, [])
 
 
-def test_models_that_differ_in_more_than_the_seed_are_separate_lines_and_give_no_effects(results):
+@pytest.mark.parametrize("method", ["MRL", "FF"])
+def test_models_that_differ_in_more_than_the_seed_are_separate_lines_and_give_no_effects(results, method):
     path = results / "main" / "results.jsonl"
     source = Source("tiny", "weighted_seed0", 0, 64, 64, flip=False)
-    write_rows([*read_rows(path), source.row("classification", "MRL", "top_1", 0.55, 5000, dim=8)], path)
+    write_rows([*read_rows(path), source.row("classification", method, "top_1", 0.55, 5000, dim=8)], path)
     write_report(results, ())
     text = (results / "main" / "tables.md").read_text()
-    assert cells(text.split("### 1-NN")[0], "MRL: weighted_seed0")[1] == "55.00"
+    assert ": weighted_seed0 | 55.00 |" in text.split("### 1-NN")[0]
     assert "### Effects" not in text

@@ -90,6 +90,15 @@ def train(runs, jobs=1, **behaviors):
     return train_all(runs, jobs, (sys.executable, "-c", STAND_IN))
 
 
+def test_a_run_whose_folder_cannot_be_made_fails_alone(runs):
+    runs[0].directory.write_text("a file")
+    for run in runs[1:3]:
+        run.directory.mkdir()
+        (run.directory / "behavior").write_text("trains")
+    failed, stopped_by = train_all(runs[:3], 1, (sys.executable, "-c", STAND_IN))
+    assert set(failed) == {runs[0].name} and "File exists" in failed[runs[0].name] and stopped_by == 0
+
+
 def text_of(run, file):
     path = run.directory / file
     return path.read_text() if path.exists() else ""
@@ -282,6 +291,9 @@ def test_a_sweep_writes_accuracy_by_learning_rate_and_the_best_rates(tmp_path, m
     variants = frame.assign(name=np.where(frame["lr"] > 0.02, "mrl_new", "mrl_old"))[frame["method"] == "MRL"]
     labels = [text.get_text() for text in draw(variants).legends[0].get_texts()]
     assert labels == ["mrl_new", "mrl_old"], "variants of one method have lines of their own"
+    apart = frame[frame["method"] == "FF"]
+    apart = apart.assign(name="ff" + apart["dim"].astype(str))
+    assert [axes.get_title() for axes in draw(apart).axes] == ["8 dims", "32 dims"], "entries that share no size"
 
 
 def test_a_sweep_whose_runs_all_fail_keeps_the_results_of_the_last(tmp_path, monkeypatch, capsys):

@@ -85,6 +85,9 @@ def test_the_card_tells_how_the_model_was_trained_without_paths_of_this_machine(
     assert "Trained layers: layer3, layer4, head\n" in text and str(tmp_path) not in text
     assert "Optimizer: adamw, learning rate 0.001 (cosine schedule), layer decay 0.5, weight decay 0.05\n" in text
     assert "(smaller where an epoch would have fewer than 4 steps), seed" in text
+    (run / "provenance.json").write_text('[{"imported_from": "r50.pt"}]')
+    text = (hub.export_folder(run, tmp_path / "out", "mit") / "README.md").read_text()
+    assert "- The checkpoint does not tell how it was trained\n" in text and "adamw" not in text
 
 
 def test_the_hub_s_own_methods_save_and_load_the_model_and_keep_its_card(saved_run, folder, images, tmp_path):
@@ -126,6 +129,12 @@ def test_the_card_can_take_its_numbers_from_the_rows_of_an_evaluation(saved_run,
         "| 4 | 8 | 4 bits | 25.00 |",
         "| 8 | 8 | int8 | 50.00 |",
     ]
+    # A copy of a run has the rows of its own folder.
+    copy = shutil.copytree(saved_run, tmp_path / "before" / "copy")
+    apart = [dataclasses.replace(row, run="before/copy", value=0.75) for row in rows[:2]]
+    write_rows([*rows, *apart], tmp_path / "results.jsonl")
+    out = hub.export_folder(copy, tmp_path / "out", "mit", tmp_path / "results.jsonl")
+    assert "# copy\n" in (out / "README.md").read_text() and "| 8 | 32 | 75.00 |" in (out / "README.md").read_text()
     with pytest.raises(UserError, match=r"no top-1 of the run 'small' \(MRL\) on pets; its runs are \['other'\]"):
         card([Source("pets", "other", 0, 36, 32, False).row("oracle", "MRL", "top_1", 1, 5)])
 

@@ -1,4 +1,5 @@
 import dataclasses
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -110,6 +111,15 @@ def test_learned_maps_are_fit_on_the_database_with_the_seed_of_the_run(sets, mon
         arrays = (transform(queries), query_labels, transform(database), database_labels)
         again = retrieval(*arrays, {method: [2, 8]}, SOURCE, ks=(10,))
         assert [row for row in rows if row.method == method and row.dim in (2, 8)] == again
+
+
+@pytest.mark.parametrize(("images_per_class", "has_lda"), [(1, False), (2, False), (6, True)])
+def test_lda_is_left_out_where_classes_have_too_few_images(sets, images_per_class, has_lda):
+    queries, query_labels, database, _ = sets
+    with nullcontext() if has_lda else pytest.warns(UserWarning, match="ff: FF LDA is left out"):
+        rows = learned_baselines(queries, query_labels, database[:30], np.arange(30) // images_per_class, DIMS, SOURCE)
+    methods = {"FF supervised map", "FF unsupervised map"} | ({"FF LDA"} if has_lda else set())
+    assert {row.method for row in rows} == methods
 
 
 def test_classifiers_of_few_dims(sets):

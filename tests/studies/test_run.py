@@ -198,6 +198,15 @@ def test_images_are_turned_as_the_model_was_trained_whatever_the_default_is(pets
         assert embed(pets, force=True).pictures("val", [0])[0, 0].mean() == pytest.approx(brightness, abs=0.1)
 
 
+def test_pictures_are_not_shown_if_the_images_have_changed_since_the_evaluation(pets, tmp_path):
+    embed(pets)
+    (tmp_path / "pets" / "train" / "cat" / "1.png").unlink()
+    opened = open_run(pets)
+    assert opened.pictures("val", [0]).shape == (1, 16, 16, 3)
+    with pytest.raises(UserError, match=r"the train images have changed .*eval\.py --runs .*run --force"):
+        opened.pictures("train", [0])
+
+
 def test_images_of_another_folder_take_the_place_of_the_runs_own(run, scans, tmp_path, monkeypatch):
     embed(run)
     opened = open_run(run, title="my scans")
