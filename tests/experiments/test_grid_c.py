@@ -32,8 +32,11 @@ def best_rates(path):
     return {(method, int(dim)): some.idxmax()[2] for (method, dim), some in mean.groupby(level=[0, 1])}
 
 
-@pytest.mark.parametrize(("grid", "group"), [("c", "lite0_last_layer"), ("c_projection", "lite0_projection")])
-def test_every_run_of_grid_c_has_the_best_rate_of_the_committed_sweep(grid, group):
+@pytest.mark.parametrize(
+    ("grid", "group"),
+    [("c", "lite0_last_layer"), ("c_projection", "lite0_projection"), ("d", "lite0_end_to_end")],
+)
+def test_every_run_of_grids_c_and_d_has_the_best_rate_of_the_committed_sweep(grid, group):
     best = best_rates(REPOSITORY / "results/tiny_imagenet" / group / "learning_rates.csv")
     for run in planned(grid):
         head, lr = run.config.head, run.config.optim.lr
