@@ -43,9 +43,6 @@ from mrl.training.logging import MetricAccumulator, StopSignals, Tracker, advice
 from mrl.training.optim import build_optimizer, lr_at, set_lr, shorten_warmup
 from mrl.training.profiling import step_profiler
 
-# Several processes agree on whether to stop or save at every tenth step, and at the end of an epoch.
-AGREE_EVERY_STEPS = 10
-
 
 def train(config: Config, process: Process) -> int:
     """Train as ``config`` says; return the exit status, 128 + the signal's number if one stopped the run."""
@@ -194,13 +191,12 @@ def train(config: Config, process: Process) -> int:
                 tracker.advance()
 
                 # Once in a while: log, save, stop.
-                log, stop, save = step % config.train.log_every_steps == 0 or step == end_step, False, False
-                if process.world_size == 1 or step % AGREE_EVERY_STEPS == 0 or step == end_step:
-                    due = time.monotonic() - saved_at > 60 * config.train.checkpoint_minutes
-                    stop, save = distributed.all_reduce_any(bool(signals), due and process.is_main)
-                    save = save or stop or step == end_step
+                log = step % config.train.log_every_steps == 0 or step == end_step
+                due = time.monotonic() - saved_at > 60 * config.train.checkpoint_minutes
+                stop, save = distributed.all_reduce_any(bool(signals), due and process.is_main)
+                save = save or stop or step == end_step
                 if log or save:
-                    sums.check_finite(step, batch_size)
+                    sums.check_finite(step, batch_size, model.parameters() if save else ())
                 if log:
                     row = {"step": step, "epoch": step / steps_per_epoch, "lr": lr}
                     row |= sums.means("loss", "train_top_1")

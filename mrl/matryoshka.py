@@ -106,7 +106,15 @@ class NestedLinear(nn.Module):
             self.log_scales = nn.Parameter(torch.zeros(len(self.nesting_list)))
             readers = torch.tensor(self.nesting_list)[:, None] > torch.arange(self.nesting_list[-1])
             self.register_buffer("readers", readers.sum(0).float(), persistent=False)
-            self.classifiers[0].weight.register_hook(lambda gradient: gradient / self.readers)  # type: ignore[operator]
+            self._divide_gradient()
+
+    def _divide_gradient(self) -> None:
+        self.classifiers[0].weight.register_hook(lambda gradient: gradient / self.readers)  # type: ignore[operator]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.scaled and not self.classifiers[0].weight._backward_hooks:  # a deep copy has none
+            self._divide_gradient()
 
     def weights_and_biases(self) -> list[tuple[Tensor, Tensor]]:
         """Return the classifier of each dim of the nesting list: weight ``(C, dim)`` and bias ``(C,)``."""

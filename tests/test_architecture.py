@@ -21,12 +21,12 @@ FLOORS = [
 ]
 # Lines of Python in each folder (not its subfolders). Raise a number only for a new idea or a mended defect.
 BUDGETS = {
-    ".": 531,
-    "mrl": 2953,
+    ".": 527,
+    "mrl": 2961,
     "mrl/data": 1818,
-    "mrl/training": 729,
+    "mrl/training": 733,
     "mrl/retrieval": 852,
-    "mrl/studies": 2601,
+    "mrl/studies": 2604,
     "mrl/figures": 1275,
     "mrl/interop": 1197,
     "experiments": 789,

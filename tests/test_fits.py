@@ -322,9 +322,9 @@ def test_images_that_have_moved_are_found_from_anywhere_or_by_data_root(make_fol
     assert run(root, *folder_argv("pets"), "--data.num_workers", "0") == 0
     monkeypatch.chdir(elsewhere)
 
-    def embed(*argv):
+    def embed(*argv, force=True):
         process, args = Process(0, 1, torch.device("cpu")), evaluation.parse(["--runs", run_directory, *argv])
-        [opened] = embed_runs({"a": root / "a"}, TransferImages(), 8, True, process, settings=args.settings)
+        [opened] = embed_runs({"a": root / "a"}, TransferImages(), 8, force, process, settings=args.settings)
         return opened
 
     capsys.readouterr()
@@ -338,7 +338,11 @@ def test_images_that_have_moved_are_found_from_anywhere_or_by_data_root(make_fol
     assert moved.source.dataset == "pets", "results keep the name of the data"
     assert moved.images("val", [0]).shape == (1, 3, 32, 32)
     embed("--data.root", "cats and dogs", "--data.backend", "memory")
-    assert "memory backend (as data.backend says)" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "memory backend (as data.backend says)" in printed and "stored embeddings" not in printed
+    embed("--data.root", "cats and dogs", force=False)
+    said = "run a: stored embeddings are used, not the images in cats and dogs; --force embeds these"
+    assert said in capsys.readouterr().out
     assert open_run(root / "a", "cats and dogs").images("val", [0]).shape == (1, 3, 32, 32)
 
 

@@ -1,3 +1,4 @@
+import copy
 import itertools
 import math
 
@@ -99,6 +100,11 @@ def test_a_scaled_head_starts_as_the_shared_one_and_divides_gradients_by_the_pre
     assert torch.equal(scaled(z), shared(z))
     weights = [head.classifiers[0].weight.grad for head in (shared, scaled)]
     torch.testing.assert_close(weights[0] / torch.tensor([3.0, 3, 2, 1, 1]), weights[1])
+    twice = copy.deepcopy(copy.deepcopy(scaled)), copy.copy(copy.deepcopy(scaled))
+    for head in twice:
+        head.zero_grad()
+        (head(z) ** 2).sum().backward()
+        assert torch.equal(head.classifiers[0].weight.grad, weights[1])
     assert torch.equal(*(head.classifiers[0].bias.grad for head in (shared, scaled)))
     with torch.no_grad():
         scaled.log_scales.copy_(torch.tensor([0.5, 1, 2]).log())

@@ -288,11 +288,11 @@ def test_two_processes_equal_one_also_when_they_take_over_in_mid_epoch(tmp_path)
     assert [(start["world_size"], start["micro_batch_size"]) for start in starts] == [(1, 256), (2, 128)]
 
 
-def test_two_processes_stop_within_ten_steps_of_a_signal_to_one_and_resume_bitwise(tmp_path):
+def test_two_processes_stop_at_the_step_of_a_signal_to_one_and_resume_bitwise(tmp_path):
     argv = [*TINY, "--data.batch_size", "64", "--train.epochs", "1", "--run.resume", "auto"]
     argv += ["--train.log_every_steps", "4"]  # sums of two steps are in the checkpoint
     run_two(tmp_path, *argv)
-    assert "stopped by SIGTERM, saved after step 10;" in run_two(tmp_path, *argv, name="b", stop_after=3)
+    assert "stopped by SIGTERM, saved after step 3;" in run_two(tmp_path, *argv, name="b", stop_after=3)
     run_two(tmp_path, *argv, name="b")
     assert_same_runs(tmp_path, "a", "b")
 
@@ -334,6 +334,15 @@ def test_a_resumed_run_that_ends_keeps_its_checkpoint_and_goes_on(
     assert re.search(message, capsys.readouterr().err.strip().splitlines()[-1])
     assert checkpoint(stopped) == before
     assert run(stopped, *TINY, "--run.resume", "auto", "--train.accumulation_steps", "2") == 0
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch, capsys):
+    """The loss of the step that broke them was finite."""
+    monkeypatch.setattr(train, "lr_at", lambda step, *_: [0.1, float("inf")][step])
+    one_step_an_epoch = ["--data.batch_size", "1442", "--data.min_steps_per_epoch", "1", "--train.epochs", "2"]
+    assert run(tmp_path, "--config", "digits_mrl.yaml", *one_step_an_epoch) == 2
+    assert "the weights after step 2 are not finite; the last checkpoint is kept" in capsys.readouterr().err
+    assert rundir.load_checkpoint(tmp_path / "a")["step"] == 1
 
 
 def test_other_data_is_refused_when_a_run_resumes(stopped, monkeypatch, capsys):

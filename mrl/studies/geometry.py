@@ -113,8 +113,9 @@ def describe_blocks(by_run: Mapping[str, Blocks]) -> str:
     """Return what `blocks` found in one sentence per run."""
     return "\n".join(
         f"{name}: a coordinate of the first {found.dims[0]} dims has {found.variance[0]:.1f} times the mean variance, "
-        f"{found.between[0]:.0%} of it between classes; of the last block ({found.dims[-2]} to {found.dims[-1]} dims) "
-        f"{found.variance[-1]:.1f} times, {found.between[-1]:.0%}; effective rank {found.prefix_rank[-1]:.1f} of all."
+        f"{found.between[0]:.0%} of it between classes; of the last block ({[0, *found.dims][-2]} to "
+        f"{found.dims[-1]} dims) {found.variance[-1]:.1f} times, {found.between[-1]:.0%}; effective rank "
+        f"{found.prefix_rank[-1]:.1f} of all."
         for name, found in by_run.items()
     )
 

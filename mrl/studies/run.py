@@ -222,12 +222,14 @@ def embed_runs(
         if classes_of.setdefault(source.dataset, classes) != classes:
             raise UserError(f"run {name} and an earlier one call their data {source.dataset!r}, but classes differ")
         wanted = describe_embeddings(run, config, source, classes, list(folders.values()), precision)
-        given = read_config(run / "config.yaml", settings).data
-        config = place_images(run, config, given.root if any("data.root" in word for word in settings) else None)
+        given, moved = read_config(run / "config.yaml", settings).data, any("data.root" in word for word in settings)
+        config = place_images(run, config, given.root if moved else None)
         config = replace(config, data=replace(config.data, num_workers=given.num_workers, backend=given.backend))
         data = config.data
         sets = {} if force else _on_disk(run, wanted)
         missing = [place for place in wanted if place not in sets]
+        if moved and process.is_main and not {"train", "val"} <= {*missing}:
+            print(f"run {name}: stored embeddings are used, not the images in {data.root}; --force embeds these")
         transfer.check(source.dataset, classes, Path(data.root) / "train" if data.root else None)
         splits = tuple(dict.fromkeys(wanted[place].split for place in missing if place not in folders))
         of_images = (data, classes, read_held_out(run))

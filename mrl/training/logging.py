@@ -8,7 +8,7 @@ import math
 import secrets
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
@@ -50,15 +50,19 @@ class MetricAccumulator:
         row = {f"{loss_key}/{dim}": losses[g] / count[g] for g, dim in enumerate(self.dims)}
         return row | {f"{top_1_key}/{dim}": correct[g] / count[g] for g, dim in enumerate(self.dims)}
 
-    def check_finite(self, step: int, batch_size: int) -> None:
-        """Check that the losses of all processes were finite, after ``step`` steps of ``batch_size`` images."""
-        bad = all_reduce_sum(self.values)[3]
+    def check_finite(self, step: int, batch_size: int, weights: Iterable[Tensor] = ()) -> None:
+        """Check the losses of all processes, and ``weights``, after ``step`` steps of ``batch_size`` images."""
+        bad, what = all_reduce_sum(self.values)[3], ""
         if bad.any():
             first = step - math.ceil(bad.max() / batch_size)
             dims = [dim for dim, count in zip(self.dims, bad, strict=True) if count == bad.max()]
+            what = f"the loss at step {first} is not finite for prefix sizes {dims}"
+        elif not all(weight.isfinite().all() for weight in weights):
+            what = f"the weights after step {step} are not finite"
+        if what:
             raise UserError(
-                f"the loss at step {first} is not finite for prefix sizes {dims}; the last checkpoint is kept. Lower "
-                "--optim.lr, or clip gradients with --optim.clip_norm 1, or use bf16 instead of fp16"
+                f"{what}; the last checkpoint is kept. Lower --optim.lr, or clip gradients with --optim.clip_norm 1, "
+                "or use bf16 instead of fp16"
             )
 
 

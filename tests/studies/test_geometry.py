@@ -101,6 +101,8 @@ def test_sentences_on_blocks_and_neighbors_have_their_numbers():
     said = describe_blocks({"mine": found})
     for part in ("mine: ", "first 8 dims has 5.0 times", "90% of it", "(16 to 64 dims) 0.5 times, 40%", "rank 7.0"):
         assert part in said
+    one_size = Blocks((64,), np.array([1.0]), np.array([0.5]), np.array([7.0]))
+    assert "(0 to 64 dims) 1.0 times, 50%" in describe_blocks({"mine": one_size})
     neighbors = {8: (np.array([[0, 1], [0, 0]]), None), 32: (np.array([[0, 0], [0, 0]]), None)}
     said = describe_neighbors(neighbors, np.array([5, 6]), np.array([5, 6]))
     assert "the 2 nearest neighbors of 2 queries" in said and "25.0% at 8, 50.0% at 32 dims" in said
