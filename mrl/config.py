@@ -114,8 +114,8 @@ class DataConfig:
     """Images per optimizer step, over all processes together (global). Divisible by processes x
     train.accumulation_steps."""
     min_steps_per_epoch: int = 1
-    """A data.batch_size with which an epoch has fewer steps than this is cut, at the same learning rate; a line says
-    so."""
+    """Minimum number of steps per epoch. If data.batch_size would give fewer, the batch size is reduced (the learning
+    rate is not), and a message says so."""
     num_workers: int | None = None
     """Decoding processes (folder backend) or threads (ffcv) per training process. Default: the CPU cores this
     process may use, without a GPU a quarter of them (none below 4), and the network computes with the others."""
@@ -210,7 +210,7 @@ class ModelConfig:
     """all, head, or the backbone modules to train besides the head, e.g. [layer4.2]. The rest is frozen, with its
     BatchNorm in eval mode."""
     projection: bool = False
-    """Put a new linear layer, D to D, behind the backbone's pooling; it is trained, and its output is the embedding.
+    """Put a new linear layer, D to D, after the backbone's pooling; it is trained, and its output is the embedding.
     Pooled activations are never negative; after this layer they can be, so a small prefix can hold more. Use about
     a quarter of the learning rate. docs/RESULTS.md tells where it helped and what it cost."""
     kwargs: dict[str, Any] = field(default_factory=dict)
@@ -293,7 +293,7 @@ class TrainConfig:
     sync_batchnorm: bool = False
     """Synchronize BatchNorm statistics over all processes (GPUs only); for few images per GPU."""
     cache_views: int = 0
-    """Compute the frozen layers in front of model.trainable once, for this many crops and flips of every training
+    """Compute the frozen layers before those of model.trainable once, for this many crops and flips of every training
     image: epoch e reads those of epoch e modulo this number. They are stored in <run.dir>/trunk_cache, for all runs
     with the same frozen layers. 0 is off."""
     cache_seed: int | None = None

@@ -71,7 +71,7 @@ class _Pooled(nn.Sequential):
 
 
 def split_frozen(model: MatryoshkaClassifier, px: int) -> tuple[Trunk, MatryoshkaClassifier]:
-    """Cut a frozen ``model`` in front of its first trainable layer, so that ``tail(trunk.outputs(x)) == model(x)``.
+    """Cut a frozen ``model`` before its first trainable layer, so that ``tail(trunk.outputs(x)) == model(x)``.
 
     Trunk and tail share their parameters with ``model``: training the tail trains the model. The cut is checked with
     images of ``px`` pixels.
@@ -82,11 +82,11 @@ def split_frozen(model: MatryoshkaClassifier, px: int) -> tuple[Trunk, Matryoshk
     trainable = [name for name in layers if any(gradients[name])]
     cut = layers.index(trainable[0]) if trainable else len(layers)
     if not any(gradients[name] for name in layers[:cut]):
-        raise UserError("train.cache_views needs frozen layers in front of the trainable ones; see model.trainable")
+        raise UserError("train.cache_views needs frozen layers before the trainable ones; see model.trainable")
     behind = [name for name in layers[cut:] if gradients[name] and not all(gradients[name])]
     if behind:
         raise UserError(
-            f"train.cache_views: {', '.join(behind)} of the backbone is frozen behind the trainable {trainable[0]}; "
+            f"train.cache_views: {', '.join(behind)} of the backbone is frozen after the trainable {trainable[0]}; "
             "add it to model.trainable"
         )
     projection = {name: layer for name, layer in backbone.named_children() if layer is backbone.get_classifier()}  # type: ignore[operator]
