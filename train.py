@@ -57,7 +57,8 @@ def train(config: Config, process: Process) -> int:
         raise UserError(f"{directory} is not the same folder on all machines; run.dir must be shared")
 
     crop_seed = seed if config.train.cache_seed is None else config.train.cache_seed
-    images = build_data(config.data, crop_seed, device, process.is_main)
+    before = rundir.read_held_out(directory) if resumed else None  # a moved image must not change its split
+    images = build_data(config.data, crop_seed, device, process.is_main, held_out=before)
     unreadable, held_out = [reason for part in images.values() for reason in part.unreadable], images["val"].held_out
     num_images, classes = len(images["train"]), images["train"].classes
     data_seen = {"num_images": num_images, "classes": classes, "backend": BACKENDS[type(images["train"])]}

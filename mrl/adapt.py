@@ -320,6 +320,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         raise UserError(f"--out is {args.out!r}; allowed: a .safetensors file in an existing folder")
     if args.seed < 0:
         raise UserError(f"--seed is {args.seed}; allowed: 0 or more")
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}") from error
     return args
 
 

@@ -38,6 +38,7 @@ from mrl.matryoshka import unit_prefix
 from mrl.model import load
 from mrl.retrieval.embeddings import (
     EmbeddingMetadata,
+    alone_in,
     classes_sha256,
     embed_split,
     file_sha256,
@@ -74,28 +75,27 @@ def embed_folder(args: argparse.Namespace, process: Process) -> None:
         run=str(run.resolve()),
         trained_dims=list(info.nesting_list),
     )
-    if already_there(out, metadata, dim) and not args.force:
-        if process.is_main:
-            print(f"{out} already holds the vectors of these {len(ids):,} images by this model")
-        return
-    model.to(process.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    model.warn_if_untrained(dim)
-    images = evaluated_images(paths, info, process.device, args.num_workers)
     unfinished = out.with_name(f"{out.name}.unfinished")
-    if args.force and process.is_main:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    engines: list[str] = []
-    forward = FastForward(Trunk(model.backbone, whole=True), len(ids), engines.append)
-    batch_size = args.batch_size or good_batch_size(process.device)
-    embed_split(unfinished, metadata, images, lambda batch: unit_prefix(forward(batch), dim), dim, process, batch_size)
-    if process.is_main:
-        write_vectors(unfinished / "vectors.npy", out, ids, metadata)
-        shutil.rmtree(unfinished)
-        trained = {size for size in info.nesting_list if size < dim}
-        if zeros := describe_zero_prefixes(open_vectors(out).vectors, [*trained, dim]):
-            print(zeros)
-        by = f", computed by {engines[0]}" if engines else ""  # a pass that was killed at its end computes nothing
-        print(f"{out}: {len(ids):,} images x {dim} dims, length 1{by}; ids beside it{describe_left_out(left_out)}")
+    with alone_in(unfinished, process, args.force):
+        if already_there(out, metadata, dim) and not args.force:
+            if process.is_main:
+                print(f"{out} already holds the vectors of these {len(ids):,} images by this model")
+            return
+        model.to(process.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model.warn_if_untrained(dim)
+        images = evaluated_images(paths, info, process.device, args.num_workers)
+        engines: list[str] = []
+        forward = FastForward(Trunk(model.backbone, whole=True), len(ids), engines.append)
+        size = args.batch_size or good_batch_size(process.device)
+        embed_split(unfinished, metadata, images, lambda batch: unit_prefix(forward(batch), dim), dim, process, size)
+        if process.is_main:
+            write_vectors(unfinished / "vectors.npy", out, ids, metadata)
+            shutil.rmtree(unfinished)
+            trained = {size for size in info.nesting_list if size < dim}
+            if zeros := describe_zero_prefixes(open_vectors(out).vectors, [*trained, dim]):
+                print(zeros)
+            by = f", computed by {engines[0]}" if engines else ""  # a pass that was killed at its end computes nothing
+            print(f"{out}: {len(ids):,} images x {dim} dims, length 1{by}; ids beside it{describe_left_out(left_out)}")
 
 
 def list_images(folder: Path, max_unreadable: float, exif_rotation: str, process: Process) -> tuple[list[str], LeftOut]:

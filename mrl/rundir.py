@@ -129,6 +129,12 @@ def open_run(directory: Path, config_yaml: str) -> None:
                 (directory / name).unlink(missing_ok=True)
 
 
+def read_held_out(run: Path) -> list[str] | None:
+    """Return the training images that a run was validated on, relative to data.root; None if it had a val/ folder."""
+    path = run / "held_out.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
 @contextlib.contextmanager
 def hold(path: Path, notice: str = "") -> Iterator[None]:
     """Keep other processes from working in ``path``; the lock ends with this process.

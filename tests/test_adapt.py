@@ -182,6 +182,7 @@ def test_files_that_are_something_else_are_refused_and_kept(sets, maps, tmp_path
         (("--out", tmp_path / "map.npy"), "allowed: a .safetensors file"),
         (("--dims", 4, 2), "strictly ascending"),
         (("--seed", -1), "--seed is -1"),
+        (("--device", "abacus"), "--device abacus cannot be used: Expected one of cpu, cuda"),
     ):
         assert adapt.main(argv(tmp_path, sets[0], None, *more)) == 2
         assert message in capsys.readouterr().err

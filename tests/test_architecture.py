@@ -21,14 +21,14 @@ FLOORS = [
 ]
 # Lines of Python in each folder (not its subfolders). Raise a number only for a new idea or a mended defect.
 BUDGETS = {
-    ".": 527,
-    "mrl": 2961,
+    ".": 528,
+    "mrl": 2971,
     "mrl/data": 1818,
-    "mrl/training": 733,
-    "mrl/retrieval": 852,
-    "mrl/studies": 2604,
+    "mrl/training": 727,
+    "mrl/retrieval": 874,
+    "mrl/studies": 2600,
     "mrl/figures": 1275,
-    "mrl/interop": 1197,
+    "mrl/interop": 1202,
     "experiments": 789,
     "benchmarks": 1059,
 }

@@ -24,7 +24,7 @@ from mrl.distributed import Process
 from mrl.errors import UserError
 from mrl.retrieval.embeddings import open_vectors
 from mrl.studies.run import embed_runs, open_run
-from mrl.studies.transfer import TransferImages
+from mrl.studies.transfer import TransferImages, read_folder
 from tests.test_train import stop_at
 
 CPU = torch.device("cpu")
@@ -110,7 +110,7 @@ def test_val_is_used_where_it_is_and_asked_for_where_no_share_is_given(tmp_path,
 
 
 def test_a_run_lists_what_it_held_out_and_is_evaluated_on_exactly_that_when_images_were_added(tmp_path, capsys):
-    root = tmp_path / "pets"
+    root = tmp_path / "images"
     draw(root, cat=20, dog=20)
     argv = argv_of(root, "--data.val_share", "0.2", "--data.batch_size", "32", "--data.min_steps_per_epoch", "8")
     assert train.main([*argv, "--run.dir", str(tmp_path), "--run.name", "a"]) == 0
@@ -119,6 +119,18 @@ def test_a_run_lists_what_it_held_out_and_is_evaluated_on_exactly_that_when_imag
     assert "steps 0 to 8, 8 an epoch; 4 images a step" in printed
     held_out = json.loads((tmp_path / "a" / "held_out.json").read_text())
     assert len(held_out) == 8 and all((root / name).is_file() for name in held_out)
+    images = TransferImages(few_shot=[read_folder("--few_shot", str(root))])
+    with pytest.raises(UserError, match="the run was trained on these images"):
+        embed_runs({"a": tmp_path / "a"}, images, None, False, Process(0, 1, CPU))
+    (root / "train").mkdir()
+    for name in ("cat", "dog"):  # the hashes of other paths would draw another split
+        (root / name).rename(root / "train" / name)
+    assert train.main([*argv, "--run.dir", str(tmp_path), "--run.name", "a", "--run.resume", "auto"]) == 2
+    assert "has no images" in capsys.readouterr().err
+    assert json.loads((tmp_path / "a" / "held_out.json").read_text()) == held_out
+    for name in ("cat", "dog"):
+        (root / "train" / name).rename(root / name)
+    (root / "train").rmdir()
     draw(root, cat=60, dog=60)
     [run] = embed_runs({"a": tmp_path / "a"}, TransferImages(), None, False, Process(0, 1, CPU))
     assert (len(run.train.labels), len(run.val.labels)) == (112, 8)

@@ -152,6 +152,7 @@ def _evaluated(own: pd.DataFrame) -> pd.DataFrame:
     """Return the accuracies in rows of one run: a line per dim, and a column for each of `CARD_METRICS`."""
     own = own.assign(column=[CARD_METRICS.get(pair) for pair in zip(own.study, own.metric, strict=True)])
     own = own.dropna(subset=["column", "dim"]).astype({"dim": int})
+    own = own.drop_duplicates(["dim", "column"], keep="last")
     table = own.pivot(index="dim", columns="column", values="value").reindex(columns=[*CARD_METRICS.values()])
     return table.dropna(subset="top-1").dropna(axis="columns", how="all")
 

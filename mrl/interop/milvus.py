@@ -39,7 +39,7 @@ def upload(
         search_indexes.add_index(f"dim_{dim}", index_type="FLAT", metric_type="COSINE")
     client.create_collection(collection, schema=schema, index_params=search_indexes)
     entries = [
-        {"index": i, "name": ids[i] if ids else ""} | {f"dim_{dim}": vector[:dim] for dim in dims}
+        {"index": i, "name": "" if ids is None else ids[i]} | {f"dim_{dim}": vector[:dim] for dim in dims}
         for i, vector in enumerate(vectors)
     ]
     for start in range(0, len(entries), INSERT_ROWS):

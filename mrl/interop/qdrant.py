@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from mrl.errors import UserError
 from mrl.retrieval.rerank import check_stages
 from mrl.retrieval.search import Neighbors, check_vectors
 
@@ -26,6 +27,8 @@ def upload(
     from qdrant_client import models
 
     check_vectors(vectors, vectors, dims)
+    if ids is not None and len(ids) != len(vectors):
+        raise UserError(f"{len(ids)} ids for {len(vectors)} vectors; give one for each")
     cosine = models.Distance.COSINE
     only_reranks: Any = {"on_disk": True, "hnsw_config": models.HnswConfigDiff(m=0)}
     params = {str(dim): models.VectorParams(size=dim, distance=cosine, **only_reranks) for dim in dims}
@@ -35,6 +38,7 @@ def upload(
         collection,
         vectors=({str(dim): vector[:dim] for dim in dims} for vector in vectors),
         ids=range(len(vectors)),
+        wait=True,
         payload=None if ids is None else ({"id": name} for name in ids),
     )
 

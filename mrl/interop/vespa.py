@@ -59,7 +59,7 @@ def write_application(
                 raise UserError(f"vector {i} holds NaN or infinity")
             searched = {"prefix": _hex(prefixes[i])} if mean is None else {"bits": _pack(prefixes[i] - mean).hex()}
             tensors = {key: {"values": value} for key, value in (searched | {"embedding": _hex(vector)}).items()}
-            document = {"put": f"id:image:image::{i}", "fields": {"name": ids[i] if ids else str(i)} | tensors}
+            document = {"put": f"id:image:image::{i}", "fields": {"name": str(i) if ids is None else ids[i]} | tensors}
             file.write(json.dumps(document).encode() + b"\n")
 
     folder = Path(folder)

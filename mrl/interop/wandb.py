@@ -99,7 +99,7 @@ def report_evaluation(
                     suffix = "" if dataset == own_dataset else f" {dataset}"
                     content[f"eval/figures/{figure}{suffix}"] = wandb.Image(picture)
             trained = read_metrics(directory)  # the history of the W&B run goes on in an evaluation
-            run.log(content, step=trained[-1]["step"] + 1 if trained else 0, commit=True)
+            run.log(content, step=max(run.step, trained[-1]["step"] + 1 if trained else 0), commit=True)
             _log_by_dim(run, [row for row in of_run if row.dataset == own_dataset])
             if artifacts:
                 _log_artifacts(run, directory, re.sub(r"[^a-zA-Z0-9_.-]+", "-", name))

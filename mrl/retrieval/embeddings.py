@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import io
@@ -9,7 +10,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from mrl.distributed import Process
 from mrl.engine import autocast
 from mrl.errors import UserError
 from mrl.progress import progress
-from mrl.rundir import atomic_write, atomic_write_text
+from mrl.rundir import atomic_write, atomic_write_text, hold
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,25 @@ def open_embeddings(directory: Path, metadata: EmbeddingMetadata) -> EmbeddingSe
         return None
 
 
+@contextlib.contextmanager
+def alone_in(directory: Path, process: Process, force: bool = False) -> Iterator[None]:
+    """Wait while another command computes ``directory``, and keep others from it; with ``force``, forget what it holds.
+
+    An empty folder is removed in the end.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    notice = f"waiting for another process that computes {directory}"
+    with hold(directory, notice) if process.is_main else contextlib.nullcontext():
+        for name in ("metadata.json", "unfinished.json") if force and process.is_main else ():
+            (directory / name).unlink(missing_ok=True)
+        distributed.barrier()
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                directory.rmdir()
+
+
 def embed_split(
     directory: Path,
     metadata: EmbeddingMetadata,
@@ -97,9 +117,9 @@ def embed_split(
 ) -> EmbeddingSet:
     """Return the embeddings of every image, computed by all processes together into ``directory``, which they share.
 
-    Each process appends the embeddings of consecutive images to a file of its own, a part, and the main process joins
-    the parts in the end. A stopped pass continues with the images that no part has, at any number of processes and any
-    batch size. Embeddings with other ``metadata`` are computed again.
+    The caller holds it with `alone_in`. Each process appends the embeddings of consecutive images to a file of its own,
+    a part, and the main process joins the parts in the end. A stopped pass continues with the images that no part has,
+    at any number of processes and any batch size. Embeddings with other ``metadata`` or ``width`` are computed again.
 
     Args:
         metadata: Its ``flip`` and ``precision`` are applied here.
@@ -111,11 +131,12 @@ def embed_split(
         UserError: An embedding holds NaN or infinity, or the disk has too little space.
     """
     parts = _Parts(directory, len(images), width, dtype)
-    if process.is_main and open_embeddings(directory, metadata) is None:
+    finished = open_embeddings(directory, metadata)
+    if finished is not None and finished.vectors.shape[1] == width:
+        return finished
+    if process.is_main:
         parts.prepare(metadata)
     distributed.barrier()
-    if finished := open_embeddings(directory, metadata):
-        return finished
     is_missing = torch.zeros(len(images), dtype=torch.int32)
     if process.is_main:  # the others may see an old listing on a network disk
         is_missing[parts.missing()] = 1
@@ -174,8 +195,9 @@ class _Parts:
         """Remove what does not belong to this pass, and check that the rest fits on the disk."""
         (self.directory / "metadata.json").unlink(missing_ok=True)
         if read_metadata(self.directory / "unfinished.json") != metadata:
-            shutil.rmtree(self.directory, ignore_errors=True)
-            self.directory.mkdir(parents=True)
+            self.directory.mkdir(parents=True, exist_ok=True)
+            for path in self.directory.iterdir():
+                path.unlink()
             _write_metadata(self.directory / "unfinished.json", metadata)
         for _, size, path in self.listed():
             with path.open("rb") as part:

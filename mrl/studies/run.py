@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -29,11 +28,13 @@ from mrl.results import Source, method_name
 from mrl.retrieval.embeddings import (
     EmbeddingMetadata,
     EmbeddingSet,
+    alone_in,
     classes_sha256,
     embed_split,
     file_sha256,
     open_embeddings,
 )
+from mrl.rundir import read_held_out
 from mrl.studies.classification import Classifier, truncations
 from mrl.training.frozen import CachedImages, Trunk, TrunkCache
 
@@ -187,12 +188,6 @@ def read_run(directory: Path) -> tuple[Config, MatryoshkaClassifier]:
     return replace(config, data=data), model
 
 
-def read_held_out(run: Path) -> list[str] | None:
-    """Return the training images that a run was validated on, relative to data.root; None if it had a val/ folder."""
-    path = run / "held_out.json"
-    return json.loads(path.read_text()) if path.is_file() else None
-
-
 def embed_runs(
     runs: Mapping[str, Path],
     transfer: TransferImages,
@@ -230,7 +225,9 @@ def embed_runs(
         missing = [place for place in wanted if place not in sets]
         if moved and process.is_main and not {"train", "val"} <= {*missing}:
             print(f"run {name}: stored embeddings are used, not the images in {data.root}; --force embeds these")
-        transfer.check(source.dataset, classes, Path(data.root) / "train" if data.root else None)
+        root = Path(data.root or "")
+        trained_on = root / "train" if (root / "train").is_dir() else root
+        transfer.check(source.dataset, classes, trained_on if data.root else None)
         splits = tuple(dict.fromkeys(wanted[place].split for place in missing if place not in folders))
         of_images = (data, classes, read_held_out(run))
         if splits and not (of_images == images_are_of and set(splits) <= images.keys()):
@@ -263,10 +260,9 @@ def embed_runs(
         for place in missing:
             split, directory = wanted[place].split, run / "embeddings" / place
             inputs = folder_images(folders[place], config, process) if place in folders else images[split]
-            if force and process.is_main:
-                shutil.rmtree(directory, ignore_errors=True)
             inputs = CachedImages(cache, split, inputs) if cache else inputs
-            sets[place] = embed_split(directory, wanted[place], inputs, embed, model.width, process, size)
+            with alone_in(directory, process, force):
+                sets[place] = embed_split(directory, wanted[place], inputs, embed, model.width, process, size)
         own = (sets["train"], sets["val"], sets.get("val_flip"))
         opened.append(OpenedRun(run, config, model.cpu(), source, *own, {place: sets[place] for place in folders}))
     nested = sorted({dim for run in opened if len(run.head.nesting_list) > 1 for dim in run.head.nesting_list})

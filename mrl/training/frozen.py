@@ -9,7 +9,6 @@ on disk, one view (the crops and flips of one epoch) after the other, and traini
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import hashlib
@@ -32,8 +31,7 @@ from mrl.distributed import Process
 from mrl.engine import FastForward, good_batch_size
 from mrl.errors import UserError
 from mrl.model import MatryoshkaClassifier
-from mrl.retrieval.embeddings import EmbeddingMetadata, embed_split
-from mrl.rundir import hold
+from mrl.retrieval.embeddings import EmbeddingMetadata, alone_in, embed_split
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -229,11 +227,7 @@ class CachedImages:
                 )
 
         forward = cache.engines.setdefault(px, FastForward(cache.trunk, len(self) * cache.num_views, report))
-        lock = directory.with_suffix(".lock")  # runs that start together wait for the one that computes
-        cache.directory.mkdir(parents=True, exist_ok=True)
-        lock.touch()
-        waits = f"waiting for another run that computes {directory}"
-        with hold(lock, waits) if process.is_main else contextlib.nullcontext():
+        with alone_in(directory, process):  # runs that start together wait for the one that computes
             batch_size = good_batch_size(process.device)
             found = embed_split(directory, metadata, images, forward, width, process, batch_size, dtype)
         self._outputs[view] = found.vectors

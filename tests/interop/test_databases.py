@@ -18,7 +18,7 @@ def database(request, tmp_path_factory, arrays):
         pytest.importorskip("milvus_lite")
         path = str(tmp_path_factory.mktemp("milvus") / "vectors.db")
         module, client = milvus, pytest.importorskip("pymilvus").MilvusClient(path)
-    module.upload(client, "images", arrays[1], (8, 16, 32), [f"{i}.jpg" for i in range(300)])
+    module.upload(client, "images", arrays[1], (8, 16, 32), np.array([f"{i}.jpg" for i in range(300)]))
     yield module, client
     client.close()
 
@@ -48,6 +48,8 @@ def test_names_are_stored_and_impossible_stages_and_sizes_are_refused(database, 
 def test_in_qdrant_only_the_smallest_dim_has_an_index_and_is_kept_in_memory(arrays):
     client = pytest.importorskip("qdrant_client").QdrantClient(":memory:")
     qdrant.upload(client, "images", arrays[1], (16, 8, 32))
+    with pytest.raises(UserError, match="2 ids for 300 vectors"):
+        qdrant.upload(client, "others", arrays[1], [8], ["a", "b"])
     params = client.get_collection("images").config.params.vectors
     found = {name: (bool(one.on_disk), one.hnsw_config and one.hnsw_config.m) for name, one in params.items()}
     assert found == {"8": (False, None), "16": (True, 0), "32": (True, 0)}

@@ -115,7 +115,7 @@ def test_the_card_can_take_its_numbers_from_the_rows_of_an_evaluation(saved_run,
     rows += [source.row("classification", "FF random coordinates, probe", "top_1", 0.75, 5, dim=96)]
     rows += [source.row("per_class", "MRL", "top_1", 0.75, 5, dim=96)]
     rows += [Source("birds", "small", 0, 36, 32, False).row("retrieval", "MRL", "map@10", 0.75, 5, dim=8)]
-    text = card(rows)
+    text = card([*rows, *rows])  # two evaluations of one run
     assert "| dims | bytes | top-1 | of full | mAP@10 |" in text
     assert "| 8 | 32 | 25.00 | 25.0% | 12.50 |" in text and "| 96 | 384 | 100.00 | 100.0% | - |" in text
     assert "| 12 " not in text and "In fewer bytes" not in text

@@ -22,7 +22,7 @@ CODES = ("float32", "sign bits")
 @pytest.fixture(scope="module", params=CODES)
 def application(request, arrays, tmp_path_factory):
     folder = tmp_path_factory.mktemp("vespa")
-    vespa.write_application(folder, arrays[1], 8, [f"{i}.jpg" for i in range(300)], request.param)
+    vespa.write_application(folder, arrays[1], 8, np.array([f"{i}.jpg" for i in range(300)]), request.param)
     return request.param, folder
 
 

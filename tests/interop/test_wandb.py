@@ -1,11 +1,13 @@
 """Evaluations in W&B, read back from the files that W&B itself writes offline."""
 
+import contextlib
 import dataclasses
 import io
 import json
 import signal
 import time
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pandas as pd
 import pytest
@@ -137,6 +139,15 @@ def test_history_steps_go_on_over_sittings_of_training_and_evaluations(tmp_path,
     assert list(line.get_xdata()) == [8, 16] and list(line.get_ydata()) == list(by_dim.value)
     assert workspace(["--runs", str(tmp_path / "a"), "--picture", str(tmp_path / "x.png")]) == 0
     assert Image.open(tmp_path / "x.png").size[0] == 1100
+
+
+def test_a_second_evaluation_logs_its_tables_after_the_first(runs, monkeypatch):
+    """W&B drops what comes at a step before its last."""
+    run = MagicMock(step=50)
+    monkeypatch.setattr("mrl.interop.wandb.start_wandb", lambda *_, **__: contextlib.nullcontext(run))
+    report_evaluation({"mrl": runs["mrl"]}, rows_of("mrl", "MRL", (8, 16)), {}, "offline")
+    tables = run.log.call_args_list[0]
+    assert "eval/classification" in tables.args[0] and tables.kwargs["step"] == 50
 
 
 def test_charts_of_what_was_not_logged_stay_empty():

@@ -2,6 +2,7 @@ import dataclasses
 import functools
 import shutil
 import threading
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,7 +13,7 @@ import torch
 from mrl import distributed
 from mrl.distributed import Process
 from mrl.errors import UserError
-from mrl.retrieval.embeddings import EmbeddingMetadata, embed_split, open_embeddings
+from mrl.retrieval.embeddings import EmbeddingMetadata, alone_in, embed_split, open_embeddings
 
 ALONE = Process(0, 1, torch.device("cpu"))
 METADATA = EmbeddingMetadata("0123", "digits", "val", 32, 28, "mean 0, std 1", False, "4567")
@@ -140,6 +141,35 @@ def test_parts_of_another_pass_are_not_used(tmp_path, change):
     images = Images(9)
     assert_right(run(tmp_path / "val", images), images)
     assert len(images.reads) == 9
+
+
+def test_finished_vectors_of_another_width_are_computed_again(tmp_path):
+    embed_split(tmp_path / "val", METADATA, Images(9), lambda images: embed(images)[:, :2], 2, ALONE, 4)
+    images = Images(9)
+    assert_right(run(tmp_path / "val", images), images)
+
+
+def test_two_commands_at_once_embed_every_image_once(tmp_path, capsys):
+    images = [Images(9), Images(9)]
+
+    def slow(batch):
+        time.sleep(0.05)
+        return embed(batch)
+
+    def command(number):
+        with alone_in(tmp_path / "val", ALONE):
+            return run(tmp_path / "val", images[number], slow)
+
+    with ThreadPoolExecutor(2) as threads:
+        for found in threads.map(command, (0, 1)):
+            assert_right(found, images[0])
+    assert images[0].reads + images[1].reads == Counter(range(9))
+    assert "waiting for another process that computes" in capsys.readouterr().out
+    with alone_in(tmp_path / "val", ALONE, force=True):
+        assert open_embeddings(tmp_path / "val", METADATA) is None
+    with alone_in(tmp_path / "empty", ALONE):
+        pass
+    assert not (tmp_path / "empty").exists()
 
 
 @pytest.fixture
