@@ -12,6 +12,7 @@ image was replaced since then.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import shutil
 import sys
 from collections.abc import Sequence
@@ -76,8 +77,12 @@ def embed_folder(args: argparse.Namespace, process: Process) -> None:
         trained_dims=list(info.nesting_list),
     )
     unfinished = out.with_name(f"{out.name}.unfinished")
-    with alone_in(unfinished, process, args.force):
-        if already_there(out, metadata, dim) and not args.force:
+
+    def is_needed() -> bool:
+        return args.force or distributed.all_reduce_any(not already_there(out, metadata, dim))[0]
+
+    with alone_in(unfinished, process, args.force) if is_needed() else contextlib.nullcontext():
+        if not is_needed():  # another command may have been faster
             if process.is_main:
                 print(f"{out} already holds the vectors of these {len(ids):,} images by this model")
             return

@@ -109,7 +109,10 @@ class NestedLinear(nn.Module):
             self._divide_gradient()
 
     def _divide_gradient(self) -> None:
-        self.classifiers[0].weight.register_hook(lambda gradient: gradient / self.readers)  # type: ignore[operator]
+        weight: Any = self.classifiers[0].weight
+        is_trained = weight.requires_grad
+        weight.requires_grad_(True).register_hook(lambda gradient: gradient / self.readers)
+        weight.requires_grad_(is_trained)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

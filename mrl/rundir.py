@@ -136,8 +136,8 @@ def read_held_out(run: Path) -> list[str] | None:
 
 
 @contextlib.contextmanager
-def hold(path: Path, notice: str = "") -> Iterator[None]:
-    """Keep other processes from working in ``path``; the lock ends with this process.
+def hold(path: Path, notice: str = "") -> Iterator[int]:
+    """Keep other processes from working in ``path``, whose file descriptor this gives; the lock ends with this process.
 
     With a ``notice``, print it if another process has the lock, and wait for as long as that takes.
     """
@@ -157,7 +157,7 @@ def hold(path: Path, notice: str = "") -> Iterator[None]:
                 time.sleep(0.2)
             except OSError:  # a disk without locks
                 break
-        yield
+        yield folder
     finally:
         with contextlib.suppress(OSError):
             fcntl.flock(folder, fcntl.LOCK_UN)  # worker processes may still have the folder open

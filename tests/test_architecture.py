@@ -22,11 +22,11 @@ FLOORS = [
 # Lines of Python in each folder (not its subfolders). Raise a number only for a new idea or a mended defect.
 BUDGETS = {
     ".": 528,
-    "mrl": 2971,
+    "mrl": 2979,
     "mrl/data": 1818,
     "mrl/training": 727,
-    "mrl/retrieval": 874,
-    "mrl/studies": 2600,
+    "mrl/retrieval": 881,
+    "mrl/studies": 2605,
     "mrl/figures": 1275,
     "mrl/interop": 1202,
     "experiments": 789,

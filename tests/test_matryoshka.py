@@ -101,7 +101,7 @@ def test_a_scaled_head_starts_as_the_shared_one_and_divides_gradients_by_the_pre
     weights = [head.classifiers[0].weight.grad for head in (shared, scaled)]
     torch.testing.assert_close(weights[0] / torch.tensor([3.0, 3, 2, 1, 1]), weights[1])
     twice = copy.deepcopy(copy.deepcopy(scaled)), copy.copy(copy.deepcopy(scaled))
-    for head in twice:
+    for head in (*twice, copy.deepcopy(copy.deepcopy(scaled).requires_grad_(False)).requires_grad_(True)):
         head.zero_grad()
         (head(z) ** 2).sum().backward()
         assert torch.equal(head.classifiers[0].weight.grad, weights[1])

@@ -92,17 +92,23 @@ def alone_in(directory: Path, process: Process, force: bool = False) -> Iterator
 
     An empty folder is removed in the end.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    notice = f"waiting for another process that computes {directory}"
-    with hold(directory, notice) if process.is_main else contextlib.nullcontext():
+    with contextlib.ExitStack() as held:
+        while process.is_main:
+            directory.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                folder = held.enter_context(hold(directory, f"waiting for another process that computes {directory}"))
+                if os.fstat(folder).st_ino == directory.stat().st_ino:  # not removed by the one that had it
+                    break
         for name in ("metadata.json", "unfinished.json") if force and process.is_main else ():
             (directory / name).unlink(missing_ok=True)
         distributed.barrier()
         try:
             yield
+            distributed.barrier()  # the others may still read what the next command removes
         finally:
-            with contextlib.suppress(OSError):
-                directory.rmdir()
+            if process.is_main:
+                with contextlib.suppress(OSError):
+                    directory.rmdir()
 
 
 def embed_split(
@@ -132,7 +138,8 @@ def embed_split(
     """
     parts = _Parts(directory, len(images), width, dtype)
     finished = open_embeddings(directory, metadata)
-    if finished is not None and finished.vectors.shape[1] == width:
+    [missing] = distributed.all_reduce_any(finished is None or finished.vectors.shape[1] != width)
+    if finished is not None and not missing:
         return finished
     if process.is_main:
         parts.prepare(metadata)
@@ -140,8 +147,7 @@ def embed_split(
     is_missing = torch.zeros(len(images), dtype=torch.int32)
     if process.is_main:  # the others may see an old listing on a network disk
         is_missing[parts.missing()] = 1
-    missing = np.flatnonzero(distributed.all_reduce_sum(is_missing))
-    share = np.array_split(missing, process.world_size)[process.rank]
+    share = np.array_split(np.flatnonzero(distributed.all_reduce_sum(is_missing)), process.world_size)[process.rank]
     failure = None
     try:
         _embed_share(share, parts, metadata, images, embed, process, batch_size)
@@ -159,6 +165,7 @@ def embed_split(
     distributed.barrier()
     finished = open_embeddings(directory, metadata)
     assert finished is not None
+    distributed.barrier()  # the main process may move the files
     return finished
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from mrl import distributed
 from mrl.config import Config, read_config
 from mrl.data import build_data
 from mrl.data.folder import shown, unicode_name
@@ -222,7 +223,8 @@ def embed_runs(
         config = replace(config, data=replace(config.data, num_workers=given.num_workers, backend=given.backend))
         data = config.data
         sets = {} if force else _on_disk(run, wanted)
-        missing = [place for place in wanted if place not in sets]
+        lacking = distributed.all_reduce_any(*(place not in sets for place in wanted))  # others may write meanwhile
+        missing = [place for place, lacks in zip(wanted, lacking, strict=True) if lacks]
         if moved and process.is_main and not {"train", "val"} <= {*missing}:
             print(f"run {name}: stored embeddings are used, not the images in {data.root}; --force embeds these")
         root = Path(data.root or "")
@@ -260,7 +262,9 @@ def embed_runs(
         for place in missing:
             split, directory = wanted[place].split, run / "embeddings" / place
             inputs = folder_images(folders[place], config, process) if place in folders else images[split]
-            inputs = CachedImages(cache, split, inputs) if cache else inputs
+            if cache:
+                inputs = CachedImages(cache, split, inputs)
+                inputs.center(wanted[place].flip)  # first, so that an error ends all processes
             with alone_in(directory, process, force):
                 sets[place] = embed_split(directory, wanted[place], inputs, embed, model.width, process, size)
         own = (sets["train"], sets["val"], sets.get("val_flip"))

@@ -20,7 +20,7 @@ from mrl.errors import UserError
 from mrl.matryoshka import unit_prefix
 from mrl.progress import progress
 from mrl.results import Row, Source
-from mrl.retrieval.embeddings import embed_split
+from mrl.retrieval.embeddings import alone_in, embed_split
 from mrl.studies.adaptive_retrieval import adaptive_retrieval
 from mrl.studies.classification import Classifier, classification
 from mrl.studies.retrieval import retrieval
@@ -203,7 +203,8 @@ def with_images(run: OpenedRun, root: str | None = os.environ.get("MRL_PICTURES"
     sets = {}
     for split, folder in folders.items():
         directory, metadata = run.directory / "embeddings" / folder.place, wanted[folder.place]
-        sets[split] = embed_split(directory, metadata, images[split], embed, run.model.width, alone, batch_size=64)
+        with alone_in(directory, alone):
+            sets[split] = embed_split(directory, metadata, images[split], embed, run.model.width, alone, batch_size=64)
     source, classes = replace(run.source, dataset=Path(root).resolve().name), tuple(images["val"].classes)
     own = replace(run, train=sets["train"], val=sets["val"], val_flip=None)
     return replace(own, source=source, image_classes=classes, _images=images)

@@ -2,7 +2,6 @@ import dataclasses
 import functools
 import shutil
 import threading
-import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from mrl import distributed
+from mrl import distributed, rundir
 from mrl.distributed import Process
 from mrl.errors import UserError
 from mrl.retrieval.embeddings import EmbeddingMetadata, alone_in, embed_split, open_embeddings
@@ -52,7 +51,6 @@ def assert_right(found, images):
     assert (found.vectors.dtype, found.labels.dtype) == (np.float32, np.int64)
 
 
-# 9 = 4 + 4 + 1: the last batch has one image.
 # 9 = 4 + 4 + 1: the last batch has one image.
 @pytest.mark.parametrize("num_images", [1, 8, 9])
 def test_fault_11_rows_come_in_dataset_order_also_in_a_last_batch_of_one_image(tmp_path, num_images):
@@ -149,27 +147,48 @@ def test_finished_vectors_of_another_width_are_computed_again(tmp_path):
     assert_right(run(tmp_path / "val", images), images)
 
 
-def test_two_commands_at_once_embed_every_image_once(tmp_path, capsys):
-    images = [Images(9), Images(9)]
+def test_two_commands_at_once_embed_every_image_once(tmp_path, monkeypatch):
+    images, is_waiting = [Images(9), Images(9)], threading.Event()
+    monkeypatch.setattr(rundir.tqdm, "write", lambda notice: is_waiting.set())
 
-    def slow(batch):
-        time.sleep(0.05)
+    def patient(batch):
+        assert is_waiting.wait(30)
         return embed(batch)
 
     def command(number):
         with alone_in(tmp_path / "val", ALONE):
-            return run(tmp_path / "val", images[number], slow)
+            return run(tmp_path / "val", images[number], patient)
 
     with ThreadPoolExecutor(2) as threads:
         for found in threads.map(command, (0, 1)):
             assert_right(found, images[0])
     assert images[0].reads + images[1].reads == Counter(range(9))
-    assert "waiting for another process that computes" in capsys.readouterr().out
     with alone_in(tmp_path / "val", ALONE, force=True):
         assert open_embeddings(tmp_path / "val", METADATA) is None
     with alone_in(tmp_path / "empty", ALONE):
         pass
     assert not (tmp_path / "empty").exists()
+
+
+def test_a_command_that_waited_for_a_removed_folder_keeps_others_out_of_the_new_one(tmp_path, monkeypatch):
+    waiting, entered, inside = threading.Semaphore(0), threading.Event(), []
+    monkeypatch.setattr(rundir.tqdm, "write", lambda notice: waiting.release())
+
+    def command(number):
+        with alone_in(tmp_path / "val", ALONE):
+            inside.append(number)
+            entered.set()
+            assert number == 2 or waiting.acquire(timeout=30)  # until the last one waits too
+            inside.append(number)
+
+    with ThreadPoolExecutor(2) as threads:
+        with alone_in(tmp_path / "val", ALONE):
+            threads.submit(command, 1)
+            assert waiting.acquire(timeout=30)
+            (tmp_path / "val").rmdir()
+        assert entered.wait(30)
+        threads.submit(command, 2).result()
+    assert inside == [1, 1, 2, 2]
 
 
 @pytest.fixture
