@@ -10,7 +10,7 @@ repeat.
 
 A contender finds a shortlist on a prefix by a FAISS index, and reranks it at full width in float16, a further 2 bytes
 for each dim. Its name is FAISS's (``index_factory``): Flat (exact), SQ8 (int8), LSHrt (sign bits), HNSW32 (efSearch is
-the shortlist's size), IVF4096 (16 lists are read).
+the shortlist's size), IVF4096,SQ8 (int8, 16 lists are read).
 
 The queries and the database are the embeddings of the run's val and train images that eval.py left. With --views N, the
 database holds N vectors of each training image: what the trained layers make of windows of the map that the frozen
@@ -113,7 +113,9 @@ def contenders_of(
             index.hnsw.efSearch = size
         if isinstance(index, faiss.IndexIVF):
             index.nprobe = NPROBE
-        return funnel(queries, database, index.search(prefixes, size)[1], [(width, size)])[0]
+        found = index.search(prefixes, size)[1]
+        found = np.where(found < 0, found[:, :1], found)  # the lists of IVF may hold fewer
+        return funnel(queries, database, found, [(width, size)])[0]
 
     for name, dim in itertools.product(names, dims):
         started = time.perf_counter()

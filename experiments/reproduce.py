@@ -114,7 +114,9 @@ class Run:
     def is_finished(self) -> bool:
         """Return whether the model is saved and its last epoch validated; raise if the run has other settings."""
         if (self.directory / "config.yaml").is_file():
-            check_settings(self.directory, to_yaml(self.config), to_yaml(Config()), "remove it, or give another --runs")
+            # Defaults may come from a run that was not there yet when the grid was planned.
+            now = parse_command_line(self.argv, "") if self.entry.init_from else self.config
+            check_settings(self.directory, to_yaml(now), to_yaml(Config()), "remove it, or give another --runs")
         last = [row for row in self.rows() if row["epoch"] >= self.config.train.epochs]
         validated = any(key.startswith("top_1/") for row in last for key in row)
         return validated and (self.directory / "model.safetensors").is_file()
@@ -223,7 +225,8 @@ def make_subset(data: Path, grid: Grid, out: Path) -> None:
                 names = [name for i, name in found if (i % every == 0) == (split == "val")]
                 links = {link / name: folder / name for name in names}
             for path, target in links.items():
-                if not path.is_symlink():
+                if not path.is_symlink() or path.readlink() != target:
+                    path.unlink(missing_ok=True)
                     path.symlink_to(target)
 
 

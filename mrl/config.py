@@ -412,11 +412,12 @@ def _parse(description: str, argv: Sequence[str]) -> Config:
         parser.add_class_arguments(section, name)
     try:
         namespace = parser.parse_args(argv)
-        if found := images_of_weights(namespace.model.backbone, os.path.expanduser(namespace.model.init)):
-            parser.set_defaults({f"data.{key}": value for key, value in found.items()})
-            shrink = parser.parse_args(argv).data.eval_px / found["eval_px"]
-            parser.set_defaults({"data.eval_resize_px": round(shrink * found["eval_resize_px"])})
-            namespace = parser.parse_args(argv)
+        own = {"eval_px": DataConfig.eval_px, "eval_resize_px": DataConfig.eval_resize_px}
+        own |= images_of_weights(namespace.model.backbone, os.path.expanduser(namespace.model.init))
+        parser.set_defaults({f"data.{key}": value for key, value in own.items()})
+        shrink = parser.parse_args(argv).data.eval_px / own["eval_px"]
+        parser.set_defaults({"data.eval_resize_px": round(shrink * own["eval_resize_px"])})
+        namespace = parser.parse_args(argv)
         namespace = parser.instantiate(namespace)
     except ArgumentError as error:
         message = " ".join(str(error).split())

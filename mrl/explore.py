@@ -84,12 +84,12 @@ def of_run(path: str, moved_to: str | None) -> Collection:
 
 
 def slider_stops(trained: Sequence[int], width: int) -> list[int]:
-    """Return the sizes of the slider: those trained, and of 2, 3, 4, 6, 8, 12, ... those from half the smallest.
+    """Return the sizes of the slider: those trained, and of 1, 2, 3, 4, 6, 8, ... those from half the smallest.
 
     >>> slider_stops([10, 20, 40], 40)
     [6, 8, 10, 12, 16, 20, 24, 32, 40]
     """
-    between = [size << power for size in (2, 3) for power in range(width.bit_length())]
+    between = [size << power for size in (1, 3) for power in range(width.bit_length())]
     return sorted({size for size in between if min([*trained, width]) <= 2 * size < 2 * width} | {*trained, width})
 
 

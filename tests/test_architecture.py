@@ -22,15 +22,15 @@ FLOORS = [
 # Lines of Python in each folder (not its subfolders). Raise a number only for a new idea or a mended defect.
 BUDGETS = {
     ".": 528,
-    "mrl": 2979,
+    "mrl": 2980,
     "mrl/data": 1818,
     "mrl/training": 727,
     "mrl/retrieval": 881,
     "mrl/studies": 2605,
     "mrl/figures": 1275,
     "mrl/interop": 1202,
-    "experiments": 789,
-    "benchmarks": 1059,
+    "experiments": 792,
+    "benchmarks": 1061,
 }
 FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names}
 AT_USE_ONLY = {

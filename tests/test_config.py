@@ -192,6 +192,11 @@ def test_the_imagenet_resnet_recipes_are_the_papers():
         assert (config.data.eval_resize_px, config.data.eval_px) == (256, 224)
 
 
+def test_images_are_resized_in_proportion_to_the_crop_unless_given():
+    for words, resized in ((["112"], 128), (["300"], 343), (["112", "--data.eval_resize_px", "200"], 200)):
+        assert parse("--config", "resnet50_mrl", "--data.eval_px", *words).data.eval_resize_px == resized
+
+
 def test_the_vits_nest_from_a_64th_of_their_width():
     for size, smallest, width in (("b", 12, 768), ("s", 6, 384)):
         for name in (f"vit_{size}16_mrl", f"vit_{size}16_mrl_e"):
@@ -221,7 +226,10 @@ def test_the_saved_config_reads_back_equal(tmp_path):
         (["--head.self_distillation", "-1"], ["head.self_distillation is -1", "0 or more"]),
         (["--data.crop_scale", "[0.5, 0.2]"], ["data.crop_scale", "0 < low <= high <= 1"]),
         (["--data.train_px", "[[5, 64]]"], ["data.train_px", "epoch 0"]),
-        (["--data.eval_px", "300"], ["data.eval_px is 300", "data.eval_resize_px = 256"]),
+        (
+            ["--data.eval_px", "300", "--data.eval_resize_px", "256"],
+            ["data.eval_px is 300", "data.eval_resize_px = 256"],
+        ),
         (["--model.stem_stride", "3"], ["model.stem_stride", "4", "2", "1"]),
         (["--data.rand_augment", "rand-9"], ["data.rand_augment is 'rand-9'", "-m9 (magnitude)"]),
         (["--data.rand_augment", "auto"], ["data.rand_augment is 'auto'", "-inc1"]),

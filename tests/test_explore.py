@@ -22,6 +22,7 @@ QUERY, ZERO = 7, 11
 
 def test_the_slider_of_vectors_cut_below_the_smallest_trained_size_ends_with_all_of_them():
     assert explore.slider_stops([], 8) == [4, 6, 8]
+    assert explore.slider_stops([2], 2) == [1, 2]
 
 
 @pytest.fixture(scope="module")

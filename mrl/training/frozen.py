@@ -226,7 +226,7 @@ class CachedImages:
                     f"computing the frozen layers once, with {engine}: {directory}, {size:.2f} GiB for each view"
                 )
 
-        forward = cache.engines.setdefault(px, FastForward(cache.trunk, len(self) * cache.num_views, report))
+        forward = cache.engines.setdefault(px, FastForward(cache.trunk, len(self) * max(1, cache.num_views), report))
         with alone_in(directory, process):  # runs that start together wait for the one that computes
             batch_size = good_batch_size(process.device)
             found = embed_split(directory, metadata, images, forward, width, process, batch_size, dtype)

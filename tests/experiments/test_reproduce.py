@@ -18,7 +18,7 @@ import pytest
 from experiments import reproduce
 from experiments.learning_rates import draw
 from experiments.reproduce import list_runs, main, make_subset, plan, read_grid, slot_environments, train_all
-from mrl.config import to_yaml
+from mrl.config import parse_command_line, to_yaml
 from mrl.errors import UserError
 from mrl.matryoshka import default_nesting_list
 from mrl.results import read_rows
@@ -179,6 +179,25 @@ def test_a_subset_links_some_classes_and_holds_out_training_images(tmp_path):
         split: sorted(path.name for path in (tmp_path / "slice" / split / "b").iterdir()) for split in ("train", "val")
     }
     assert found == {"train": [f"train{i}.JPEG" for i in (1, 2, 4, 5)], "val": [f"train{i}.JPEG" for i in (0, 3, 6)]}
+    (tmp_path / "data").rename(tmp_path / "moved")
+    make_subset(tmp_path / "moved", grid, tmp_path / "half")
+    assert (tmp_path / "half" / "val" / "c" / "val1.JPEG").is_file()
+
+
+def test_a_run_has_the_image_settings_of_the_run_it_starts_from_even_if_that_came_after_the_plan(tmp_path):
+    text = GRID.replace(
+        "recipe: digits_mrl, seeds: [0], init_from", "recipe: resnet50_finetune_fc, seeds: [0], init_from"
+    )
+    [run] = [run for run in plan(grid_of(tmp_path, text), tmp_path, None) if run.entry.init_from]
+    run.directory.mkdir()
+    (tmp_path / "ff512_seed0").mkdir()
+    about = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bilinear", "crop_px": 32, "resize_px": 36}
+    (tmp_path / "ff512_seed0" / "model.json").write_text(json.dumps(about))
+    (run.directory / "config.yaml").write_text(to_yaml(parse_command_line(run.argv, "")))
+    assert "36" in (run.directory / "config.yaml").read_text() and not run.is_finished()
+    (run.directory / "config.yaml").write_text(to_yaml(run.config))
+    with pytest.raises(UserError, match=r"data\.mean|data\.eval"):
+        run.is_finished()
 
 
 def test_finished_runs_are_skipped_and_others_resumed(runs):
