@@ -91,7 +91,7 @@ def of(tensor):
 @pytest.mark.parametrize("tied", ["false", "true"])
 def test_the_loop_stays_on_the_gpu(tmp_path, monkeypatch, answers, tied):
     """train.py's own loop, with all that may act on a batch; only files are not written."""
-    monkeypatch.setattr(train, "build_data", lambda *_: {"train": make_images(), "val": make_images()})
+    monkeypatch.setattr(train, "build_data", lambda *_, **__: {"train": make_images(), "val": make_images()})
     checkpoints = []
     monkeypatch.setattr(rundir, "save_checkpoint", lambda _, content: checkpoints.append(content))
     monkeypatch.setattr(train, "save_model", lambda *_: None)

@@ -305,7 +305,7 @@ def out_of_memory(*args):
     raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1.00 GiB free.")
 
 
-def interrupted(*args):
+def interrupted(*args, **rest):
     raise KeyboardInterrupt
 
 
@@ -348,8 +348,8 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch, capsys
 def test_other_data_is_refused_when_a_run_resumes(stopped, monkeypatch, capsys):
     build = train.build_data
 
-    def fewer(*args):
-        images = build(*args)
+    def fewer(*args, **rest):
+        images = build(*args, **rest)
         monkeypatch.setattr(type(images["train"]), "__len__", lambda self: 1400)
         return images
 

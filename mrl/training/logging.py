@@ -57,7 +57,7 @@ class MetricAccumulator:
             first = step - math.ceil(bad.max() / batch_size)
             dims = [dim for dim, count in zip(self.dims, bad, strict=True) if count == bad.max()]
             what = f"the loss at step {first} is not finite for prefix sizes {dims}"
-        elif not all(weight.isfinite().all() for weight in weights):
+        elif any((~weight.isfinite()).any() for weight in weights):
             what = f"the weights after step {step} are not finite"
         if what:
             raise UserError(
