@@ -34,7 +34,7 @@ from mrl.data.folder import unicode_name
 from mrl.distributed import Process
 from mrl.errors import UserError
 from mrl.figures import figures_of, save
-from mrl.figures.neighbors import pictures_of
+from mrl.figures.neighbors import PICTURES
 from mrl.figures.quantization import bytes_table
 from mrl.interop.authors import import_checkpoint
 from mrl.interop.wandb import report_evaluation
@@ -74,7 +74,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     folders: Any = {"metavar": "[NAME=]DIR", "nargs": "+", "default": []}
     add("--out", metavar="DIR", help="folder for results; default: eval/ beside the first run")
-    add("--title", metavar="TEXT", help="name of the runs' data in figures; default: that of the data set or folder")
+    add("--title", metavar="TEXT", help="name of the runs' data in figures; default: its own; ImageNet keeps its own")
     add("--superclasses", metavar="TSV", help="a table with the columns class and superclass")
     known = "imagenet_v2, imagenet_a, imagenet_r or imagenet_sketch"
     add("--robustness", **folders, help=f"images of trained classes in class folders; NAME: {known}")
@@ -112,6 +112,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def evaluate(args: argparse.Namespace, process: Process) -> None:
     """Embed on all processes; then compute studies, write rows and draw figures on the main one."""
     out = Path(args.out or os.path.normpath(Path(args.runs[0], "..", "eval")))
+    if (out / "model.json").is_file():
+        raise UserError(f"--out {out} is the directory of a run, and would lose its provenance.json; give another")
     runs = name_runs([Path(run) for run in args.runs if Path(run).resolve() != out.resolve()])
     transfer = TransferImages(
         robustness=[read_folder("--robustness", text) for text in args.robustness],
@@ -169,11 +171,12 @@ def name_runs(runs: Sequence[Path]) -> dict[str, Path]:
 def draw_pictures(run: OpenedRun, out: Path, process: Process, title: str | None) -> None:
     """Draw neighbors among the run's own images, and its confusions, into ``out``; print their paths."""
     named = replace(run, source=replace(run.source, dataset=title or run.source.dataset))
-    try:
-        for name, figure in pictures_of(named, process.device).items():
-            print(*(f"figure: {path}" for path in save(figure, out / f"{name}_{run.source.dataset}")), sep="\n")
-    except UserError as error:  # the embeddings are there, but the images are not
-        print(f"no picture of neighbors: {error}")
+    for name, draw in PICTURES.items():
+        try:
+            paths = save(draw(named, process.device), out / f"{name}_{run.source.dataset}")
+            print(*(f"figure: {path}" for path in paths), sep="\n")
+        except UserError as error:  # the embeddings are there, but the images are not
+            print(f"no picture of {name}: {error}")
 
 
 def show(rows: Sequence[Row], out: Path, title: str | None = None) -> None:

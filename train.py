@@ -49,6 +49,9 @@ def train(config: Config, process: Process) -> int:
     # Set-up: run directory, data, model, optimizer.
     optim, device, seed = config.optim, process.device, config.run.seed
     directory = Path(config.run.dir) / config.run.name
+    root = Path(config.data.root or "").resolve()
+    if config.data.val_share and not (root / "train").is_dir() and directory.resolve().is_relative_to(root):
+        raise UserError(f"run.dir is {config.run.dir!r}; allowed: outside data.root, whose folders are the classes")
     if process.is_main:
         rundir.check_run(directory, config.run.resume, to_yaml(config), to_yaml(Config()))
     distributed.barrier()
@@ -62,11 +65,18 @@ def train(config: Config, process: Process) -> int:
     unreadable, held_out = [reason for part in images.values() for reason in part.unreadable], images["val"].held_out
     num_images, classes = len(images["train"]), images["train"].classes
     data_seen = {"num_images": num_images, "classes": classes, "backend": BACKENDS[type(images["train"])]}
+    if resumed is not None:
+        rundir.check_data(directory, resumed["data"], data_seen)
     accumulation_steps = config.train.accumulation_steps
     share = (process.rank, process.world_size, accumulation_steps)
     splits = accumulation_steps * (1 + (config.data.mixup + config.data.cutmix > 0))  # they take images in pairs
     cut = cut_batch(config.data.batch_size, num_images, config.data.min_steps_per_epoch, process.world_size, splits)
     batch_size = resumed.get("batch_size", cut) if resumed else cut  # other processes would cut it to another size
+    if resumed and batch_size % (process.world_size * splits):
+        raise UserError(
+            f"{directory} was started with {batch_size} images a step; allowed: a number of processes, and "
+            f"train.accumulation_steps, that divide them{' by pairs' if splits > accumulation_steps else ''}"
+        )
     micro_batch_size = len(train_indices(num_images, batch_size, seed, 0, *share)[0])
     steps_per_epoch = num_images // batch_size
     total_steps = config.train.epochs * steps_per_epoch
@@ -77,12 +87,15 @@ def train(config: Config, process: Process) -> int:
     torch.backends.cudnn.benchmark = True
     start, init = config, Path(config.model.init)
     if resumed is not None:  # all weights are in the checkpoint; those of cached layers are in the saved model
-        saved = str(directory) if (directory / "model.safetensors").exists() else config.model.init
+        saved = str(directory) if (directory / "model.json").exists() else config.model.init
         weights_from = saved if config.train.cache_views else "scratch"
         start = dataclasses.replace(config, model=dataclasses.replace(config.model, init=weights_from))
     model = make_model(start, len(classes)).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     from_run = config.model.init not in ("scratch", "pretrained") and init.is_dir()
     head_loaded = resumed is None and from_run and load_head(model, init, classes)
+    dims = model.head.nesting_list
+    ends = sorted({dims[0], dims[-1]})
+    weights = torch.tensor(check_weights(config.head.weights, dims), device=device)
     check_fit(model, config, micro_batch_size)
     if config.train.sync_batchnorm:
         model = distributed.sync_batchnorm(model, process)
@@ -97,9 +110,6 @@ def train(config: Config, process: Process) -> int:
             cached["train"].view(epoch, config.data.px_at(epoch))
         cached["val"].center()
         inputs_of = cached
-    dims = model.head.nesting_list
-    ends = sorted({dims[0], dims[-1]})
-    weights = torch.tensor(check_weights(config.head.weights, dims), device=device)
     optimizer = build_optimizer(model, optim.name, optim.lr, optim.momentum, optim.weight_decay, optim.layer_decay)
     in_precision = autocast(device, config.train.precision)
     scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16")
@@ -111,7 +121,6 @@ def train(config: Config, process: Process) -> int:
 
     step = 0
     if resumed is not None:
-        rundir.check_data(directory, resumed["data"], data_seen)
         step = resumed["step"]
         for name, part in parts.items():
             part.load_state_dict(resumed[name])

@@ -80,7 +80,10 @@ def write_report(results: Path, documents: Sequence[Path], check: bool = False) 
 
 def read_group(folder: Path) -> tuple[list[Row], dict[str, Any]]:
     """Return the rows of one group and its provenance."""
-    return read_rows(folder / ROWS), json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
+    rows, provenance = read_rows(folder / ROWS), json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
+    if "title" not in provenance:
+        raise UserError(f"{folder} holds an evaluation, not results that experiments.reproduce published")
+    return rows, provenance
 
 
 def with_sections(document: Path, results: Path) -> str:
@@ -111,8 +114,8 @@ def summary(rows: Sequence[Row], provenance: dict[str, Any], folder: str) -> str
         reading = "differs by size" if len(readings) > 2 else " or ".join(readings)
         names.setdefault(reading or "not measured", []).append(effect.name)
     verdicts = "; ".join(f"{', '.join(listed)}: {reading}" for reading, listed in names.items())
-    line = what_ran(rows, provenance) + (f" Effects: {verdicts}." if verdicts else "")
-    table = table_by_size(rows, dataset, "classification", "top_1")
+    line = what_ran(rows, provenance) + (f" The paper's claims about plain MRL: {verdicts}." if verdicts else "")
+    table = table_by_size(rows, dataset, "classification", "top_1").replace("model", "linear top-1 (%), by dims", 1)
     return f"{table}\n\n{line} [All tables]({folder}/{TABLES})"
 
 

@@ -22,6 +22,7 @@ import json
 import math
 import os
 import queue
+import shutil
 import signal
 import statistics
 import subprocess
@@ -214,20 +215,19 @@ def make_subset(data: Path, grid: Grid, out: Path) -> None:
     for split in ("train", "val"):
         if not (data / split).is_dir():
             raise UserError(f"--data {data} has no folder {split}; python -m mrl.data.tiny_imagenet makes it")
-        (out / split).mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(out / split, ignore_errors=True)  # links of another grid's split, or to images that are gone
+        (out / split).mkdir(parents=True)
         source, every = data / ("train" if grid.hold_out_every_nth else split), grid.hold_out_every_nth
         for folder in sorted(path for path in source.iterdir() if path.is_dir())[:: grid.every_nth_class]:
             link, folder = out / split / folder.name, folder.resolve()
             links = {link: folder}
             if every:
-                link.mkdir(exist_ok=True)
+                link.mkdir()
                 found = enumerate(sorted(os.listdir(folder)))
                 names = [name for i, name in found if (i % every == 0) == (split == "val")]
                 links = {link / name: folder / name for name in names}
             for path, target in links.items():
-                if not path.is_symlink() or path.readlink() != target:
-                    path.unlink(missing_ok=True)
-                    path.symlink_to(target)
+                path.symlink_to(target)
 
 
 def train_all(runs: Sequence[Run], jobs: int, command: Sequence[str] = TRAIN) -> tuple[dict[str, str], int]:
@@ -385,9 +385,9 @@ def reproduce(args: argparse.Namespace) -> int:
 
     failed, stopped_by = train_all(wanted, args.jobs)
     problems = [f"failed: {name}: {reason}" for name, reason in failed.items()]
-    trial = args.epochs or args.seeds or not shipped
-    out = args.out or (runs_dir / "results" if trial else RESULTS)
     finished = [run for run in runs if run.is_finished()]
+    whole = shipped and not args.epochs and not args.seeds and len(finished) == len(runs)
+    out = args.out or (RESULTS if whole else runs_dir / "results")
     if stopped_by:
         problems.append("stopped; the same command resumes")
     elif any(entry.lrs for entry in grid.runs):
@@ -415,7 +415,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--seeds", type=int, nargs="+", metavar="SEED", help="seeds of every entry that has several")
     add("--data", type=Path, metavar="DIR", help="prepared images (train/ and val/); default: data/tiny_imagenet")
     add("--runs", type=Path, metavar="DIR", help="folder of the run directories; default: runs/grid_<name>")
-    add("--out", type=Path, metavar="DIR", help="where results go; default: results/tiny_imagenet, or <runs>/results")
+    add("--out", type=Path, metavar="DIR", help="default: results/tiny_imagenet for a complete grid, or <runs>/results")
     add("--few_shot", type=Path, nargs="+", default=[], metavar="DIR", help="other images for E10, in class folders")
     interrupted = "stopped at once; the same command resumes from the last checkpoints"
     return distributed.run(lambda: reproduce(parser.parse_args(argv)), interrupted)

@@ -64,7 +64,7 @@ def start() -> Process:
             )
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
-    if "WORLD_SIZE" not in os.environ:
+    if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
         return Process(rank=0, world_size=1, device=device)
     global _cpu_group
     dist.init_process_group(backend="nccl" if device.type == "cuda" else "gloo")
@@ -94,7 +94,9 @@ def run(main: Callable[[], int | None], interrupted: str) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
     warnings.formatwarning = lambda message, *where: f"warning: {message}\n"
     try:
-        return main() or 0
+        status = main() or 0
+        stop()  # not after an error: NCCL would wait for processes that wait for this one
+        return status
     except KeyboardInterrupt as stopped:
         _report(interrupted)
         return 128 + (stopped.args[0] if stopped.args else signal.SIGINT)
@@ -103,15 +105,14 @@ def run(main: Callable[[], int | None], interrupted: str) -> int:
         if not isinstance(error, UserError) and (advice := _advice(error, message)):
             error = UserError(f"{(message or 'out of memory').splitlines()[0].strip(' .')}; {advice}")
         elif isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in message):
-            error = ElsewhereError(f"lost the connection to another process ({message.splitlines()[0]}); see its error")
+            message = " ".join(message.split())  # NCCL's cause is in its last line
+            error = ElsewhereError(f"lost the connection to another process ({message}); see its error")
         elif not isinstance(error, (UserError, OSError)):
             raise
         if isinstance(error, ElsewhereError):
             time.sleep(SECONDS_TO_BE_ENDED)
         _report(f"error: {error}")
         return 2
-    finally:
-        stop()
 
 
 def _advice(error: Exception, message: str) -> str:

@@ -167,7 +167,7 @@ def check_weights(weights: Sequence[float] | None, nesting_list: Sequence[int]) 
     if weights is None:
         return (1.0,) * len(nesting_list)
     if len(weights) != len(nesting_list):
-        given, dims = f"{len(weights)} loss weights {list(weights)}", f"{len(nesting_list)} prefix dims"
+        given, dims = f"{len(weights)} loss weights (head.weights) {list(weights)}", f"{len(nesting_list)} prefix dims"
         raise UserError(f"{given} for {dims} {list(nesting_list)}; give one per dim")
     if not all(0 <= weight < float("inf") for weight in weights) or not any(weights):
         raise UserError(f"loss weights {list(weights)} must be finite, 0 or more, and not all 0")

@@ -23,6 +23,7 @@ import torch
 import yaml
 from tqdm import tqdm
 
+from mrl.distributed import out_of_memory
 from mrl.errors import UserError
 
 CHECKPOINT_FORMAT = "mrl-checkpoint-1"
@@ -180,6 +181,8 @@ def load_checkpoint(directory: Path) -> dict[str, Any] | None:
             raise ValueError(f"format {state['format']!r}, not {CHECKPOINT_FORMAT!r}")
         return state
     except Exception as error:
+        if isinstance(error, OSError) or out_of_memory(error):
+            raise
         problem = f"is truncated or not a checkpoint of this version ({repr(error).splitlines()[0]})"
         way_out = "restore it from a copy, or delete the run directory to start again"
         raise UserError(f"{path} {problem}; {way_out}") from error

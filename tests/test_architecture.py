@@ -21,15 +21,15 @@ FLOORS = [
 ]
 # Lines of Python in each folder (not its subfolders). Raise a number only for a new idea or a mended defect.
 BUDGETS = {
-    ".": 528,
-    "mrl": 2980,
+    ".": 540,
+    "mrl": 2985,
     "mrl/data": 1818,
-    "mrl/training": 727,
-    "mrl/retrieval": 881,
-    "mrl/studies": 2605,
-    "mrl/figures": 1275,
-    "mrl/interop": 1202,
-    "experiments": 792,
+    "mrl/training": 729,
+    "mrl/retrieval": 887,
+    "mrl/studies": 2608,
+    "mrl/figures": 1284,
+    "mrl/interop": 1208,
+    "experiments": 795,
     "benchmarks": 1061,
 }
 FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names}

@@ -104,6 +104,23 @@ def test_a_process_that_waits_for_one_that_is_gone_ends_too(tmp_path, failure, s
     assert failing.strip() == message
 
 
+def test_the_last_line_of_an_error_of_nccl_is_shown_and_its_groups_are_not_left_in_order(monkeypatch, capsys):
+    monkeypatch.setattr(distributed, "SECONDS_TO_BE_ENDED", 0)
+    monkeypatch.setattr(distributed, "stop", lambda: pytest.fail("NCCL would wait here for processes that wait"))
+
+    def fail():
+        raise torch.distributed.DistBackendError("NCCL error in: a.cpp\nLast error:\nDuplicate GPU detected")
+
+    assert distributed.run(fail, "interrupted") == 2
+    assert "(NCCL error in: a.cpp Last error: Duplicate GPU detected); see its error" in capsys.readouterr().err
+
+
+def test_one_variable_of_torchrun_alone_starts_one_process(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.delenv("RANK", raising=False)
+    assert distributed.start().world_size == 1
+
+
 def test_an_error_about_an_igloo_is_not_a_lost_connection(capsys):
     def fail():
         raise UserError("igloo/1.jpg cannot be read as an image")

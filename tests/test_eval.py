@@ -256,6 +256,7 @@ def test_other_mistakes_are_one_sentence(runs, scans, tmp_path, capsys, no_image
         ((*run, "--batch_size", "0"), "--batch_size is 0"),
         ((*run, "--max_queries", "0"), "--max_queries is 0"),
         ((*run, "--wandb_artifacts"), "needs --wandb"),
+        ((*run, "--out", str(runs / "mrl")), "mrl is the directory of a run, and would lose its provenance.json"),
         (("--redraw", none), "does not exist"),
         (("--redraw", str(tmp_path / "empty.jsonl")), "holds no rows"),
         *((("--redraw", rows, *of), f"{of[0]} needs --runs") for of in (("--few_shot", none), ("--force",))),

@@ -330,6 +330,8 @@ def test_images_that_have_moved_are_found_from_anywhere_or_by_data_root(make_fol
     capsys.readouterr()
     before = embed()
     assert f"run a: data.root 'pets' counts from the folder of its training: {pets}" in capsys.readouterr().out
+    embed("--data.root", "pets", force=False)
+    assert "stored embeddings" not in capsys.readouterr().out, "they are of this folder"
     pets.rename(elsewhere / "cats and dogs")
     with pytest.raises(UserError, match=r"the images of run a are not at 'pets' \(seen from .*: --data\.root DIR"):
         embed()
@@ -343,7 +345,12 @@ def test_images_that_have_moved_are_found_from_anywhere_or_by_data_root(make_fol
     embed("--data.root", "cats and dogs", force=False)
     said = "run a: stored embeddings are used, not the images in cats and dogs; --force embeds these"
     assert said in capsys.readouterr().out
-    assert open_run(root / "a", "cats and dogs").images("val", [0]).shape == (1, 3, 32, 32)
+    opened = open_run(root / "a", "cats and dogs")
+    assert opened.images("val", [0]).shape == (1, 3, 32, 32)
+    (elsewhere / "cats and dogs").rename(elsewhere / "gone")
+    evaluation.draw_pictures(opened, elsewhere, Process(0, 1, torch.device("cpu")), None)
+    printed = capsys.readouterr().out
+    assert "no picture of neighbors: " in printed and f"figure: {elsewhere / 'confusions_pets.png'}" in printed
 
 
 def test_an_evaluation_takes_no_other_setting_of_a_run(capsys):

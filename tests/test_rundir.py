@@ -154,6 +154,19 @@ def test_a_truncated_or_foreign_checkpoint_is_refused(tmp_path, write):
         load_checkpoint(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "error",
+    [OSError(5, "Input/output error"), MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")],
+)
+def test_a_checkpoint_that_cannot_be_read_now_is_not_called_broken(tmp_path, monkeypatch, error):
+    open_run(tmp_path, CONFIG)
+    save_checkpoint(tmp_path, {"step": 1})
+    monkeypatch.setattr(torch, "load", lambda *_, **__: (_ for _ in ()).throw(error))
+    with pytest.raises(type(error)) as caught:
+        load_checkpoint(tmp_path)
+    assert caught.value is error
+
+
 @pytest.mark.parametrize("place", ["os.fsync", "torch.save"])
 def test_a_full_disk_keeps_the_previous_checkpoint(tmp_path, monkeypatch, place):
     open_run(tmp_path, CONFIG)

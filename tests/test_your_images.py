@@ -152,8 +152,11 @@ def test_a_run_keeps_its_cut_batch_when_it_resumes_in_other_shares(tmp_path, mon
     with monkeypatch.context() as patch:
         stop_at(patch, 3, signal.SIGTERM)
         assert train.main([*argv, "--train.accumulation_steps", "4"]) == 143
+    assert train.main([*argv, "--train.accumulation_steps", "3"]) == 2
+    printed = capsys.readouterr()
+    assert "was started with 8 images a step; allowed: a number of processes" in printed.err
     assert train.main(argv) == 0
-    printed = capsys.readouterr().out
+    printed = printed.out + capsys.readouterr().out
     assert "steps 0 to 8, 4 an epoch; 8 images a step" in printed
     assert "steps 3 to 8, 4 an epoch; 8 images a step" in printed, "not 10, as a new run would have"
 

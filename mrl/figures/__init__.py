@@ -41,6 +41,8 @@ def figures_of(rows: Sequence[Row]) -> dict[str, Figure]:
     labels = line_labels(searches)
     for label in dict.fromkeys(labels.values()):
         name = re.sub(r"\W+", "_", label.rpartition(": ")[2].lower())
+        while f"adaptive_retrieval_{name}" in figures:  # runs lr-1 and lr_1
+            name += "_"
         of_label = [row for row in searches if labels[row.method, row.run] == label]
         figures[f"adaptive_retrieval_{name}"] = adaptive_retrieval(of_label)
     return figures

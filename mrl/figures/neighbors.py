@@ -97,19 +97,26 @@ def grad_cam_sheet(
     return finish(figure, title, [])
 
 
-def pictures_of(run: OpenedRun, device: torch.device) -> dict[str, Figure]:
-    """Return a picture of neighbors among a run's own images and one of its confusions, as ``{name: figure}``."""
+def draw_neighbors(run: OpenedRun, device: torch.device) -> Figure:
+    """Draw neighbors among a run's own images."""
     labels, taken = np.asarray(run.val.labels), thin_indices(len(run.val.labels), MAX_QUERIES)
     k = min(NUM_NEIGHBORS, len(run.train.labels))
     found = exact_search(run.val.vectors[taken], run.train.vectors, k, shown_sizes(run.dims), device=device)
     query = telling_queries(found, labels[taken], run.train.labels, num_queries=1)[0]
     title = f"{run.source.title}: training images nearest to a validation image, of {len(taken):,} the one whose"
-    figures = {"neighbors": neighbors_of(run, found, query, taken, f"{title} neighbors improve most; dashed: wrong")}
+    return neighbors_of(run, found, query, taken, f"{title} neighbors improve most; dashed: wrong")
+
+
+def draw_confusions(run: OpenedRun, device: torch.device) -> Figure:
+    """Draw which classes a run confuses at its smallest and its largest dim; needs no images."""
     ends = sorted({run.dims[0], run.dims[-1]})
     ends_of = [run.dims.index(dim) for dim in ends]
     predicted = predict(run.val.vectors, run.classifiers, device=device).classes[ends_of]
-    counts = confusion_counts(predicted, labels, len(run.classes))
-    return figures | {"confusions": confusions(counts, ends, ends, run.classes, run.source.title)}
+    counts = confusion_counts(predicted, run.val.labels, len(run.classes))
+    return confusions(counts, ends, ends, run.classes, run.source.title)
+
+
+PICTURES = {"neighbors": draw_neighbors, "confusions": draw_confusions}
 
 
 def _panels(lines: int, columns: int) -> tuple[Figure, np.ndarray]:

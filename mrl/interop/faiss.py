@@ -38,6 +38,8 @@ def prefix_index(
     except ImportError as error:
         raise UserError("this index needs FAISS: pip install faiss-cpu") from error
     check_vectors(vectors, vectors, [shortlist_dim])
+    if shortlist_factor < 1:
+        raise UserError(f"shortlist_factor is {shortlist_factor}; allowed: 1 or more")
     width = vectors.shape[1]
     unit = np.array(vectors, dtype=np.float32, order="C")
     inverse_norms(torch.from_numpy(unit), [width], "database")  # raises if one is not finite

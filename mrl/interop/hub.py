@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 
 import pandas as pd
@@ -11,10 +12,10 @@ from mrl.config import read_config
 from mrl.data.folder import unicode_name
 from mrl.errors import UserError
 from mrl.model import HUB_FILES, PAPER, load
-from mrl.results import markdown, method_name, read_rows
+from mrl.results import Row, markdown, method_name, read_rows
 from mrl.rundir import last_validation
 from mrl.studies import quantization
-from mrl.studies.run import dataset_name
+from mrl.studies.run import dataset_name, place_images
 
 CARD_METRICS = {("classification", "top_1"): "top-1", ("retrieval", "top_1"): "1-NN", ("retrieval", "map@10"): "mAP@10"}
 # The last three are written by `mrl.interop.sentence_transformers`.
@@ -35,11 +36,11 @@ def export_folder(run: str | Path, out: str | Path, license: str, results: str |
     run, out = Path(run), Path(out)
     config, model = read_config(run / "config.yaml"), load(run)
     info = model.info
-    place, dataset = run.resolve(), dataset_name(config, len(info.classes))
+    place, dataset = run.resolve(), dataset_name(place_images(run, config), len(info.classes))
     name = unicode_name(place.name)
     method = method_name(info.nesting_list, config.head)
     if results:
-        rows = pd.DataFrame(vars(row) for row in read_rows(results))
+        rows = pd.DataFrame(map(vars, read_rows(results)), columns=[field.name for field in fields(Row)])
         of_run = rows.run.isin([name, unicode_name(f"{place.parent.name}/{place.name}")])  # as eval.py names runs
         own = rows[of_run & (rows.method == method) & (rows.dataset == dataset)]
         accuracies, fewer_bytes, source = _evaluated(own), _fewer_bytes(own), "eval.py"

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from mrl.retrieval.rerank import check_stages
-from mrl.retrieval.search import Neighbors, check_vectors
+from mrl.retrieval.search import Neighbors, check_ids, check_vectors
 
 INSERT_ROWS = 1000  # a request to a server may hold 64 MB
 
@@ -30,6 +30,7 @@ def upload(
     from pymilvus import DataType
 
     check_vectors(vectors, vectors, dims)
+    check_ids(ids, vectors)
     schema = client.create_schema(auto_id=False, enable_dynamic_field=False)
     schema.add_field("index", DataType.INT64, is_primary=True)
     schema.add_field("name", DataType.VARCHAR, max_length=4096)

@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from mrl.errors import UserError
 from mrl.retrieval.rerank import check_stages
-from mrl.retrieval.search import Neighbors, check_vectors
+from mrl.retrieval.search import Neighbors, check_ids, check_vectors
 
 
 def upload(
@@ -27,8 +26,7 @@ def upload(
     from qdrant_client import models
 
     check_vectors(vectors, vectors, dims)
-    if ids is not None and len(ids) != len(vectors):
-        raise UserError(f"{len(ids)} ids for {len(vectors)} vectors; give one for each")
+    check_ids(ids, vectors)
     cosine = models.Distance.COSINE
     only_reranks: Any = {"on_disk": True, "hnsw_config": models.HnswConfigDiff(m=0)}
     params = {str(dim): models.VectorParams(size=dim, distance=cosine, **only_reranks) for dim in dims}

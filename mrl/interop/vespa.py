@@ -15,6 +15,7 @@ import torch
 
 from mrl.errors import UserError
 from mrl.matryoshka import unit_prefix
+from mrl.retrieval.search import check_ids
 from mrl.rundir import atomic_write, atomic_write_text
 
 MAX_HITS = 400  # Vespa's own limit for one answer
@@ -41,7 +42,7 @@ def write_application(
         code: "sign bits" stores of each coordinate of the unit prefix only whether it is above the mean of the vectors.
 
     Raises:
-        UserError: pyvespa is missing, ``prefix_dim`` does not fit, or a vector holds NaN or infinity.
+        UserError: pyvespa is missing, ``prefix_dim`` or ``ids`` do not fit, or a vector holds NaN or infinity.
     """
     try:
         from vespa.package import HNSW, ApplicationPackage, Document, Field, RankProfile, Schema, SecondPhaseRanking
@@ -49,6 +50,7 @@ def write_application(
         raise UserError("a Vespa application needs pyvespa: pip install pyvespa") from error
     if code not in ("float32", "sign bits") or (code == "sign bits" and prefix_dim % 8):
         raise UserError(f"code is {code!r}; allowed: 'float32', or 'sign bits' if prefix_dim is a multiple of 8")
+    check_ids(ids, vectors)
     width = vectors.shape[1]
     prefixes = unit_prefix(torch.tensor(vectors[:, :prefix_dim]), prefix_dim).numpy()
     mean = prefixes.mean(axis=0) if code == "sign bits" else None
@@ -104,11 +106,13 @@ def query_body(
         shortlist_size: Hits of the first phase on each node.
 
     Raises:
-        UserError: The query has another width than the stored vectors, or Vespa would not return ``k`` hits.
+        UserError: The profile is unknown, the query does not fit, or Vespa would not return ``k`` hits.
     """
     settings = json.loads((Path(folder) / "query.json").read_text())
-    if query.shape != (settings["width"],):
-        raise UserError(f"the query is {query.shape}; allowed: ({settings['width']},)")
+    if profile not in ("exact", "prefix", "rerank"):
+        raise UserError(f"profile is {profile!r}; allowed: exact, prefix, rerank")
+    if query.shape != (settings["width"],) or not np.isfinite(query.astype(np.float32)).all():
+        raise UserError(f"the query is {query.shape}; allowed: ({settings['width']},), without NaN or infinity")
     if not 1 <= k <= min(shortlist_size, MAX_HITS):
         raise UserError(f"k is {k}; allowed: 1 to the smaller of shortlist_size {shortlist_size} and {MAX_HITS}")
     searched = unit_prefix(torch.tensor(query), settings["prefix_dim"]).numpy()
@@ -124,7 +128,7 @@ def query_body(
         "yql": f"select name from image where {{targetHits:{shortlist_size}}}nearestNeighbor({field}, {name})",
         "hits": k,
         "ranking.profile": profile,
-        "ranking.secondPhase.rerankCount": shortlist_size,
+        "ranking.rerankCount": shortlist_size,
         **{f"input.query({key})": value for key, value in inputs.items()},
     }
 

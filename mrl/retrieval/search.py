@@ -119,6 +119,12 @@ def check_vectors(queries: Vectors, database: Vectors, dims: Sequence[int]) -> N
         raise UserError(f"prefix sizes are {list(dims)}; allowed: one or more of 1 to {database.shape[1]}")
 
 
+def check_ids(ids: Sequence[str] | None, vectors: Vectors) -> None:
+    """Check that there is one id for each vector, if there are any."""
+    if ids is not None and len(ids) != len(vectors):
+        raise UserError(f"{len(ids)} ids for {len(vectors)} vectors; give one for each")
+
+
 def inverse_norms(vectors: Tensor, dims: Sequence[int], name: str, indices: Tensor | int = 0) -> Tensor:
     """Return 1 / norm of every prefix of ``(n, D)``, ``(G, n)`` float32; 1e12 for a zero vector, which scores 0.
 

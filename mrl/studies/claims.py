@@ -214,7 +214,7 @@ def _short_search(table: _Table) -> list[Comparison]:
     """
     plans = [(key[0], key[4]) for key in table.by_seed if key[1:3] == ("MRL", "map@10") and key[4][2]]
     width = max((plan[2] for _, plan in plans), default=0)
-    first = min((plan[0] for _, plan in plans if plan[0] >= SHORTLIST_DIM), default=0)
+    first = min((plan[0] for _, plan in plans if SHORTLIST_DIM <= plan[0] < width), default=0)
     found = []
     for full_study, full in plans:
         if full[0] == full[2] == width:

@@ -43,7 +43,7 @@ def read_class_table(path: str | Path, column: str) -> dict[str, str]:
     Names are compared in one Unicode form, as those of class folders are.
 
     Raises:
-        UserError: The file is missing, lacks the column, or a class has no entry or two different ones.
+        UserError: The file is missing or empty, lacks the column, or a class has no entry or two different ones.
     """
     path = Path(path)
     if not path.is_file():
@@ -59,6 +59,8 @@ def read_class_table(path: str | Path, column: str) -> dict[str, str]:
     bad = pairs[pairs["name"].duplicated() | (pairs["entry"] == "")]
     if len(bad):
         raise UserError(f"{path}: class {bad['name'].iloc[0]!r} needs one {column}, the same in every line")
+    if pairs.empty:
+        raise UserError(f"{path} lists no classes")
     return dict(zip(pairs["name"], pairs["entry"], strict=True))
 
 

@@ -144,7 +144,7 @@ def open_run(
     config, model = read_run(directory)
     placed = place_images(directory, config, data_root)
     classes = model.info.classes
-    source = _source(directory.resolve().name, config, classes)
+    source = _source(directory.resolve().name, place_images(directory, config), classes)
     wanted = describe_embeddings(directory, config, source, classes, [])
     found = _on_disk(directory, {place: replace(metadata, precision="bf16") for place, metadata in wanted.items()})
     found |= _on_disk(directory, wanted)
@@ -214,11 +214,12 @@ def embed_runs(
     for name, run in runs.items():
         config, model = read_run(run)
         classes = model.info.classes
-        source = _source(name, config, classes)  # data keep their name when they move
+        source = _source(name, place_images(run, config), classes)  # data keep their name when they move
         if classes_of.setdefault(source.dataset, classes) != classes:
             raise UserError(f"run {name} and an earlier one call their data {source.dataset!r}, but classes differ")
         wanted = describe_embeddings(run, config, source, classes, list(folders.values()), precision)
-        given, moved = read_config(run / "config.yaml", settings).data, any("data.root" in word for word in settings)
+        given = read_config(run / "config.yaml", settings).data
+        moved = any("data.root" in word for word in settings) and given.root != config.data.root
         config = place_images(run, config, given.root if moved else None)
         config = replace(config, data=replace(config.data, num_workers=given.num_workers, backend=given.backend))
         data = config.data
@@ -288,7 +289,7 @@ def dataset_name(config: Config, num_classes: int) -> str:
         return f"imagenet_{num_classes}_classes"
     if data.name != "folder" or data.root is None:
         return data.name
-    name = unicode_name(Path(data.root).resolve().name)
+    name = unicode_name(Path(os.path.abspath(data.root)).name)  # a link's own name
     return f"{name}_folder" if name in RESERVED_NAMES else name
 
 

@@ -37,7 +37,8 @@ def make_augmentation(
     if data.mixup > 0 or data.cutmix > 0:
         if micro_batch_size % 2:
             raise UserError(
-                f"data.mixup and data.cutmix need an even number of images per micro-batch; it is {micro_batch_size}"
+                f"data.mixup and data.cutmix need an even number of images per micro-batch; it is {micro_batch_size}: "
+                "data.batch_size must be a multiple of 2 x processes x train.accumulation_steps"
             )
         mixup = Mixup(data.mixup, data.cutmix, label_smoothing=0.0, num_classes=num_classes)
 

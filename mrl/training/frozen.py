@@ -85,7 +85,7 @@ def split_frozen(model: MatryoshkaClassifier, px: int) -> tuple[Trunk, Matryoshk
     if behind:
         raise UserError(
             f"train.cache_views: {', '.join(behind)} of the backbone is frozen after the trainable {trainable[0]}; "
-            "add it to model.trainable"
+            f"give --model.trainable '[{', '.join(dict.fromkeys([*trainable, *behind]))}]'"
         )
     projection = {name: layer for name, layer in backbone.named_children() if layer is backbone.get_classifier()}  # type: ignore[operator]
     if not set(trainable) <= set(projection):
@@ -178,7 +178,7 @@ class CachedImages:
     """
 
     def __init__(self, cache: TrunkCache, split: str, images: Images):
-        self.labels, self.classes = images.labels, images.classes
+        self.labels = images.labels
         self._cache, self._images = cache, images
         digest = images.sha256()
         if not distributed.agree(int(digest[:14], 16)):

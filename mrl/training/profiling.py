@@ -32,7 +32,7 @@ def step_profiler(
         averages = profiler.key_averages()
         table = averages.table("device_time_total" if on_gpu else "cpu_time_total", row_limit=20)
         log_line(
-            f"{table}\nprofile: the {num_steps} steps after the first {SKIPPED_STEPS}; trace: {path}, for https://ui.perfetto.dev"
+            f"{table}\nprofile: up to {num_steps} steps after the first {SKIPPED_STEPS}; trace: {path}, for https://ui.perfetto.dev"
         )
         finished.append(path)
 

@@ -97,15 +97,21 @@ def test_the_marked_parts_of_a_document_are_replaced(results, tmp_path):
     document.write_text(DOCUMENT)
     assert write_report(results, [document]) == [results / "main" / "tables.md", document]
     text = document.read_text()
-    assert text.startswith("# Title\n<!-- results: summary main of grid b -->\n| model |") and "52.00 ± 1.00" in text
+    assert (
+        text.startswith("# Title\n<!-- results: summary main of grid b -->\n| linear top-1 (%), by dims |")
+        and "52.00 ± 1.00" in text
+    )
     assert "[All tables](../results/main/tables.md)" in text
-    assert "Effects: E1: holds; E2: holds or undecided; E3" in text
+    assert "claims about plain MRL: E1: holds; E2: holds or undecided; E3" in text
     assert "typed by hand" not in text and "\nbetween\n" in text
     assert "Not run yet: `python -m experiments.reproduce --grid a`" in text
     assert write_report(results, [document]) == []
     document.write_text(DOCUMENT.replace("<!-- end of results -->\nbetween", "between"))
     with pytest.raises(UserError, match="needs its <!-- end of results -->"):
         write_report(results, [document])
+    (results / "main" / "provenance.json").write_text('{"runs": {"a": "runs/a"}}')
+    with pytest.raises(UserError, match="main holds an evaluation, not results that"):
+        write_report(results, [])
     (results / "main" / "provenance.json").unlink()
     with pytest.raises(OSError, match=r"provenance\.json"):
         write_report(results, [])

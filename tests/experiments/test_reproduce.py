@@ -182,6 +182,11 @@ def test_a_subset_links_some_classes_and_holds_out_training_images(tmp_path):
     (tmp_path / "data").rename(tmp_path / "moved")
     make_subset(tmp_path / "moved", grid, tmp_path / "half")
     assert (tmp_path / "half" / "val" / "c" / "val1.JPEG").is_file()
+    make_subset(tmp_path / "moved", replace(grid, hold_out_every_nth=2, every_nth_class=2), tmp_path / "slice")
+    train, val = ({path.name for path in (tmp_path / "slice" / of).glob("*/*")} for of in ("train", "val"))
+    assert not train & val, "no link of the split before is left"
+    assert sorted(path.name for path in (tmp_path / "slice" / "val").iterdir()) == ["a", "c", "e"]
+    assert (tmp_path / "moved" / "train" / "b" / "train1.JPEG").is_file()
 
 
 def test_a_run_has_the_image_settings_of_the_run_it_starts_from_even_if_that_came_after_the_plan(tmp_path):
@@ -332,6 +337,20 @@ def test_the_digits_grid_by_name_leaves_the_committed_results_and_documents_alon
     monkeypatch.setattr(reproduce, "write_report", lambda out, documents: written.append(documents) or [])
     assert main(["--grid", "digits"]) == 0
     assert written == [Path("runs/grid_digits/results"), ()]
+
+
+@pytest.mark.parametrize(("finished", "published"), [(1, False), (2, True)])
+def test_only_a_complete_grid_replaces_the_committed_results(tmp_path, monkeypatch, finished, published):
+    text = DIGITS.replace("seeds: [0]}", "seeds: [0, 1]}")
+    (tmp_path / "mine.yaml").write_text(text)
+    monkeypatch.setattr(reproduce, "GRIDS", tmp_path)
+    monkeypatch.setattr(reproduce, "train_all", lambda runs, jobs: ({}, 0))
+    monkeypatch.setattr(reproduce.Run, "is_finished", lambda run: run.config.run.seed < finished)
+    monkeypatch.setattr(reproduce, "evaluate", lambda *given: [])
+    written = []
+    monkeypatch.setattr(reproduce, "write_report", lambda out, documents: written.append((out, documents)) or [])
+    assert main(["--grid", "mine", "--runs", str(tmp_path / "runs"), "--only", "*seed0"]) == 0
+    assert written == [(reproduce.RESULTS, reproduce.DOCUMENTS) if published else (tmp_path / "runs" / "results", ())]
 
 
 def test_one_command_trains_evaluates_and_reports(tmp_path, capfd):

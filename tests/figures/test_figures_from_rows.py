@@ -369,6 +369,7 @@ def test_figure_8_shows_mean_and_deviation_of_seeds_and_other_sizes_in_a_figure_
     assert name == "adaptive_retrieval_mrl_weighted_loss" and "queries; MRL, weighted loss (" in heading(figure)
     apart = figures_of(search_rows("a") + search_rows("b", 1, dims=(4, 32)))
     assert set(apart) == {"adaptive_retrieval_a", "adaptive_retrieval_b"}
+    assert len(figures_of(search_rows("lr-1") + search_rows("LR_1", 1, dims=(4, 32)))) == 2
     assert set(figures_of(search_rows("a") + search_rows("b"))) == set(apart)
 
 

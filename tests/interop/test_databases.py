@@ -43,6 +43,10 @@ def test_names_are_stored_and_impossible_stages_and_sizes_are_refused(database, 
         module.funnel_search(client, "images", arrays[0], 8, [(32, 301)])
     with pytest.raises(UserError, match=r"\[64\]; allowed: one or more of 1 to 32"):
         module.upload(client, "others", arrays[1], [64])
+    for ids in (["a"], ["a"] * 301):
+        with pytest.raises(UserError, match=f"{len(ids)} ids for 300 vectors"):
+            module.upload(client, "others", arrays[1], [8], ids)
+    module.upload(client, "others", arrays[1], [8])  # nothing of that name was left
 
 
 def test_in_qdrant_only_the_smallest_dim_has_an_index_and_is_kept_in_memory(arrays):
@@ -98,6 +102,8 @@ def test_what_faiss_refuses_is_one_sentence(arrays, monkeypatch):
         with pytest.raises(UserError, match=message) as error:
             prefix_index(vectors, dim, factory=factory, refine=refine)
         assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="shortlist_factor is 0.5; allowed: 1 or more"):
+        prefix_index(database, 8, shortlist_factor=0.5)
     monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(UserError, match="pip install faiss-cpu"):
         prefix_index(database, 8)

@@ -70,7 +70,7 @@ def answer(folder, body):
     hits = [(score(phases[0], document), i) for i, document in enumerate(documents)]
     hits = sorted(hits, key=lambda hit: (-hit[0], hit[1]))[: int(target_hits)]
     if len(phases) == 2:
-        hits = [(score(phases[1], documents[i]), i) for _, i in hits[: body["ranking.secondPhase.rerankCount"]]]
+        hits = [(score(phases[1], documents[i]), i) for _, i in hits[: body["ranking.rerankCount"]]]
         hits.sort(key=lambda hit: (-hit[0], hit[1]))
     return [i for _, i in hits[: body["hits"]]]
 
@@ -138,9 +138,15 @@ def test_wrong_arguments_are_one_sentence(application, arrays, tmp_path, monkeyp
     ):
         with pytest.raises(UserError, match=message):
             vespa.write_application(tmp_path, vectors, dim, code=code)
+    with pytest.raises(UserError, match="2 ids for 300 vectors"):
+        vespa.write_application(tmp_path, database, 8, ["a", "b"])
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
     with pytest.raises(UserError, match=r"the query is \(8,\); allowed: \(32,\)"):
         vespa.query_body(application[1], queries[0][:8])
+    with pytest.raises(UserError, match="without NaN or infinity"):
+        vespa.query_body(application[1], broken[7])
+    with pytest.raises(UserError, match="profile is 'reranked'; allowed: exact, prefix, rerank"):
+        vespa.query_body(application[1], queries[0], profile="reranked")
     with pytest.raises(UserError, match="k is 101; allowed: 1 to the smaller"):
         vespa.query_body(application[1], queries[0], k=101)
     monkeypatch.setitem(sys.modules, "vespa.package", None)

@@ -20,6 +20,7 @@ from mrl.figures.dashboard import dashboard
 from mrl.interop.wandb import BY_DIM, CHARTS, logged_values, offline_points, offline_records, report_evaluation
 from mrl.interop.wandb import main as workspace
 from mrl.results import Source
+from mrl.training.logging import Tracker
 from tests.test_train import TINY, stop_at
 
 wandb = pytest.importorskip("wandb")
@@ -139,6 +140,15 @@ def test_history_steps_go_on_over_sittings_of_training_and_evaluations(tmp_path,
     assert list(line.get_xdata()) == [8, 16] and list(line.get_ydata()) == list(by_dim.value)
     assert workspace(["--runs", str(tmp_path / "a"), "--picture", str(tmp_path / "x.png")]) == 0
     assert Image.open(tmp_path / "x.png").size[0] == 1100
+
+
+def test_a_validation_after_resuming_is_logged_at_the_next_step_of_wandb(tmp_path):
+    """The row of training at that step was logged before, and W&B drops what comes at a step before its next."""
+    with Tracker(tmp_path, True, 10, 20, 4) as tracker:
+        tracker.wandb_run = MagicMock(step=11)
+        for step in (10, 12):
+            tracker.log({"step": step, "top_1/8": 0.5})
+        assert [call.kwargs["step"] for call in tracker.wandb_run.log.call_args_list] == [11, 12]
 
 
 def test_a_second_evaluation_logs_its_tables_after_the_first(runs, monkeypatch):

@@ -114,6 +114,8 @@ def test_a_shortlist_is_compared_with_the_full_search():
     ]
     found_by_name = {one.what: one.mean for one in effect(rows, "E7").comparisons}
     assert found_by_name == pytest.approx({"shortlist of 200": -0.01, "funnel of 400": -0.02})
+    small = [found("adaptive_retrieval", 8, 200, 16, 0.4), found("adaptive_retrieval", 16, 200, 16, 0.5)]
+    assert not effect(small, "E7").comparisons, "the full search is no shortlist"
 
 
 def test_superclasses_are_compared_by_what_they_lose():

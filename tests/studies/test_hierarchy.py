@@ -130,6 +130,7 @@ def test_per_class_rows_worked_by_hand_without_the_class_that_has_no_images():
         ("class\tgroup\ncat\tanimal\n", "needed are the class first and one called superclass"),
         ("superclass\ncat\n", "needed are the class first and one called superclass"),
         ("", "is not a tab-separated table"),
+        ("class\tsuperclass\n", "lists no classes"),
         ("class\tsuperclass\ncat\t \n", "class 'cat' needs one superclass"),
         ("class\tsuperclass\ncat\tanimal\ncat\tplant\n", "class 'cat' needs one superclass"),
         (None, "does not exist"),

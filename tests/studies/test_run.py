@@ -17,7 +17,7 @@ from mrl.errors import UserError
 from mrl.model import build_model, load, save_model
 from mrl.studies import run as module
 from mrl.studies.classification import predict
-from mrl.studies.run import dataset_name, embed_runs, open_run
+from mrl.studies.run import dataset_name, embed_runs, open_run, place_images
 from mrl.studies.transfer import TransferImages, read_folder, with_images
 
 ALONE = Process(0, 1, torch.device("cpu"))
@@ -162,6 +162,17 @@ def test_a_folder_of_images_has_its_own_name_and_only_the_whole_of_imagenet_is_c
     name, root, num_classes, called
 ):
     assert dataset_name(Config(data=DataConfig(name=name, root=root)), num_classes) == called
+
+
+def test_a_link_to_images_names_them_and_so_does_the_folder_of_training(tmp_path, monkeypatch):
+    (tmp_path / "flowers_v2").mkdir()
+    (tmp_path / "flowers").symlink_to("flowers_v2")
+    config = Config(data=DataConfig(name="folder", root=str(tmp_path / "flowers")))
+    assert dataset_name(config, 2) == "flowers"
+    (tmp_path / "provenance.json").write_text(json.dumps([{"folder": str(tmp_path / "flowers")}]))
+    monkeypatch.chdir(tmp_path)
+    here = Config(data=DataConfig(name="folder", root="."))
+    assert dataset_name(place_images(tmp_path, here), 2) == "flowers"
 
 
 @pytest.fixture

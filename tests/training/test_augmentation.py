@@ -40,5 +40,7 @@ def test_erasing_fills_one_rectangle_of_an_image_with_noise():
 
 
 def test_an_odd_number_of_images_cannot_be_mixed():
-    with pytest.raises(UserError, match=r"an even number of images per micro-batch; it is 3"):
+    with pytest.raises(
+        UserError, match=r"an even number of images per micro-batch; it is 3: data.batch_size must be a multiple of 2"
+    ):
         make_augmentation(DataConfig(cutmix=1.0), 3, 5, CPU)
