@@ -27,7 +27,7 @@ from mrl.errors import UserError
 from mrl.matryoshka import check_nesting_list, check_weights
 
 # timm's own parser accepts misspelled parts silently.
-RAND_AUGMENT = re.compile(r"rand(-(m\d+|n[1-9]|p(0?\.\d+|[01])|mstd\d+(\.\d+)?|mmax\d+|inc[01]|t(weights|3a|3aw)))*")
+RAND_AUGMENT = re.compile(r"rand(-(m\d+|n[1-9]|p(0\.\d+|[01])|mstd\d+(\.\d+)?|mmax\d+|inc[01]|t(weights|3a|3aw)))*")
 
 
 def _require(condition: bool, key: str, value: Any, allowed: str) -> None:
@@ -69,14 +69,15 @@ class RunConfig:
     seed: int = 0
     """Seed of the initial weights, the order of samples, their crops, and mixup."""
     resume: Literal["never", "auto"] = "never"
-    """never: refuse a run directory that already exists. auto: continue from its last checkpoint, or start if there
-    is none."""
+    """never: refuse a run directory that holds a checkpoint or other files. auto: continue from its last checkpoint, or
+    start if there is none."""
 
     def __post_init__(self) -> None:
         _require_utf_8("run.name", self.name)
         _require_utf_8("run.dir", self.dir)
         _expand(self, "dir")
-        _require(bool(self.name) and "/" not in self.name, "run.name", self.name, "a folder name without '/'")
+        fits = self.name not in ("", ".", "..", "trunk_cache") and "/" not in self.name
+        _require(fits, "run.name", self.name, "a folder name without '/', not trunk_cache")
         _require(0 <= self.seed < 2**31, "run.seed", self.seed, "0 to 2147483647")
 
 
@@ -248,7 +249,7 @@ class HeadConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """Optimizer and schedules, for the global batch size: the number of processes changes nothing."""
+    """Optimizer and schedules, for the global batch size, whatever the number of processes."""
 
     name: Literal["sgd", "adamw"] = "sgd"
     """sgd (momentum, not Nesterov) or adamw."""
@@ -264,7 +265,7 @@ class OptimConfig:
     warmup_epochs: float = 2.0
     """Epochs of linear warm-up from 0; if train.epochs is not longer, half of it is used."""
     schedule: Literal["linear", "cosine"] = "linear"
-    """Decay from the peak to 0 at the last step, updated every step."""
+    """Decay from the peak toward 0, which the step after the last would have; updated every step."""
     clip_norm: float = 0.0
     """Maximum gradient norm; larger gradients are scaled down. 0 is off."""
 
@@ -316,7 +317,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _require_at_least(1, "train", self, "epochs", "accumulation_steps", "eval_every_epochs", "log_every_steps")
-        _require_at_least(0, "train", self, "checkpoint_minutes", "profile_steps")
+        _require_at_least(0, "train", self, "checkpoint_minutes", "profile_steps", "cache_seed")
         _require(0 <= self.label_smoothing < 1, "train.label_smoothing", self.label_smoothing, "0 to below 1")
         _require(0 <= self.ema_decay < 1, "train.ema_decay", self.ema_decay, "0 (off) to below 1")
         allowed = f"0 (off) to train.epochs = {self.epochs}"
