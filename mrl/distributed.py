@@ -160,12 +160,11 @@ def barrier() -> None:
         _wait(dist.barrier(group=_cpu_group, async_op=True))
 
 
-def _wait(work: dist.Work | None) -> None:
+def _wait(work: Any) -> None:
     """Wait for an operation of the CPU group, here instead of in gloo, where no signal is handled."""
-    while work is not None and not work.is_completed():
+    while not work.is_completed():
         time.sleep(0.001)
-    if work is not None:
-        work.wait()
+    work.wait()
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
@@ -214,7 +213,8 @@ def data_parallel(model: nn.Module, process: Process, precision: Literal["fp32",
     barrier()  # the first operation of NCCL has a limit, and some processes may have to decode more images before it
     parallel = DistributedDataParallel(model, [process.device.index] if process.device.type == "cuda" else None)
     if precision == "bf16":
-        parallel.register_comm_hook(dist.group.WORLD, bf16_compress_hook)
+        # By another name: torch refuses its own hook in builds without CUDA, although gloo can do it.
+        parallel.register_comm_hook(dist.group.WORLD, lambda group, bucket: bf16_compress_hook(group, bucket))
     return parallel
 
 

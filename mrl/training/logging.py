@@ -102,7 +102,7 @@ class Tracker(contextlib.AbstractContextManager):
         self.file.write(json.dumps(row_of_json) + "\n")
         self.file.flush()
         if self.wandb_run is not None:
-            # W&B's own count would begin again in a resumed run, and it drops a step before the next of its count.
+            # W&B's own count begins again in a resumed run, and W&B drops rows of steps that it has passed.
             self.wandb_run.log(row, step=max(int(row["step"]), self.wandb_run.step))
         if status is not None:
             self.bar.set_description_str(status, refresh=False)
