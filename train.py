@@ -64,7 +64,8 @@ def train(config: Config, process: Process) -> int:
     images = build_data(config.data, crop_seed, device, process.is_main, held_out=before)
     unreadable, held_out = [reason for part in images.values() for reason in part.unreadable], images["val"].held_out
     num_images, classes = len(images["train"]), images["train"].classes
-    data_seen = {"num_images": num_images, "classes": classes, "backend": BACKENDS[type(images["train"])]}
+    data_seen = {"num_images": num_images, "num_val": len(images["val"]), "classes": classes}
+    data_seen["backend"] = BACKENDS[type(images["train"])]
     if resumed is not None:
         rundir.check_data(directory, resumed["data"], data_seen)
     accumulation_steps = config.train.accumulation_steps

@@ -189,10 +189,10 @@ def load_checkpoint(directory: Path) -> dict[str, Any] | None:
 
 
 def check_data(directory: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Check that a resumed run has as many images, the same classes and the same backend as before."""
+    """Check that a resumed run has as many images of both splits, the same classes, and the same backend as before."""
     before = now | before
     if before != now:
-        said = "{num_images:,} images of {0} classes, read by the {backend} backend"
+        said = "{num_images:,} images of {0} classes (and {num_val:,} for validation), read by the {backend} backend"
         old, new = (said.format(len(data["classes"]), **data) for data in (before, now))
         other = " (other classes)" if before["classes"] != now["classes"] else ""
         raise UserError(

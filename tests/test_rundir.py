@@ -124,14 +124,14 @@ def test_training_longer_is_refused_with_the_command_that_does_it(tmp_path):
 
 
 def test_resuming_refuses_other_data(tmp_path):
-    before = {"num_images": 5, "classes": ["a", "b"], "backend": "ffcv"}
+    before = {"num_images": 5, "num_val": 3, "classes": ["a", "b"], "backend": "ffcv"}
     check_data(tmp_path, before, dict(before))
-    del before["backend"]  # as in checkpoints from before it was kept
-    check_data(tmp_path, before, before | {"backend": "folder"})
-    for change in ({"num_images": 4}, {"classes": ["a", "c"]}, {"backend": "folder"}):
-        now = before | {"backend": "ffcv"}
-        with pytest.raises(UserError, match="was trained on 5 images of 2 classes, read by the ffcv backend"):
-            check_data(tmp_path, now, now | change)
+    old = {key: before[key] for key in ("num_images", "classes")}  # as in checkpoints from before the others were kept
+    check_data(tmp_path, old, before | {"backend": "folder"})
+    said = r"was trained on 5 images of 2 classes \(and 3 for validation\), read by the ffcv backend"
+    for change in ({"num_images": 4}, {"num_val": 2}, {"classes": ["a", "c"]}, {"backend": "folder"}):
+        with pytest.raises(UserError, match=said):
+            check_data(tmp_path, before, before | change)
 
 
 def half(file):
