@@ -9,7 +9,8 @@
 Prepare Tiny-ImageNet first (python -m mrl.data.tiny_imagenet). Ctrl-C lets the runs save a checkpoint and stop. The
 same command skips finished runs and resumes the others; do not start it twice at the same time. If a run fails, the
 others continue, and the exit status is 1. Finished runs are then evaluated group by group (eval.py). Rows, provenance,
-tables and figures go to results/tiny_imagenet, and the generated parts of README.md and docs/RESULTS.md are updated.
+tables and figures go to <runs>/results; those of a complete grid go to results/tiny_imagenet, and the generated parts
+of README.md and docs/RESULTS.md are updated.
 
 A run directory takes about 0.3 GB (ResNet-50), and its embeddings 1 GB per 100,000 images of 2048 dims.
 """
