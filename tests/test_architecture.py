@@ -22,7 +22,7 @@ FLOORS = [
 # Lines of Python in each folder (not its subfolders). Raise a number only for a new idea or a mended defect.
 BUDGETS = {
     ".": 541,
-    "mrl": 2985,
+    "mrl": 2986,
     "mrl/data": 1818,
     "mrl/training": 729,
     "mrl/retrieval": 887,
