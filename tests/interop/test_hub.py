@@ -137,6 +137,8 @@ def test_the_card_can_take_its_numbers_from_the_rows_of_an_evaluation(saved_run,
     assert "# copy\n" in (out / "README.md").read_text() and "| 8 | 32 | 75.00 |" in (out / "README.md").read_text()
     with pytest.raises(UserError, match=r"no top-1 of the run 'small' \(MRL\) on pets; its runs are \['other'\]"):
         card([Source("pets", "other", 0, 36, 32, False).row("oracle", "MRL", "top_1", 1, 5)])
+    with pytest.raises(UserError, match=r"no top-1 of the run 'small' \(MRL\) on pets; its runs are \[\]"):
+        card([])
 
 
 def test_a_folder_with_other_files_is_refused_and_an_earlier_export_is_replaced(saved_run, tmp_path):
