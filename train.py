@@ -50,7 +50,8 @@ def train(config: Config, process: Process) -> int:
     optim, device, seed = config.optim, process.device, config.run.seed
     directory = Path(config.run.dir) / config.run.name
     root = Path(config.data.root or "").resolve()
-    if config.data.val_share and not (root / "train").is_dir() and directory.resolve().is_relative_to(root):
+    holds_classes = config.data.root and config.data.val_share and not (root / "train").is_dir()
+    if holds_classes and directory.resolve().is_relative_to(root):
         raise UserError(f"run.dir is {config.run.dir!r}; allowed: outside data.root, whose folders are the classes")
     if process.is_main:
         rundir.check_run(directory, config.run.resume, to_yaml(config), to_yaml(Config()))

@@ -221,14 +221,13 @@ def make_subset(data: Path, grid: Grid, out: Path) -> None:
         source, every = data / ("train" if grid.hold_out_every_nth else split), grid.hold_out_every_nth
         for folder in sorted(path for path in source.iterdir() if path.is_dir())[:: grid.every_nth_class]:
             link, folder = out / split / folder.name, folder.resolve()
-            links = {link: folder}
-            if every:
-                link.mkdir()
-                found = enumerate(sorted(os.listdir(folder)))
-                names = [name for i, name in found if (i % every == 0) == (split == "val")]
-                links = {link / name: folder / name for name in names}
-            for path, target in links.items():
-                path.symlink_to(target)
+            if not every:
+                link.symlink_to(folder)
+                continue
+            link.mkdir()
+            for i, name in enumerate(sorted(os.listdir(folder))):
+                if (i % every == 0) == (split == "val"):
+                    (link / name).symlink_to(folder / name)
 
 
 def train_all(runs: Sequence[Run], jobs: int, command: Sequence[str] = TRAIN) -> tuple[dict[str, str], int]:

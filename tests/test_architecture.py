@@ -21,7 +21,7 @@ FLOORS = [
 ]
 # Lines of Python in each folder (not its subfolders). Raise a number only for a new idea or a mended defect.
 BUDGETS = {
-    ".": 541,
+    ".": 542,
     "mrl": 2986,
     "mrl/data": 1818,
     "mrl/training": 729,
@@ -29,7 +29,7 @@ BUDGETS = {
     "mrl/studies": 2608,
     "mrl/figures": 1284,
     "mrl/interop": 1208,
-    "experiments": 796,
+    "experiments": 795,
     "benchmarks": 1061,
 }
 FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names}

@@ -359,12 +359,15 @@ def test_other_data_is_refused_when_a_run_resumes(stopped, monkeypatch, capsys):
     assert "was trained on 1,442 images of 10 classes" in error and "now there are 1,400 images" in error
 
 
-def test_a_run_directory_among_the_classes_is_refused(make_folder, capsys):
+def test_a_run_directory_among_the_classes_is_refused(make_folder, monkeypatch, capsys):
     root = make_folder(["cat", "dog"], 4, 1) / "train"
     argv = ["--config", "finetune_mrl_cpu.yaml", "--data.root", str(root), "--run.dir", str(root / "runs")]
     assert train.main(argv) == 2
     assert "runs'; allowed: outside data.root, whose folders are the classes" in capsys.readouterr().err
     assert not (root / "runs").exists()
+    monkeypatch.chdir(root)
+    assert train.main(["--config", "finetune_mrl_cpu.yaml"]) == 2
+    assert "data.root is not given" in capsys.readouterr().err
 
 
 def test_the_imagenet_recipe_trains_on_a_folder_with_two_processes(make_folder):

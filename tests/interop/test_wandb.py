@@ -143,7 +143,7 @@ def test_history_steps_go_on_over_sittings_of_training_and_evaluations(tmp_path,
 
 
 def test_a_validation_after_resuming_is_logged_at_the_next_step_of_wandb(tmp_path):
-    """The row of training at that step was logged before, and W&B drops what comes at a step before its next."""
+    """The training row of that step was logged before, and W&B drops rows of steps that it has passed."""
     with Tracker(tmp_path, True, 10, 20, 4) as tracker:
         tracker.wandb_run = MagicMock(step=11)
         for step in (10, 12):
